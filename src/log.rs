@@ -1,0 +1,654 @@
+//! What guest writes touched since somebody last asked: marked by any number of threads without a
+//! lock, drained into bitmaps by whoever needs to know.
+//!
+//! ```text
+//!                 0                                                              63
+//! top            │1 0 0 0 …                                                       │  one word; 0: clean
+//!                 │                                            ▲ mark goes up: fence, leaf bit,
+//!                 └── word 0 below may hold something          │ then every summary bit above it
+//! summary        │0 1 0 0 …        │0 0 0 0 …        │ …
+//!                   │                                          │ drain goes down: clear a summary,
+//!                   └── word 1 below may hold something        ▼ swap out what is below; fence
+//! leaf           │0 0 0 0 …│0 0 1 1 …│0 0 0 0 …│ …                one bit per granule
+//! ```
+//!
+//! # Invariants
+//!
+//! What every mark and every drain must keep to:
+//!
+//! 1. A mark begins with a sequentially consistent fence, before its first load.
+//! 2. A mark sets the leaf bit first, then the summary bit above it, and so on to the top.
+//! 3. A mark looks at every level, also when it found the bit below set.
+//! 4. A drain clears a summary bit first and swaps out the word below it afterwards.
+//! 5. Words change by read-modify-write only. A mark acquires what it reads, a drain releases what
+//!    it swaps.
+//! 6. A drain ends with a sequentially consistent fence. Data is read after it.
+//!
+//! What follows from them, and what [`DirtyLog::check_invariants`] looks at while nobody marks or
+//! drains: above every word that is not zero there is a path of set bits to the top (a set bit above
+//! a word that is zero may be left over, and costs one look); no bit past the last granule is set.
+//!
+//! # Why nothing is lost
+//!
+//! The promise: when a mark has returned, a drain that comes after it hands out its granules, unless
+//! a drain already did which then reads the data that was marked.
+//!
+//! *The bit is found.* All changes of a leaf word stand in one order (5). If the mark comes before the
+//! drain's swap in it, then the swap takes the bit. If it comes after, then it reads what the swap
+//! left behind, or what other marks made of it; either way it acquires from the swap, and so sees the
+//! summary as the drain left it when it had cleared it (4), or with a bit that was set since. It sets
+//! what is missing (3). The same holds for a summary word and the one above it. Going up is what makes
+//! this work (2): with the summary set first, a drain takes it, finds the leaf still empty, and the
+//! leaf bit that is set next has nothing above it. So does looking at every level: the thread that set
+//! the leaf bit may not have come to the summary yet, and the mark that found the bit set must not
+//! return before somebody did.
+//!
+//! A plain store of a full word, though shorter, would cut the chain: who reads it has not acquired
+//! from the swap before it. Hence read-modify-write also where all 64 bits are set.
+//!
+//! *The data is seen.* Marks that find everything set only load, and a load orders nothing: the
+//! guest's data may still be in the store buffer of its CPU when a drain takes the bit, and the drain's
+//! owner reads the old data. Nobody marks again. The two fences (1, 6) exclude it: a mark whose load
+//! comes before the drain's swap has its fence before the drain's fence, and what was written before
+//! the first is read after the second. If the load comes after the swap, it finds the bit cleared.
+//!
+//! *Two drains at once* are sound and lose nothing: a bit goes to the one whose swap took it. But one
+//! may return before the other has handed out what it took, so whoever wants to know everything up to
+//! now drains under a lock.
+//!
+//! Nothing on this way is shared but the words themselves: no counter, and no write at all when all
+//! bits are set already. So a guest that writes the same place again and again, from all its queues,
+//! keeps the cache lines shared.
+
+use std::fmt;
+use std::ops::Range;
+
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::units::{ByteRange, Granularity};
+
+/// Bits of a word, as a power of two. Loom explores every interleaving, so its words are tiny: with
+/// two bits a word, eight granules have three levels.
+const WORD_SHIFT: u32 = if cfg!(loom) { 1 } else { 6 };
+
+/// Bits of a word.
+const WORD_BITS: u64 = 1 << WORD_SHIFT;
+
+/// Longest disk: what fits an `i64`, as offsets of files do.
+const LEN_MAX: u64 = i64::MAX as u64;
+
+/// Most granules. On small machines the leaf words must fit the address space.
+const GRANULES_MAX: u64 = if usize::BITS >= 64 { 1 << 41 } else { 1 << 33 };
+
+/// Levels of a log of [`GRANULES_MAX`] granules.
+const LEVELS_MAX: usize = GRANULES_MAX.ilog2().div_ceil(WORD_SHIFT) as usize;
+
+/// A set of granules that any number of threads add to without a lock, and that is emptied by
+/// draining.
+///
+/// Guest write paths share it and call [`mark`](Self::mark) when a write has settled. Whoever needs
+/// to know what was written [drains](Self::drain) it, into as many bitmaps as are recording. Both
+/// work through `&self`.
+///
+/// Memory is one bit per granule and an additional 1/63 for the summaries: 2 MiB for 1 TiB at 64 KiB.
+/// Pages of it that no mark has touched cost nothing.
+///
+/// # Examples
+///
+/// Two queues of a guest write, then a job looks:
+///
+/// ```
+/// use blockjob::{ByteRange, DirtyLog, Granularity};
+///
+/// let log = DirtyLog::new(1 << 40, Granularity::DEFAULT)?;
+/// std::thread::scope(|queues| {
+///     queues.spawn(|| log.mark((4096..8192).into()));
+///     queues.spawn(|| log.mark((100_000..200_000).into()));
+/// });
+///
+/// let mut dirty = Vec::new();
+/// log.drain_ranges(|range| dirty.push(range));
+/// assert_eq!(dirty, [ByteRange::from(0..4 * 65536)]);
+/// assert!(log.is_clean());
+/// # Ok::<(), blockjob::DirtyLogError>(())
+/// ```
+pub struct DirtyLog {
+    /// Bytes of the disk.
+    len: u64,
+    granularity: Granularity,
+    /// The words of all levels, those of the leaf level first.
+    words: Box<[AtomicU64]>,
+    /// Where in `words` each level begins; behind the last level, where it ends.
+    starts: [usize; LEVELS_MAX + 1],
+    /// Index of the level that has one word. Zero if the leaf level has.
+    top: usize,
+    /// The invariant that a loom test wants to see missed.
+    #[cfg(loom)]
+    broken: Option<Rule>,
+}
+
+/// Why a [`DirtyLog`] cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DirtyLogError {
+    /// The disk is longer than 2^63 - 1 bytes.
+    #[error("a disk of {len} bytes is too long for a dirty log")]
+    TooLong {
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// The disk has more granules than a log can hold: 2^41, or 2^33 where pointers have 32 bits.
+    #[error("{granules} granules are too many for a dirty log; take a coarser granularity")]
+    TooManyGranules {
+        /// Granules of the disk.
+        granules: u64,
+    },
+}
+
+impl DirtyLog {
+    /// A clean log for a disk of `len` bytes. A `len` of zero is legal.
+    ///
+    /// # Errors
+    ///
+    /// When `len` is above 2^63 - 1, or is more than 2^41 granules. Both are checked before memory is
+    /// asked for.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{DirtyLog, DirtyLogError, Granularity};
+    ///
+    /// assert!(DirtyLog::new(0, Granularity::DEFAULT)?.is_clean());
+    ///
+    /// let bytewise = Granularity::from_bytes(1).unwrap();
+    /// assert_eq!(
+    ///     DirtyLog::new(1 << 50, bytewise).unwrap_err(),
+    ///     DirtyLogError::TooManyGranules { granules: 1 << 50 },
+    /// );
+    /// # Ok::<(), DirtyLogError>(())
+    /// ```
+    pub fn new(len: u64, granularity: Granularity) -> Result<Self, DirtyLogError> {
+        if len > LEN_MAX {
+            return Err(DirtyLogError::TooLong { len });
+        }
+        let granules = granularity.granules_in(len);
+        if granules > GRANULES_MAX {
+            return Err(DirtyLogError::TooManyGranules { granules });
+        }
+
+        let mut starts = [0; LEVELS_MAX + 1];
+        let mut top = 0;
+        let mut words = words_for(granules).max(1);
+        starts[1] = words as usize;
+        while words > 1 {
+            words = words_for(words);
+            top += 1;
+            starts[top + 1] = starts[top] + words as usize;
+        }
+
+        Ok(Self {
+            len,
+            granularity,
+            words: zeroed(starts[top + 1]),
+            starts,
+            top,
+            #[cfg(loom)]
+            broken: None,
+        })
+    }
+
+    /// Bytes of the disk.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether the disk has no byte, and so can never be dirty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that one bit stands for.
+    #[must_use]
+    pub fn granularity(&self) -> Granularity {
+        self.granularity
+    }
+
+    /// Marks every granule that `range` touches. What lies past the end of the disk is ignored.
+    ///
+    /// Call it when a guest write has settled, whatever its result: a failed write may have changed
+    /// something too. Marking before would let a drain take the mark, and its owner read the disk,
+    /// while the old data is still there.
+    ///
+    /// It waits for nobody. It begins with a full memory barrier, so that data which the caller wrote
+    /// to memory itself is not overtaken by the mark, and after that writes only bits that are not set
+    /// yet. A long range takes a step per 64 granules.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{ByteRange, DirtyLog, Granularity};
+    ///
+    /// let log = DirtyLog::new(100_000, Granularity::DEFAULT)?;
+    /// log.mark((0..0).into());
+    /// log.mark((100_000..200_000).into());
+    /// assert!(log.is_clean(), "nothing, and nothing within the disk");
+    ///
+    /// log.mark((70_000..u64::MAX).into());
+    /// let mut dirty = Vec::new();
+    /// log.drain_ranges(|range| dirty.push(range));
+    /// assert_eq!(dirty, [ByteRange::from(65536..100_000)]);
+    /// # Ok::<(), blockjob::DirtyLogError>(())
+    /// ```
+    #[inline]
+    pub fn mark(&self, range: ByteRange) {
+        let clipped = range.intersection((0..self.len).into());
+        if clipped.is_empty() {
+            return;
+        }
+        if self.keeps(Rule::FenceBeforeLook) {
+            fence(Ordering::SeqCst);
+        }
+        self.set(0, self.granularity.outward(clipped));
+    }
+
+    /// Whether there is nothing to drain. It looks at one word, however long the disk is.
+    ///
+    /// `true` says that every mark which happened before this call has been taken by a drain (which
+    /// may still be handing it out, if it runs on another thread). `false` may be a false alarm when a
+    /// mark met a drain; the next drain settles it.
+    #[must_use]
+    #[inline]
+    pub fn is_clean(&self) -> bool {
+        self.word(self.top, 0).load(Ordering::Acquire) == 0
+    }
+
+    /// Takes what was marked out of the log and hands it to `sink`, in ascending order, 64 granules at
+    /// a time.
+    ///
+    /// It visits only what was touched since the last drain, and every word at most once, so it ends
+    /// also while others keep marking. What they mark meanwhile is handed out now or the next time.
+    /// Drains may overlap: every mark goes to one of them. Who must know of all marks up to now drains
+    /// under a lock, else another drain may still be handing some out.
+    ///
+    /// Read the data of the disk after the drain has returned, not from within `sink`: it ends with
+    /// the full memory barrier that is the counterpart to the one of [`mark`](Self::mark).
+    ///
+    /// # Panics
+    ///
+    /// Only when `sink` does. Then everything that `sink` has not returned for is marked again.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{DirtyLog, DirtyWord, Granularity};
+    ///
+    /// let log = DirtyLog::new(1 << 30, Granularity::DEFAULT)?;
+    /// log.mark((66 * 65536..68 * 65536).into());
+    ///
+    /// let mut words = Vec::new();
+    /// log.drain(|word| words.push(word));
+    /// assert_eq!(words, [DirtyWord { first_granule: 64, bits: 0b1100 }]);
+    ///
+    /// log.drain(|_| unreachable!("a mark is handed out once"));
+    /// # Ok::<(), blockjob::DirtyLogError>(())
+    /// ```
+    pub fn drain(&self, mut sink: impl FnMut(DirtyWord)) {
+        if !self.is_clean() {
+            self.drain_word(self.top, 0, &mut sink);
+        }
+        if self.keeps(Rule::FenceAfterDrain) {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// [Drains](Self::drain) the log as ranges of bytes, ascending, none touching the next. They begin
+    /// and end at granule boundaries or at the end of the disk.
+    ///
+    /// # Panics
+    ///
+    /// Only when `sink` does. Then everything that `sink` has not returned for is marked again.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{ByteRange, DirtyLog, Granularity};
+    ///
+    /// let log = DirtyLog::new(1000, Granularity::from_bytes(1).unwrap())?;
+    /// log.mark((10..20).into());
+    /// log.mark((60..200).into());
+    /// log.mark((999..1000).into());
+    ///
+    /// let mut dirty = Vec::new();
+    /// log.drain_ranges(|range| dirty.push(range));
+    /// assert_eq!(dirty, [10..20, 60..200, 999..1000].map(ByteRange::from));
+    /// # Ok::<(), blockjob::DirtyLogError>(())
+    /// ```
+    pub fn drain_ranges(&self, sink: impl FnMut(ByteRange)) {
+        let mut joined = Joined {
+            log: self,
+            run: 0..0,
+            sink,
+        };
+        self.drain(|word| word.runs().for_each(|run| joined.push(run)));
+        joined.hand_out();
+    }
+
+    /// Asserts what must hold while no mark and no drain is under way, in the order of the module's
+    /// documentation.
+    ///
+    /// # Panics
+    ///
+    /// When one of the invariants does not hold.
+    #[doc(hidden)]
+    pub fn check_invariants(&self) {
+        for level in 0..self.top {
+            for index in 0..self.words_of(level) {
+                let (parent, bit) = (index >> WORD_SHIFT, index & (WORD_BITS - 1));
+                assert!(
+                    self.word(level, index).load(Ordering::Relaxed) == 0
+                        || self.word(level + 1, parent).load(Ordering::Relaxed) >> bit & 1 == 1,
+                    "level {level} word {index} holds something that no drain finds",
+                );
+            }
+        }
+        let mut bits = self.granularity.granules_in(self.len);
+        for level in 0..=self.top {
+            let last = self.words_of(level) - 1;
+            let beyond = mask(last, &(bits..u64::MAX));
+            assert_eq!(
+                self.word(level, last).load(Ordering::Relaxed) & beyond,
+                0,
+                "level {level} holds something past the end",
+            );
+            bits = self.words_of(level);
+        }
+    }
+
+    /// Sets `bits` of a level, and then what is above them, up to the top. All that marks do, and how
+    /// a drain that cannot go on gives back what it took.
+    #[inline]
+    fn set(&self, level: usize, bits: Range<u64>) {
+        #[cfg(loom)]
+        if self.set_breaking_a_rule(level, bits.clone()) {
+            return;
+        }
+        let (mut first, mut last) = (bits.start, bits.end - 1);
+        for level in level..=self.top {
+            self.set_level(level, first..last + 1);
+            first >>= WORD_SHIFT;
+            last >>= WORD_SHIFT;
+        }
+    }
+
+    /// Sets `bits` of one level, word by word, and writes only to words that lack some of them.
+    #[inline]
+    fn set_level(&self, level: usize, bits: Range<u64>) {
+        let first_word = bits.start >> WORD_SHIFT;
+        let last_word = (bits.end - 1) >> WORD_SHIFT;
+        for index in first_word..=last_word {
+            let mask = mask(index, &bits);
+            let word = self.word(level, index);
+            if word.load(self.order(Ordering::Acquire)) & mask != mask {
+                word.fetch_or(mask, self.order(Ordering::AcqRel));
+            }
+        }
+    }
+
+    /// Drains one word and all that is below it.
+    fn drain_word<F: FnMut(DirtyWord)>(&self, level: usize, index: u64, sink: &mut F) {
+        let mut taken = self.take(level, index);
+        if taken.bits != 0 && level == 0 {
+            sink(taken.word());
+            taken.bits = 0;
+        }
+        while taken.bits != 0 {
+            let below = taken.word().first_granule + u64::from(taken.bits.trailing_zeros());
+            self.drain_word(level - 1, below, sink);
+            taken.bits &= taken.bits - 1;
+        }
+        if level > 0 && !self.keeps(Rule::ClearedFirst) {
+            self.word(level, index).swap(0, Ordering::AcqRel);
+        }
+    }
+
+    /// Swaps a word out.
+    fn take(&self, level: usize, index: u64) -> Taken<'_> {
+        let word = self.word(level, index);
+        let bits = if level > 0 && !self.keeps(Rule::ClearedFirst) {
+            word.load(Ordering::Acquire)
+        } else {
+            word.swap(0, self.order(Ordering::AcqRel))
+        };
+        Taken {
+            log: self,
+            level,
+            index,
+            bits,
+        }
+    }
+
+    /// The bytes of a run of granules, but for what the last one has past the end of the disk.
+    fn bytes_of(&self, granules: &Range<u64>) -> ByteRange {
+        let end = self.granularity.start_of(granules.end).min(self.len);
+        (self.granularity.start_of(granules.start)..end).into()
+    }
+
+    #[inline]
+    fn word(&self, level: usize, index: u64) -> &AtomicU64 {
+        &self.words[self.starts[level] + index as usize]
+    }
+
+    /// How many words a level has.
+    fn words_of(&self, level: usize) -> u64 {
+        (self.starts[level + 1] - self.starts[level]) as u64
+    }
+
+    /// Whether `rule` is kept. Only loom tests ever break one, to see that they would notice.
+    #[cfg(not(loom))]
+    #[inline]
+    const fn keeps(&self, _rule: Rule) -> bool {
+        true
+    }
+
+    /// `kept`, unless a loom test breaks that rule.
+    #[inline]
+    fn order(&self, kept: Ordering) -> Ordering {
+        if self.keeps(Rule::AcquireAndRelease) {
+            kept
+        } else {
+            Ordering::Relaxed
+        }
+    }
+}
+
+impl fmt::Debug for DirtyLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DirtyLog")
+            .field("len", &self.len)
+            .field("granularity", &self.granularity)
+            .field("is_clean", &self.is_clean())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Up to 64 neighbouring granules, as a [drain](DirtyLog::drain) hands them out.
+///
+/// # Examples
+///
+/// ```
+/// use blockjob::DirtyWord;
+///
+/// let word = DirtyWord { first_granule: 128, bits: 0b1100_0001 };
+/// assert_eq!(word.runs().collect::<Vec<_>>(), [128..129, 134..136]);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyWord {
+    /// The granule of the lowest bit, a multiple of 64.
+    pub first_granule: u64,
+    /// Bit *i* is set when granule `first_granule + i` was marked. Never zero in a drain.
+    pub bits: u64,
+}
+
+impl DirtyWord {
+    /// The granules that were marked, as ranges of granule indices, ascending, none touching the next.
+    pub fn runs(self) -> impl Iterator<Item = Range<u64>> {
+        let DirtyWord {
+            first_granule,
+            mut bits,
+        } = self;
+        std::iter::from_fn(move || {
+            if bits == 0 {
+                return None;
+            }
+            let lowest = bits.trailing_zeros();
+            let count = (bits >> lowest).trailing_ones();
+            // The carry runs through the lowest run of ones and leaves zeros behind.
+            bits &= bits.wrapping_add(1 << lowest);
+            let start = first_granule + u64::from(lowest);
+            Some(start..start + u64::from(count))
+        })
+    }
+}
+
+/// Part of a word that was swapped out and is not dealt with yet. Dropped with bits in it, which is
+/// when `sink` panics, it gives them back: what is in hand has nothing above it (invariant 4), and
+/// would never be found again.
+struct Taken<'a> {
+    log: &'a DirtyLog,
+    level: usize,
+    index: u64,
+    bits: u64,
+}
+
+impl Taken<'_> {
+    /// The bits with their place in the level, which on the leaf level is the granule.
+    fn word(&self) -> DirtyWord {
+        DirtyWord {
+            first_granule: self.index << WORD_SHIFT,
+            bits: self.bits,
+        }
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        for run in self.word().runs() {
+            self.log.set(self.level, run);
+        }
+    }
+}
+
+/// Runs of granules on their way to `sink`, joined where one word's last meets the next word's first.
+struct Joined<'a, F: FnMut(ByteRange)> {
+    log: &'a DirtyLog,
+    /// Taken out of the log and not handed out yet; given back when `sink` panics.
+    run: Range<u64>,
+    sink: F,
+}
+
+impl<F: FnMut(ByteRange)> Joined<'_, F> {
+    fn push(&mut self, run: Range<u64>) {
+        if self.run.end != run.start {
+            self.hand_out();
+            self.run.start = run.start;
+        }
+        self.run.end = run.end;
+    }
+
+    fn hand_out(&mut self) {
+        if !self.run.is_empty() {
+            (self.sink)(self.log.bytes_of(&self.run));
+            self.run = 0..0;
+        }
+    }
+}
+
+impl<F: FnMut(ByteRange)> Drop for Joined<'_, F> {
+    fn drop(&mut self) {
+        if !self.run.is_empty() {
+            self.log.set(0, self.run.clone());
+        }
+    }
+}
+
+/// Words that hold `bits` bits.
+const fn words_for(bits: u64) -> u64 {
+    bits.div_ceil(WORD_BITS)
+}
+
+/// Those of `bits` that lie in the word `index`, as bits of that word.
+#[inline]
+fn mask(index: u64, bits: &Range<u64>) -> u64 {
+    let first = index << WORD_SHIFT;
+    let start = bits.start.clamp(first, first + WORD_BITS) - first;
+    let end = bits.end.clamp(first, first + WORD_BITS) - first;
+    if start >= end {
+        return 0;
+    }
+    (u64::MAX >> (64 - (end - start))) << start
+}
+
+/// Zeroed words. The detour makes the allocator provide the zeros, where storing them one by one would
+/// touch every page; the conversion is in place and compiles to nothing.
+fn zeroed(count: usize) -> Box<[AtomicU64]> {
+    vec![0; count].into_iter().map(AtomicU64::new).collect()
+}
+
+/// The invariants of this module, in their order, for loom tests to break one by one.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(loom), expect(unreachable_pub, reason = "only loom tests name it"))]
+#[cfg_attr(not(loom), expect(dead_code, reason = "only loom tests break some"))]
+pub enum Rule {
+    /// Broken, a mark begins without a fence.
+    FenceBeforeLook,
+    /// Broken, a mark goes from the top down.
+    LeafFirst,
+    /// Broken, a mark that finds its first leaf bit set returns.
+    EveryLevel,
+    /// Broken, a drain clears a summary after it swapped out what is below.
+    ClearedFirst,
+    /// Broken, everything is relaxed.
+    AcquireAndRelease,
+    /// Broken, a drain ends without a fence.
+    FenceAfterDrain,
+}
+
+/// What only loom tests need.
+#[cfg(loom)]
+impl DirtyLog {
+    /// The log with one invariant broken.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn breaking(self, rule: Rule) -> Self {
+        Self {
+            broken: Some(rule),
+            ..self
+        }
+    }
+
+    fn keeps(&self, rule: Rule) -> bool {
+        self.broken != Some(rule)
+    }
+
+    /// Stands in for [`set`](Self::set) if the rule to break is about its order.
+    fn set_breaking_a_rule(&self, level: usize, bits: Range<u64>) -> bool {
+        let shifted = |level_up: usize| {
+            let shift = (level_up - level) as u32 * WORD_SHIFT;
+            (bits.start >> shift)..((bits.end - 1) >> shift) + 1
+        };
+        let word = self.word(level, bits.start >> WORD_SHIFT);
+        let is_set = |order| word.load(order) >> (bits.start & (WORD_BITS - 1)) & 1 == 1;
+        match self.broken {
+            Some(Rule::LeafFirst) => {
+                for level in (level..=self.top).rev() {
+                    self.set_level(level, shifted(level));
+                }
+                true
+            }
+            Some(Rule::EveryLevel) => is_set(Ordering::Acquire),
+            _ => false,
+        }
+    }
+}
