@@ -5,16 +5,16 @@
 
 #[cfg(not(loom))]
 mod real {
-    pub(crate) use parking_lot::Mutex;
+    pub(crate) use parking_lot::{Mutex, MutexGuard};
     pub(crate) use std::sync::Arc;
     pub(crate) use std::sync::atomic;
 }
 
 #[cfg(loom)]
 mod real {
-    pub(crate) use loom::sync::Arc;
     pub(crate) use loom::sync::MutexGuard;
     pub(crate) use loom::sync::atomic;
+    pub(crate) use loom::sync::{Arc, MutexGuard};
 
     /// Loom's mutex in the shape of `parking_lot`'s: no poison.
     #[derive(Debug, Default)]
@@ -33,4 +33,4 @@ mod real {
 }
 
 #[allow(unused_imports, reason = "one list for all who share something")]
-pub(crate) use real::{Arc, Mutex, atomic};
+pub(crate) use real::{Arc, Mutex, MutexGuard, atomic};

@@ -1,0 +1,123 @@
+//! What is in flight, and what is about to be: the one record of it.
+//!
+//! 1. No two claims overlap. So two operations never write the same byte of the target at the same time,
+//!    when either could land last and the older might win.
+//! 2. A claim is taken only together with the dirty bits in it, in one step under the node's lock.
+//! 3. A claim ends only when its range is on the target, or dirty again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::copy::{OpId, OpKind};
+use crate::units::ByteRange;
+
+/// What a claimed range is waiting for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ClaimState {
+    /// To be asked what the source holds there.
+    Look,
+    /// To be handed out.
+    Planned(OpKind),
+    /// To be reported back.
+    Running(OpId),
+    /// To be tried again: it failed, is dirty again, and is left alone until then.
+    Parked { until: Duration },
+    /// For the target to settle: who worked on it is gone, and it may still change.
+    Lost,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Claim {
+    pub(crate) range: ByteRange,
+    /// What it is aligned to.
+    pub(crate) align: u64,
+    pub(crate) state: ClaimState,
+}
+
+/// Claims by where they start.
+#[derive(Debug, Default)]
+pub(crate) struct Claims {
+    by_start: BTreeMap<u64, Claim>,
+    /// Sum of their lengths.
+    bytes: u64,
+    /// How many are parked.
+    parked: usize,
+    /// How many are lost.
+    lost: usize,
+}
+
+impl Claims {
+    /// The first claim that overlaps `range`.
+    pub(crate) fn first_in(&self, range: ByteRange) -> Option<ByteRange> {
+        let before = self.by_start.range(..=range.start()).next_back();
+        let after = self.by_start.range(range.start()..range.end()).next();
+        before
+            .into_iter()
+            .chain(after)
+            .map(|(_, claim)| claim.range)
+            .find(|claimed| claimed.overlaps(range))
+    }
+
+    pub(crate) fn insert(&mut self, claim: Claim) {
+        assert!(
+            self.first_in(claim.range).is_none(),
+            "{:?} is claimed already",
+            claim.range
+        );
+        self.bytes += claim.range.len();
+        self.count(claim.state, 1);
+        self.by_start.insert(claim.range.start(), claim);
+    }
+
+    pub(crate) fn remove(&mut self, start: u64) -> Claim {
+        let claim = self.by_start.remove(&start).expect("a claim starts there");
+        self.bytes -= claim.range.len();
+        self.count(claim.state, -1);
+        claim
+    }
+
+    pub(crate) fn set_state(&mut self, start: u64, state: ClaimState) {
+        let claim = self.by_start.get_mut(&start).expect("a claim starts there");
+        let before = std::mem::replace(&mut claim.state, state);
+        self.count(before, -1);
+        self.count(state, 1);
+    }
+
+    pub(crate) fn get(&self, start: u64) -> Option<&Claim> {
+        self.by_start.get(&start)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Claim> {
+        self.by_start.values()
+    }
+
+    /// How many wait to be tried again.
+    pub(crate) fn parked(&self) -> usize {
+        self.parked
+    }
+
+    /// How many wait for the target to settle.
+    pub(crate) fn lost(&self) -> usize {
+        self.lost
+    }
+
+    fn count(&mut self, state: ClaimState, change: isize) {
+        let count = match state {
+            ClaimState::Parked { .. } => &mut self.parked,
+            ClaimState::Lost => &mut self.lost,
+            ClaimState::Look | ClaimState::Planned(_) | ClaimState::Running(_) => return,
+        };
+        *count = count
+            .checked_add_signed(change)
+            .expect("counted when it came");
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.by_start.is_empty()
+    }
+
+    /// Sum of the lengths of all claims.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}

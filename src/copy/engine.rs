@@ -1,0 +1,536 @@
+//! The machinery of every copying job: claims dirty ranges, looks at them, cuts them into operations,
+//! and sees to it that nothing gets lost on the way.
+//!
+//! ```text
+//!  dirty ──claim──▶ look ──status──▶ planned ──hand out──▶ running ──done──▶ on the target
+//!    ▲                │                 │                     ├──failed──▶ parked ─┐
+//!    │                │                 │                     └──lost────▶ settle ─┤
+//!    └────────────────┴─given up────────┴──────────────────────────────────────────┘
+//! ```
+//!
+//! Invariants; the tests break each of them on purpose and must notice:
+//!
+//! 1. A claim clears the dirty bits *before* the source is asked or read. A guest write that settles
+//!    later sets them again, and the range is copied again.
+//! 2. The search for what is free, the clearing of its bits and the claim are one step, with the node
+//!    locked.
+//! 3. No two claims overlap, so no two writes to the target do.
+//! 4. A range is widened *before* it is compared with the claims, and claimed as it was widened.
+//! 5. What failed is dirty again before its claim ends, and before anybody is told.
+//! 6. A range whose operation was lost stays claimed until the target has settled, and is dirty again
+//!    then: the write may still land.
+//! 7. What was claimed and never handed out is dirty again when the job gives up.
+//! 8. What the target holds is promised only when no claim is left: not by a clean bitmap alone.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::time::Duration;
+
+use crate::bitmap::HBitmap;
+use crate::copy::claims::{Claim, ClaimState, Claims};
+use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::node::JobBitmapGuard;
+use crate::units::{ByteRange, Granularity};
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    shape: Shape,
+    /// Operations at the same time, at most.
+    workers: usize,
+    /// Bytes held in buffers at the same time, at most.
+    buf_size: u64,
+    claims: Claims,
+    /// Where the claims start that wait to be looked at or handed out, in that order.
+    ready: VecDeque<u64>,
+    /// Everything handed out and not reported back.
+    running: BTreeMap<OpId, OpKind>,
+    buffered_bytes: u64,
+    /// Where the search for dirty ranges goes on.
+    cursor: u64,
+    /// For a target whose clusters must be written whole at first: those that were.
+    filled: Option<HBitmap>,
+    /// Whether a request to settle is out.
+    is_settling: bool,
+    /// Whether a write has ended since the last flush that succeeded was handed out.
+    has_unflushed: bool,
+}
+
+/// What became of an operation that was reported back.
+#[derive(Debug)]
+pub(crate) enum Done {
+    /// Nothing that anybody waits for.
+    Nothing,
+    /// Its range is on the target.
+    Range(ByteRange),
+    /// The target is flushed.
+    Flushed,
+    /// A request for the source's status that was not one of the engine's own.
+    Status(ByteRange, Extent),
+    /// It failed. Its range, if it has one, is dirty again and still claimed: it is to be given to
+    /// [`Engine::retry_at`] or to [`Engine::release`].
+    Failed {
+        side: Side,
+        kind: OpKind,
+        error: io::Error,
+    },
+}
+
+impl Engine {
+    pub(crate) fn new(
+        shape: Shape,
+        workers: usize,
+        buf_size: u64,
+    ) -> Result<Self, crate::bitmap::CreateError> {
+        let filled = shape
+            .cluster
+            .map(|cluster| {
+                let granularity = Granularity::from_bytes(cluster).expect("a power of two");
+                HBitmap::new(shape.len, granularity)
+            })
+            .transpose()?;
+        Ok(Self {
+            buf_size: buf_size.max(shape.chunk_max),
+            shape,
+            workers,
+            claims: Claims::default(),
+            ready: VecDeque::new(),
+            running: BTreeMap::new(),
+            buffered_bytes: 0,
+            cursor: 0,
+            filled,
+            is_settling: false,
+            has_unflushed: false,
+        })
+    }
+
+    pub(crate) fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Whether nothing is handed out and nothing can still change the target.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.running.is_empty() && !self.has_lost()
+    }
+
+    /// Operations that were not reported back.
+    pub(crate) fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Whether no range is in flight, planned, or waiting to be tried again.
+    pub(crate) fn has_no_claims(&self) -> bool {
+        self.claims.is_empty()
+    }
+
+    pub(crate) fn claimed_bytes(&self) -> u64 {
+        self.claims.bytes()
+    }
+
+    /// Whether the target was written to since it was flushed. A flush that is still out has not
+    /// flushed anything yet.
+    pub(crate) fn has_unflushed(&self) -> bool {
+        self.has_unflushed || self.running.values().any(|&kind| kind == OpKind::Flush)
+    }
+
+    /// Hands out an operation that belongs to no claim.
+    pub(crate) fn hand_out(&mut self, kind: OpKind) -> Op {
+        if kind == OpKind::Flush {
+            // What is written from here on is not covered by it.
+            self.has_unflushed = false;
+        }
+        let op = Op::new(kind);
+        self.running.insert(op.id(), kind);
+        self.buffered_bytes += kind.buffered_bytes();
+        op
+    }
+
+    /// The request to settle, if ranges wait for one.
+    pub(crate) fn settle(&mut self) -> Option<Op> {
+        if self.is_settling || !self.has_lost() {
+            return None;
+        }
+        self.is_settling = true;
+        Some(self.hand_out(OpKind::Settle))
+    }
+
+    /// Ends the waiting of what was to be tried again by `now`.
+    pub(crate) fn unpark(&mut self, now: Duration) {
+        if self.claims.parked() == 0 {
+            return;
+        }
+        let due: Vec<u64> = self
+            .parked()
+            .filter(|&(_, until)| until <= now)
+            .map(|(start, _)| start)
+            .collect();
+        for start in due {
+            self.claims.remove(start);
+        }
+    }
+
+    /// When the first of what is to be tried again is due.
+    pub(crate) fn next_retry(&self) -> Option<Duration> {
+        self.parked().map(|(_, until)| until).min()
+    }
+
+    /// The next operation, if there is work and room for it. `may_copy` says no when the speed limit
+    /// does: then nothing goes out that counts against it.
+    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, may_copy: bool) -> Option<Op> {
+        if self.running.len() >= self.workers {
+            return None;
+        }
+        if self.ready.is_empty() {
+            if !may_copy || self.claims.parked() >= self.workers || !self.claim(dirty) {
+                return None;
+            }
+        }
+        let start = *self.ready.front().expect("claimed just now");
+        let claim = self
+            .claims
+            .get(start)
+            .expect("what is in the queue is claimed");
+        let kind = match claim.state {
+            ClaimState::Look => OpKind::Status(claim.range),
+            ClaimState::Planned(kind) => kind,
+            ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
+                unreachable!("only what waits to be handed out is in the queue")
+            }
+        };
+        let is_free = self.cost(kind) == 0;
+        let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
+        if !(fits && (may_copy || is_free)) {
+            return None;
+        }
+        self.ready.pop_front();
+        let op = self.hand_out(kind);
+        self.claims.set_state(start, ClaimState::Running(op.id()));
+        Some(op)
+    }
+
+    /// What an operation counts against the speed limit.
+    pub(crate) fn cost(&self, kind: OpKind) -> u64 {
+        match kind {
+            OpKind::Copy(range) => range.len(),
+            OpKind::Zero(range, _) | OpKind::Discard(range) if !self.shape.cheap_zeroes => {
+                range.len()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Claims an area that is not dirty and makes the target read as zeroes there. Nothing may be in
+    /// flight in it.
+    pub(crate) fn plan_zeroes(&mut self, area: ByteRange) {
+        let max = self.shape.zero_max();
+        let mut rest = area;
+        while !rest.is_empty() {
+            let (range, behind) = rest.split_at(rest.start().saturating_add(max));
+            self.plan(
+                range,
+                self.shape.block,
+                OpKind::Zero(range, self.shape.unmap),
+            );
+            rest = behind;
+        }
+    }
+
+    /// Operations planned and not handed out.
+    pub(crate) fn planned(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// Takes an operation back. One that is not known, because it was given up before, is ignored:
+    /// `None`.
+    pub(crate) fn done(
+        &mut self,
+        op: Op,
+        outcome: Outcome,
+        dirty: Option<&mut JobBitmapGuard<'_>>,
+    ) -> Option<Done> {
+        let kind = self.running.remove(&op.id())?;
+        self.buffered_bytes -= kind.buffered_bytes();
+        // When it ends, not when it goes out: a flush that went out in between does not cover it.
+        self.has_unflushed |= kind.writes_target();
+        Some(match (kind, outcome) {
+            (OpKind::Status(range), Outcome::Status(extent)) => self.looked(range, extent, op.id()),
+            (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
+                if self.is_claimed_by(range, op.id()) =>
+            {
+                // Not knowing what is there is no error: it is copied as data.
+                let extent = Extent {
+                    len: range.len(),
+                    content: Content::Data,
+                    in_top: true,
+                };
+                self.looked(range, extent, op.id())
+            }
+            (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
+                self.fill(range);
+                self.landed(range)
+            }
+            (OpKind::Discard(range), Outcome::Done) => self.landed(range),
+            (OpKind::Flush, Outcome::Done) => Done::Flushed,
+            (OpKind::Settle, _) => {
+                let dirty = dirty.expect("a range was claimed, so there is a bitmap");
+                self.settled(dirty);
+                Done::Nothing
+            }
+            (OpKind::CancelInFlight, _) => Done::Nothing,
+            (kind, Outcome::Failed { side, error }) => {
+                self.has_unflushed |= kind == OpKind::Flush;
+                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                    let dirty = dirty.expect("a range was claimed, so there is a bitmap");
+                    make_dirty(dirty, range);
+                }
+                Done::Failed { side, kind, error }
+            }
+            (kind, Outcome::Status(_) | Outcome::Done) => {
+                // An answer to another question. It may not have been done.
+                self.has_unflushed |= kind == OpKind::Flush;
+                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                    let dirty = dirty.expect("a range was claimed, so there is a bitmap");
+                    make_dirty(dirty, range);
+                }
+                Done::Failed {
+                    side: if kind.writes_target() {
+                        Side::Target
+                    } else {
+                        Side::Source
+                    },
+                    kind,
+                    error: io::Error::new(
+                        io::ErrorKind::InvalidInput,
+                        "the driver's answer does not belong to the operation",
+                    ),
+                }
+            }
+        })
+    }
+
+    /// Leaves a failed range alone until then.
+    pub(crate) fn retry_at(&mut self, range: ByteRange, until: Duration) {
+        self.claims
+            .set_state(range.start(), ClaimState::Parked { until });
+    }
+
+    /// Ends the claim of a failed range: it may be tried at once.
+    pub(crate) fn release(&mut self, range: ByteRange) {
+        self.claims.remove(range.start());
+    }
+
+    /// Everything handed out is lost: who worked on it was dropped. Returns what belonged to no claim,
+    /// and must be asked for again.
+    pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
+        let mut unclaimed = Vec::new();
+        for (id, kind) in std::mem::take(&mut self.running) {
+            self.buffered_bytes -= kind.buffered_bytes();
+            match kind {
+                OpKind::Status(range) if self.is_claimed_by(range, id) => {
+                    self.claims.set_state(range.start(), ClaimState::Look);
+                    self.ready.push_front(range.start());
+                }
+                OpKind::Copy(range) | OpKind::Zero(range, _) | OpKind::Discard(range) => {
+                    self.claims.set_state(range.start(), ClaimState::Lost);
+                }
+                OpKind::Flush => {
+                    self.has_unflushed = true;
+                    unclaimed.push(kind);
+                }
+                OpKind::Status(_) => unclaimed.push(kind),
+                OpKind::Settle | OpKind::CancelInFlight => {}
+            }
+        }
+        self.is_settling = false;
+        unclaimed
+    }
+
+    /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.
+    pub(crate) fn give_up_planned(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+        for start in std::mem::take(&mut self.ready) {
+            let claim = self.claims.remove(start);
+            make_dirty(dirty, claim.range);
+        }
+        self.unpark(Duration::MAX);
+    }
+
+    /// Finds the next dirty run that is free, clears its bits and claims it.
+    fn claim(&mut self, dirty: &mut JobBitmapGuard<'_>) -> bool {
+        let start_of_search = self.cursor;
+        self.claim_in((start_of_search..self.shape.len).into(), dirty)
+            || self.claim_in((0..start_of_search).into(), dirty)
+    }
+
+    fn claim_in(&mut self, mut search: ByteRange, dirty: &mut JobBitmapGuard<'_>) -> bool {
+        while let Some(run) = dirty.next_dirty_area(search, self.shape.run_max) {
+            let align = self.shape.claim_align(run, self.filled.as_ref());
+            let wish = self.shape.widen(run, align);
+            // `run_max` is a multiple of the alignment, but the run may straddle one more.
+            let first_block = wish.split_at(wish.start() + align).0;
+            let most = first_block
+                .end()
+                .max(wish.start().saturating_add(self.shape.run_max));
+            let wish = wish.split_at(most).0;
+            let free = match self.claims.first_in(wish) {
+                Some(claimed) => {
+                    if claimed.overlaps(first_block) {
+                        // Somebody is at it: it stays dirty and is offered later.
+                        // The whole block is passed over: it is claimed as one.
+                        let next = claimed.end().max(first_block.end());
+                        search = search.split_at(next).1;
+                        continue;
+                    }
+                    wish.split_at(claimed.start() & !(align - 1)).0
+                }
+                None => wish,
+            };
+            dirty
+                .reset(free)
+                .expect("aligned to the granularity, or ends with the disk");
+            self.claims.insert(Claim {
+                range: free,
+                align,
+                state: ClaimState::Look,
+            });
+            self.ready.push_back(free.start());
+            self.cursor = if free.end() >= self.shape.len {
+                0
+            } else {
+                free.end()
+            };
+            return true;
+        }
+        false
+    }
+
+    /// The source has told what is at the start of a range.
+    fn looked(&mut self, range: ByteRange, extent: Extent, id: OpId) -> Done {
+        if !self.is_claimed_by(range, id) {
+            return Done::Status(range, extent);
+        }
+        let Claim { align, .. } = self.claims.remove(range.start());
+        let mut rest = range;
+        let known_end = range
+            .start()
+            .saturating_add(extent.len.max(1))
+            .min(range.end());
+        let mut pieces = Vec::new();
+        while rest.start() < known_end {
+            let extent = Extent {
+                len: known_end - rest.start(),
+                ..extent
+            };
+            let kind = self.shape.piece(rest, align, extent);
+            let piece = kind.range().expect("a piece has a range");
+            pieces.push((piece, ClaimState::Planned(kind)));
+            rest = rest.split_at(piece.end()).1;
+        }
+        if !rest.is_empty() {
+            pieces.push((rest, ClaimState::Look));
+        }
+        // In front of what was claimed later, so that what is being worked on gets done.
+        for (range, state) in pieces.into_iter().rev() {
+            self.claims.insert(Claim {
+                range,
+                align,
+                state,
+            });
+            self.ready.push_front(range.start());
+        }
+        Done::Nothing
+    }
+
+    fn plan(&mut self, range: ByteRange, align: u64, kind: OpKind) {
+        self.claims.insert(Claim {
+            range,
+            align,
+            state: ClaimState::Planned(kind),
+        });
+        self.ready.push_back(range.start());
+    }
+
+    fn landed(&mut self, range: ByteRange) -> Done {
+        self.claims.remove(range.start());
+        Done::Range(range)
+    }
+
+    fn fill(&mut self, range: ByteRange) {
+        if let Some(filled) = &mut self.filled {
+            let whole = filled.granularity().inward(range, self.shape.len);
+            let granularity = filled.granularity();
+            let start = granularity.start_of(whole.start);
+            let end = granularity.start_of(whole.end).min(self.shape.len);
+            filled.set(start..end).expect("within the disk");
+        }
+    }
+
+    fn settled(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+        self.is_settling = false;
+        let lost: Vec<ByteRange> = self
+            .claims
+            .iter()
+            .filter(|claim| claim.state == ClaimState::Lost)
+            .map(|claim| claim.range)
+            .collect();
+        for range in lost {
+            make_dirty(dirty, range);
+            self.claims.remove(range.start());
+        }
+    }
+
+    fn has_lost(&self) -> bool {
+        self.claims.lost() > 0
+    }
+
+    fn parked(&self) -> impl Iterator<Item = (u64, Duration)> {
+        self.claims.iter().filter_map(|claim| match claim.state {
+            ClaimState::Parked { until } => Some((claim.range.start(), until)),
+            _ => None,
+        })
+    }
+
+    /// The list of the module, as far as it can be seen from one moment.
+    pub(crate) fn check_invariants(&self) {
+        let mut end = 0;
+        let mut bytes = 0;
+        for claim in self.claims.iter() {
+            assert!(claim.range.start() >= end, "3: claims overlap");
+            assert!(!claim.range.is_empty() && claim.range.end() <= self.shape.len);
+            end = claim.range.end();
+            bytes += claim.range.len();
+            match claim.state {
+                ClaimState::Look | ClaimState::Planned(_) => {
+                    assert!(self.ready.contains(&claim.range.start()), "7: forgotten");
+                }
+                ClaimState::Running(id) => {
+                    assert_eq!(self.running[&id].range(), Some(claim.range));
+                }
+                ClaimState::Parked { .. } | ClaimState::Lost => {}
+            }
+        }
+        assert_eq!(bytes, self.claims.bytes());
+        for (id, kind) in &self.running {
+            if kind.writes_target() {
+                let range = kind.range().expect("a write has a range");
+                assert!(self.is_claimed_by(range, *id), "3: a write without a claim");
+            }
+        }
+        let buffered: u64 = self
+            .running
+            .values()
+            .map(|kind| kind.buffered_bytes())
+            .sum();
+        assert_eq!(buffered, self.buffered_bytes);
+        assert!(buffered <= self.buf_size);
+    }
+
+    fn is_claimed_by(&self, range: ByteRange, id: OpId) -> bool {
+        self.claims
+            .get(range.start())
+            .is_some_and(|claim| claim.state == ClaimState::Running(id))
+    }
+}
+
+fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {
+    dirty.set(range).expect("within the disk");
+}

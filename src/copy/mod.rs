@@ -1,0 +1,171 @@
+//! What all copying jobs share: the operations they ask for, what is known of the devices, and the
+//! machinery that plans what to copy next.
+//!
+//! This layer sees ranges, ids, outcomes and time, never a byte of data.
+
+mod claims;
+mod engine;
+mod limits;
+mod shape;
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::units::ByteRange;
+
+pub(crate) use engine::{Done, Engine};
+pub(crate) use limits::Ends;
+pub use limits::{Limits, LimitsError, RangeLimits};
+pub(crate) use shape::Shape;
+pub use shape::ShapeError;
+
+/// The two ends of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Side {
+    /// Where is read.
+    Source,
+    /// Where is written.
+    Target,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Side::Source => "source",
+            Side::Target => "target",
+        })
+    }
+}
+
+/// Whether a range that is to read as zeroes may lose its storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Unmap {
+    /// The storage may be given back.
+    Allowed,
+    /// The storage stays, or is made.
+    Forbidden,
+}
+
+/// What is known of the content of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Content {
+    /// Bytes to be read.
+    Data,
+    /// Reads as zeroes.
+    Zero,
+    /// Was discarded, and its content is undefined: each read may give something else.
+    Undefined,
+}
+
+/// The answer to "what is at the start of this range, and how far does it go on like that?".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Bytes from the start of the range asked for; at least 1. What goes past the end of that range
+    /// is ignored.
+    pub len: u64,
+    /// What reading gives there, through all layers of the disk.
+    pub content: Content,
+    /// Whether the topmost layer holds it. For a disk of one layer: `true`.
+    pub in_top: bool,
+}
+
+/// A thing to do, handed out by a job and handed back to it.
+///
+/// It is not `Clone`: each is done once and reported once.
+#[derive(Debug)]
+#[must_use = "an operation that is not reported back holds up its job"]
+pub struct Op {
+    id: OpId,
+    kind: OpKind,
+}
+
+/// What an [`Op`] wants done. Ranges never go past the end of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OpKind {
+    /// Read the range from the source and write it to the target.
+    Copy(ByteRange),
+    /// Make the range of the target read as zeroes.
+    Zero(ByteRange, Unmap),
+    /// Discard the range of the target.
+    Discard(ByteRange),
+    /// Tell what the source has at the start of the range.
+    Status(ByteRange),
+    /// Make durable what was written to the target.
+    Flush,
+    /// Wait until no earlier request to the target, also one nobody waits for any more, can change it.
+    Settle,
+    /// Have the target give up requests that it cannot finish soon, if it can. Waits for nothing.
+    CancelInFlight,
+}
+
+/// What came of an [`Op`].
+#[derive(Debug)]
+pub enum Outcome {
+    /// It is done.
+    Done,
+    /// The answer to [`OpKind::Status`].
+    Status(Extent),
+    /// It failed, or was done in part.
+    Failed {
+        /// The device that failed. For a copy: source if reading failed, target if writing did.
+        side: Side,
+        /// How.
+        error: io::Error,
+    },
+}
+
+/// Unique in the process, so that an operation handed to the wrong job is told apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct OpId(u64);
+
+impl Op {
+    pub(crate) fn new(kind: OpKind) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        Self {
+            id: OpId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            kind,
+        }
+    }
+
+    /// What is to be done.
+    #[must_use]
+    pub fn kind(&self) -> OpKind {
+        self.kind
+    }
+
+    pub(crate) fn id(&self) -> OpId {
+        self.id
+    }
+}
+
+impl OpKind {
+    /// The range that is worked on, if there is one.
+    #[must_use]
+    pub fn range(self) -> Option<ByteRange> {
+        match self {
+            OpKind::Copy(range)
+            | OpKind::Zero(range, _)
+            | OpKind::Discard(range)
+            | OpKind::Status(range) => Some(range),
+            OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
+        }
+    }
+
+    /// Whether it may change the target.
+    #[must_use]
+    pub fn writes_target(self) -> bool {
+        matches!(
+            self,
+            OpKind::Copy(_) | OpKind::Zero(..) | OpKind::Discard(_)
+        )
+    }
+
+    /// Bytes that are held in a buffer while it runs.
+    pub(crate) fn buffered_bytes(self) -> u64 {
+        match self {
+            OpKind::Copy(range) => range.len(),
+            _ => 0,
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! How a job cuts its work: what is claimed at once, what is copied at once, and what goes as zeroes.
+//!
+//! ```text
+//! granules   │▓│ │▓│▓│▓│ │ │ │▓│            dirty
+//! blocks     │▓▓▓│▓▓▓│▓▓▓│   │▓▓▓│          widened to the alignment of both devices
+//! claim          ├───────────┤              a run of dirty blocks, cut at what is claimed already
+//! pieces         ├──copy─┤zero┤             by what the source holds, and no longer than the limits
+//! ```
+
+use crate::bitmap::HBitmap;
+use crate::copy::limits::Ends;
+use crate::copy::{Content, Extent, OpKind, Unmap};
+use crate::units::{ByteRange, Granularity};
+
+/// The fixed numbers of one job.
+#[derive(Clone, Debug)]
+pub(crate) struct Shape {
+    /// Length of the disk.
+    pub(crate) len: u64,
+    pub(crate) granularity: Granularity,
+    /// Claims start and end at multiples of this, or at the end of the disk: the largest of the
+    /// granularity and the alignments.
+    pub(crate) block: u64,
+    /// The same for a claim that touches a cluster of the target that must be written whole.
+    pub(crate) cluster: Option<u64>,
+    /// The longest copy.
+    pub(crate) chunk_max: u64,
+    /// The longest claim.
+    pub(crate) run_max: u64,
+    /// What zero writes are aligned to and how long they may be.
+    zeroes: Option<(u64, u64)>,
+    /// The same for discards.
+    discard: Option<(u64, u64)>,
+    pub(crate) unmap: Unmap,
+    /// Whether zeroes cost the target about nothing, and so count nothing against the speed limit.
+    pub(crate) cheap_zeroes: bool,
+}
+
+/// Why a job cannot be cut so that both devices take it.
+#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ShapeError {
+    /// The first write to each cluster of the target must cover it, and is too long for one of the devices.
+    #[error("a cluster of {cluster} bytes must be written at once, but {max} bytes is the most")]
+    ClusterTooLong {
+        /// Length of a cluster.
+        cluster: u64,
+        /// The longest transfer.
+        max: u64,
+    },
+}
+
+impl Shape {
+    pub(crate) fn new(
+        ends: &Ends,
+        granularity: Granularity,
+        chunk_max: u64,
+        buf_size: u64,
+        unmap: Unmap,
+    ) -> Result<Self, ShapeError> {
+        let align = ends.request_align();
+        let block = granularity.bytes().max(align);
+        let cluster = ends
+            .target
+            .cluster
+            .filter(|_| ends.target.fills_clusters)
+            .map(|cluster| u64::from(cluster).max(block))
+            .filter(|&cluster| cluster > granularity.bytes());
+        let most = align_down(ends.max_transfer(), align);
+        // Both a cluster and one aligned request go out in one piece, whatever the buffer size says.
+        let piece = cluster.unwrap_or(align);
+        if piece > most {
+            return Err(ShapeError::ClusterTooLong {
+                cluster: piece,
+                max: most,
+            });
+        }
+        let chunk_max = align_down(chunk_max.min(buf_size).min(most), piece).max(piece);
+        let claim_unit = cluster.unwrap_or(block);
+        let run_max = align_down(buf_size, claim_unit).max(claim_unit);
+        let limits = |limits: crate::copy::RangeLimits| {
+            let align = u64::from(limits.align).max(align);
+            (align, align_down(limits.max, align))
+        };
+        Ok(Self {
+            len: ends.target.len,
+            granularity,
+            block,
+            cluster,
+            chunk_max,
+            run_max,
+            zeroes: ends.target.write_zeroes.map(limits),
+            discard: ends.target.discard.map(limits),
+            unmap,
+            cheap_zeroes: ends.target.cheap_zeroes && unmap == Unmap::Allowed,
+        })
+    }
+
+    /// `range` rounded outward to multiples of `align`, but not past the end of the disk.
+    pub(crate) fn widen(&self, range: ByteRange, align: u64) -> ByteRange {
+        let end = align_up(range.end(), align).min(self.len);
+        (align_down(range.start(), align)..end).into()
+    }
+
+    /// What claims in `range` are to be aligned to: clusters, if one of those touched was not written
+    /// whole yet.
+    pub(crate) fn claim_align(&self, range: ByteRange, filled: Option<&HBitmap>) -> u64 {
+        match (self.cluster, filled) {
+            (Some(cluster), Some(filled)) => {
+                let clusters = self.widen(range, cluster);
+                let all_filled = filled.all_dirty_in(clusters);
+                if all_filled { self.block } else { cluster }
+            }
+            _ => self.block,
+        }
+    }
+
+    /// The first piece of a claimed range, which is aligned to `align`, when this is at its start.
+    pub(crate) fn piece(&self, claimed: ByteRange, align: u64, extent: Extent) -> OpKind {
+        let known = claimed.start().saturating_add(extent.len.max(1));
+        let wish = match extent.content {
+            Content::Data => None,
+            Content::Zero => self.zeroes.map(|limits| (limits, false)),
+            Content::Undefined => self
+                .discard
+                .map(|limits| (limits, true))
+                .or(self.zeroes.map(|limits| (limits, false))),
+        };
+        let Some(((granule, max), is_discard)) = wish else {
+            return self.copy(claimed, align_up(known, align), align);
+        };
+        let granule = granule.max(align);
+        let start = claimed.start();
+        let end = self.end_without_data(claimed, known, granule, align_down(max, granule));
+        if start % granule != 0 || end <= start {
+            // What cannot go without data goes as data, up to where the next try may succeed.
+            let boundary = align_up(start + 1, granule).min(align_up(known, align));
+            return self.copy(claimed, boundary, align);
+        }
+        let range = (start..end).into();
+        if is_discard {
+            OpKind::Discard(range)
+        } else {
+            OpKind::Zero(range, self.unmap)
+        }
+    }
+
+    fn end_without_data(&self, claimed: ByteRange, known: u64, granule: u64, max: u64) -> u64 {
+        let end = known
+            .min(claimed.end())
+            .min(claimed.start().saturating_add(max));
+        if end == self.len {
+            end
+        } else {
+            align_down(end, granule)
+        }
+    }
+
+    fn copy(&self, claimed: ByteRange, end: u64, align: u64) -> OpKind {
+        // A block longer than a chunk is copied in several pieces; its claim ends with the last.
+        let chunk = if align < self.chunk_max {
+            align_down(self.chunk_max, align)
+        } else {
+            self.chunk_max
+        };
+        let end = end
+            .min(claimed.end())
+            .min(claimed.start().saturating_add(chunk));
+        OpKind::Copy((claimed.start()..end).into())
+    }
+
+    /// How much of a zero area of the whole disk can be zeroed at once, from its start on: what lies
+    /// before and behind it must be copied. `None` if the target cannot.
+    pub(crate) fn zeroable(&self, area: ByteRange) -> Option<ByteRange> {
+        let (align, _) = self.zeroes?;
+        let align = align.max(self.cluster.unwrap_or(1));
+        let start = align_up(area.start(), align);
+        let end = if area.end() == self.len {
+            area.end()
+        } else {
+            align_down(area.end(), align)
+        };
+        let inner = ByteRange::from(start..end);
+        (!inner.is_empty()).then_some(inner)
+    }
+
+    /// The longest zero write.
+    pub(crate) fn zero_max(&self) -> u64 {
+        self.zeroes.map_or(0, |(align, max)| {
+            let align = align.max(self.cluster.unwrap_or(1));
+            align_down(max, align).max(align)
+        })
+    }
+}
+
+fn align_down(offset: u64, align: u64) -> u64 {
+    offset & !(align - 1)
+}
+
+fn align_up(offset: u64, align: u64) -> u64 {
+    match offset.checked_add(align - 1) {
+        Some(sum) => align_down(sum, align),
+        None => u64::MAX,
+    }
+}

@@ -1,0 +1,197 @@
+//! Runs a machine over the caller's devices and clock. Decides nothing.
+
+use std::future::{Future, poll_fn};
+use std::task::Poll;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+
+use crate::copy::{Op, OpKind, Outcome, Side};
+use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
+use crate::job::JobError;
+use crate::mirror::{Mirror, Step, Switch};
+use crate::units::ByteRange;
+
+/// The caller's time: the library reads no clock.
+pub trait Clock {
+    /// Time since any fixed moment. Never falls.
+    fn now(&self) -> Duration;
+
+    /// Ready at `at`, or later.
+    fn sleep_until(&self, at: Duration) -> impl Future<Output = ()>;
+}
+
+impl<C: Clock + ?Sized> Clock for &C {
+    fn now(&self) -> Duration {
+        (**self).now()
+    }
+
+    fn sleep_until(&self, at: Duration) -> impl Future<Output = ()> {
+        (**self).sleep_until(at)
+    }
+}
+
+/// Two devices, a pool of buffers and a clock: all that a job needs to run.
+///
+/// Memory: at most [`buf_size`](crate::MirrorOptions::buf_size) bytes in buffers, and one future per
+/// operation in flight.
+///
+/// # Examples
+///
+/// See `examples/live_mirror.rs` for the whole of it, and `examples/local_executor.rs` for devices
+/// whose futures are not `Send`.
+#[derive(Debug)]
+pub struct Driver<S, T, P, C> {
+    source: S,
+    target: T,
+    pool: P,
+    clock: C,
+}
+
+/// Where a job is when the driver has nothing more to do for now.
+#[derive(Debug)]
+#[must_use]
+pub enum Driven {
+    /// Source and target are equal and the guest is held: switch, then run the job on to its end.
+    Switch(Switch),
+    /// The job is over.
+    Done(Result<(), JobError>),
+}
+
+impl<S, T, C> Driver<S, T, HeapPool, C>
+where
+    S: BlockDevice<Buf = AlignedBuf>,
+    T: BlockDevice<Buf = AlignedBuf>,
+{
+    /// A driver with buffers on the heap, aligned as both devices want them.
+    pub fn new(source: S, target: T, clock: C) -> Self {
+        let align = source.limits().mem_align.max(target.limits().mem_align);
+        Self {
+            source,
+            target,
+            pool: HeapPool::new(align as usize),
+            clock,
+        }
+    }
+}
+
+impl<S, T, P, C> Driver<S, T, P, C>
+where
+    S: ReadAt,
+    T: WriteAt<Buf = S::Buf>,
+    P: BufferPool<Buf = S::Buf>,
+    C: Clock,
+{
+    /// A driver with the caller's own buffers.
+    pub fn with_pool(source: S, target: T, pool: P, clock: C) -> Self {
+        Self {
+            source,
+            target,
+            pool,
+            clock,
+        }
+    }
+
+    /// Runs the job until it is over, or wants to switch. Call it again after a switch, whether it was
+    /// committed or dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future can be dropped at any await. Machine, node and bitmaps stay sound: what was in
+    /// flight is dirty again once the target has [settled](WriteAt::settle), which the next run sees to,
+    /// and a guest that was held goes on. The job can be run on, by this driver or another over the same
+    /// devices, or cancelled.
+    pub async fn run(&self, mirror: &mut Mirror) -> Driven {
+        let machine = DropSafe(mirror);
+        let mut running = FuturesUnordered::new();
+        let mut sleep = None;
+        poll_fn(|cx| {
+            loop {
+                while let Poll::Ready(Some((op, outcome))) = running.poll_next_unpin(cx) {
+                    machine.0.op_done(self.clock.now(), op, outcome);
+                }
+                match machine.0.poll(self.clock.now(), cx.waker()) {
+                    Step::Op(op) => running.push(self.perform(op)),
+                    Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
+                    Step::Done(result) => return Poll::Ready(Driven::Done(result)),
+                    Step::Wait { until: None } => return Poll::Pending,
+                    Step::Wait { until: Some(at) } => {
+                        let (known, future) =
+                            sleep.get_or_insert_with(|| (at, Box::pin(self.clock.sleep_until(at))));
+                        if *known != at {
+                            *known = at;
+                            future.set(self.clock.sleep_until(at));
+                        }
+                        if future.as_mut().poll(cx).is_pending() {
+                            return Poll::Pending;
+                        }
+                        sleep = None;
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    async fn perform(&self, op: Op) -> (Op, Outcome) {
+        let target = |result: std::io::Result<()>| match result {
+            Ok(()) => Outcome::Done,
+            Err(error) => Outcome::Failed {
+                side: Side::Target,
+                error,
+            },
+        };
+        let outcome = match op.kind() {
+            OpKind::Copy(range) => self.copy(range).await,
+            OpKind::Zero(range, unmap) => target(self.target.write_zeroes(range, unmap).await),
+            OpKind::Discard(range) => target(self.target.discard(range).await),
+            OpKind::Flush => target(self.target.flush().await),
+            OpKind::Settle => {
+                self.target.settle().await;
+                Outcome::Done
+            }
+            OpKind::CancelInFlight => {
+                self.target.cancel_in_flight();
+                Outcome::Done
+            }
+            OpKind::Status(range) => match self.source.block_status(range).await {
+                Ok(extent) => Outcome::Status(extent),
+                Err(error) => Outcome::Failed {
+                    side: Side::Source,
+                    error,
+                },
+            },
+        };
+        (op, outcome)
+    }
+
+    async fn copy(&self, range: ByteRange) -> Outcome {
+        let failed = |side, error| Outcome::Failed { side, error };
+        let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
+        let buf = match self.pool.take(len) {
+            Ok(buf) => buf,
+            Err(error) => return failed(Side::Target, error),
+        };
+        let (read, buf) = self.source.read_at(range.start(), buf).await;
+        if let Err(error) = read {
+            self.pool.put(buf);
+            return failed(Side::Source, error);
+        }
+        let (written, buf) = self.target.write_at(range.start(), buf).await;
+        self.pool.put(buf);
+        match written {
+            Ok(()) => Outcome::Done,
+            Err(error) => failed(Side::Target, error),
+        }
+    }
+}
+
+/// Tells the machine when the driver's future is dropped half-way.
+struct DropSafe<'a>(&'a mut Mirror);
+
+impl Drop for DropSafe<'_> {
+    fn drop(&mut self) {
+        self.0.ops_lost();
+    }
+}

@@ -1,0 +1,145 @@
+//! The traits that a caller implements for his devices, and what helps with them.
+//!
+//! Buffers are owned: they go in with a request and always come back with its answer, on success and
+//! on failure. That is what `io_uring`, thread pools and completion queues need, and it keeps a future
+//! that is dropped half-way memory-safe. No future is asked to be `Send`: for concrete devices the
+//! compiler sees through the generic driver, so a driver over devices whose futures are `Send` can be
+//! spawned on a multi-threaded runtime, and one over others runs on a local executor.
+//!
+//! What a dropped future may still do is the device's to say: see [`WriteAt::settle`].
+
+mod buf;
+mod dynamic;
+mod guest;
+
+use std::future::Future;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+pub use crate::copy::{Content, Extent, Limits, RangeLimits, Unmap};
+use crate::units::ByteRange;
+
+pub use buf::{AlignedBuf, BufferPool, HeapPool};
+pub use dynamic::{DynReadAt, DynWriteAt, LocalBoxFuture};
+pub use guest::GuestDisk;
+
+/// What came of a request, and its buffer back.
+pub type BufResult<B> = (io::Result<()>, B);
+
+/// What source and target have in common.
+pub trait BlockDevice {
+    /// The buffers it reads into and writes from. A copy hands the buffer that was read into on to be
+    /// written, so both ends of a job have the same.
+    type Buf: AsRef<[u8]> + AsMut<[u8]>;
+
+    /// What the device is and can do. Asked once per job; must not change while one runs.
+    fn limits(&self) -> Limits;
+}
+
+/// A device that can be read: a source.
+pub trait ReadAt: BlockDevice {
+    /// Reads as many bytes from `offset` on as the buffer is long: all of them, or an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// A read whose future was dropped may go on; its buffer is then lost to the caller.
+    fn read_at(&self, offset: u64, buf: Self::Buf) -> impl Future<Output = BufResult<Self::Buf>>;
+
+    /// What is at the start of `range`, and how far it goes on like that.
+    ///
+    /// A device that does not know answers [`Content::Data`] for the whole range. It should answer fast,
+    /// with less than it could find out if need be.
+    fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>>;
+}
+
+/// A device that can be written: a target.
+pub trait WriteAt: BlockDevice {
+    /// Writes the whole buffer from `offset` on: all of it, or an error, after which any part may have
+    /// been written.
+    fn write_at(&self, offset: u64, buf: Self::Buf) -> impl Future<Output = BufResult<Self::Buf>>;
+
+    /// Makes `range` read as zeroes. Only called if [`Limits::write_zeroes`] says how.
+    fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>>;
+
+    /// Gives `range` back; what it reads as afterwards is undefined. Only called if [`Limits::discard`]
+    /// says how.
+    fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>>;
+
+    /// Makes durable everything whose request was answered before.
+    fn flush(&self) -> impl Future<Output = io::Result<()>>;
+
+    /// Returns when no request made earlier can still change the device, also one whose future was
+    /// dropped.
+    ///
+    /// A device that does its work within `poll`, so that a dropped future has stopped, is settled at
+    /// once. One that hands requests to a thread, a ring or a peer waits for them here.
+    fn settle(&self) -> impl Future<Output = ()>;
+
+    /// Gives up requests that cannot be finished soon, such as those that wait for a connection: they
+    /// answer with an error. Called when a job is cancelled by force. A device that has no such
+    /// requests does nothing.
+    fn cancel_in_flight(&self) {}
+}
+
+macro_rules! forward {
+    ($($pointer:ty),*) => {$(
+        impl<D: BlockDevice + ?Sized> BlockDevice for $pointer {
+            type Buf = D::Buf;
+
+            fn limits(&self) -> Limits {
+                (**self).limits()
+            }
+        }
+
+        impl<D: ReadAt + ?Sized> ReadAt for $pointer {
+            fn read_at(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = BufResult<Self::Buf>> {
+                (**self).read_at(offset, buf)
+            }
+
+            fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>> {
+                (**self).block_status(range)
+            }
+        }
+
+        impl<D: WriteAt + ?Sized> WriteAt for $pointer {
+            fn write_at(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = BufResult<Self::Buf>> {
+                (**self).write_at(offset, buf)
+            }
+
+            fn write_zeroes(
+                &self,
+                range: ByteRange,
+                unmap: Unmap,
+            ) -> impl Future<Output = io::Result<()>> {
+                (**self).write_zeroes(range, unmap)
+            }
+
+            fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
+                (**self).discard(range)
+            }
+
+            fn flush(&self) -> impl Future<Output = io::Result<()>> {
+                (**self).flush()
+            }
+
+            fn settle(&self) -> impl Future<Output = ()> {
+                (**self).settle()
+            }
+
+            fn cancel_in_flight(&self) {
+                (**self).cancel_in_flight();
+            }
+        }
+    )*};
+}
+
+forward!(&D, Box<D>, Arc<D>, Rc<D>);

@@ -1,0 +1,111 @@
+//! What a job does when a device fails, and how long it waits before it tries again.
+
+use std::io;
+use std::time::Duration;
+
+/// What a job does when one of its devices fails.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnError {
+    /// Fail with that error.
+    #[default]
+    Report,
+    /// Try again later, after a delay that grows from 10 ms to 5 s. The job never succeeds with
+    /// something left out.
+    Ignore,
+    /// [`Stop`](Self::Stop) if the device is out of space, else [`Report`](Self::Report).
+    Enospc,
+    /// Pause, as if the user had asked for it; try again when the user resumes.
+    Stop,
+}
+
+/// What is done about one error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorAction {
+    /// The job fails.
+    Report,
+    /// It is tried again.
+    Ignore,
+    /// The job is paused.
+    Stop,
+}
+
+/// Whether an error has stopped the job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum IoStatus {
+    /// No.
+    #[default]
+    Ok,
+    /// Yes.
+    Failed,
+    /// Yes: there was no space left.
+    NoSpace,
+}
+
+impl OnError {
+    pub(crate) fn action(self, error: &io::Error) -> ErrorAction {
+        match self {
+            OnError::Report => ErrorAction::Report,
+            OnError::Ignore => ErrorAction::Ignore,
+            OnError::Stop => ErrorAction::Stop,
+            OnError::Enospc if is_no_space(error) => ErrorAction::Stop,
+            OnError::Enospc => ErrorAction::Report,
+        }
+    }
+}
+
+pub(crate) fn is_no_space(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::StorageFull
+}
+
+/// Delays between tries, so that a dead device is not hammered.
+#[derive(Clone, Debug)]
+pub(crate) struct Backoff {
+    next: Duration,
+}
+
+impl Backoff {
+    const FIRST: Duration = Duration::from_millis(10);
+    const LAST: Duration = Duration::from_secs(5);
+
+    pub(crate) fn new() -> Self {
+        Self { next: Self::FIRST }
+    }
+
+    /// How long to wait after one more failure.
+    pub(crate) fn delay(&mut self) -> Duration {
+        let delay = self.next;
+        self.next = (delay * 2).min(Self::LAST);
+        delay
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.next = Self::FIRST;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn enospc_stops_for_space_only() {
+        let full = io::Error::from_raw_os_error(28);
+        let other = io::Error::from_raw_os_error(5);
+        assert_eq!(OnError::Enospc.action(&full), ErrorAction::Stop);
+        assert_eq!(OnError::Enospc.action(&other), ErrorAction::Report);
+        assert_eq!(OnError::Stop.action(&other), ErrorAction::Stop);
+        assert_eq!(OnError::default().action(&full), ErrorAction::Report);
+    }
+
+    #[test]
+    fn delays_double_up_to_five_seconds() {
+        let mut backoff = Backoff::new();
+        let delays: Vec<u128> = (0..11).map(|_| backoff.delay().as_millis()).collect();
+        assert_eq!(
+            delays,
+            [10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5000, 5000]
+        );
+        backoff.reset();
+        assert_eq!(backoff.delay().as_millis(), 10);
+    }
+}

@@ -1,0 +1,1035 @@
+//! Copies a disk while the guest writes to it, until both are equal, and switches at that instant.
+//!
+//! ```text
+//! Created ─▶ Attaching ─▶ Scanning ─▶ Copying ─▶ InSync ───────────────────────────────┐
+//!            guest held   what is     until      guest writes keep being copied        │
+//!            until its    there?      nothing                                          ▼
+//!            writes in                is left,   ┌─ Open ─▶ Flushing ─▶ Closing ─▶ Quiet ─▶ Switching
+//!            flight have              flushed    │  ▲                   guest held,  rest      the caller
+//!            settled: from                       │  └── an error ───────until all────copied────switches
+//!            here on all                         │      or a pause       has settled  flushed      │
+//!            is recorded                         └── dropped by the caller ◀───────────────────────┤
+//!                                                                                                  ▼
+//! from everywhere: an error or a cancel ─▶ Ending ─────────────────────────────────────────▶ Concluded
+//! ```
+//!
+//! Invariants, beside those of [the copy machinery](crate::copy):
+//!
+//! 1. Recording starts before anything is asked of the source, with no guest write in flight. So each
+//!    write is either on the source before the first look at it, or recorded.
+//! 2. Ranges are zeroed for the scan only where nothing else is in flight, and copying starts when that
+//!    is over: a guest write after the look is recorded, and copied after the zeroes.
+//! 3. Ready is told once, at a moment when nothing was dirty and nothing in flight, after a flush of
+//!    what was written until then.
+//! 4. The switch is handed out only while the guest is held, nothing is dirty, no claim is left, and
+//!    the target was flushed after its last write. The guest is held until the switch is gone.
+//! 5. While the switch is out, nothing is copied. If it was used, nothing is copied ever after: the guest
+//!    writes to the target now.
+//! 6. The source is never written.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::copy::{
+    Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape,
+    ShapeError, Side, Unmap,
+};
+use crate::job::{
+    Asked, Backoff, Cancel, ErrorAction, Job, JobError, JobOptions, JobOptionsError, Progress,
+    RateLimit, Status, SwitchState,
+};
+use crate::node::{JobBitmap, JobClaim, Node, Quiesce, QuiesceGuard};
+use crate::units::{ByteRange, Granularity};
+
+/// The finest granularity of a mirror.
+const GRANULARITY_MIN: u64 = 512;
+/// The coarsest granularity of a mirror.
+const GRANULARITY_MAX: u64 = 64 << 20;
+/// How much of the source is asked about at once while it is scanned.
+const SCAN_MAX: u64 = 8 << 30;
+/// While in step, a guest write wakes the job at most this often; what is written between is copied
+/// together.
+const BATCH: Duration = Duration::from_millis(10);
+
+/// What a mirror copies at first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MirrorSync {
+    /// The whole disk, through all its layers. What the target held before does not matter.
+    #[default]
+    Full,
+    /// What the topmost layer holds. The target shows the layers below by itself.
+    Top,
+    /// Nothing: only what is written from now on.
+    None,
+}
+
+/// How a mirror is made.
+///
+/// # Examples
+///
+/// ```
+/// use blockjob::{Granularity, MirrorOptions, MirrorSync};
+///
+/// let mut options = MirrorOptions::default();
+/// options.sync = MirrorSync::Top;
+/// options.granularity = Granularity::from_bytes(4096);
+/// options.job.speed = 50 << 20;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MirrorOptions {
+    /// What every job has.
+    pub job: JobOptions,
+    /// What is copied at first.
+    pub sync: MirrorSync,
+    /// In what units dirty data is tracked: 512 bytes to 64 MiB. Default: the target's cluster size, but
+    /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none.
+    pub granularity: Option<Granularity>,
+    /// Operations in flight at the same time, 1 to 1024. Default 16.
+    pub workers: usize,
+    /// The longest copy in bytes; rounded down to what both devices take. Default 1 MiB.
+    pub chunk_max: u64,
+    /// Bytes held in buffers at the same time; at least one chunk is. Default 16 MiB.
+    pub buf_size: u64,
+    /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
+    pub unmap: Unmap,
+    /// How long the guest may be held while the last dirty data is copied, by the best rate seen so far.
+    /// The end of the job waits until it takes no longer. Default 50 ms.
+    pub downtime_max: Duration,
+}
+
+impl Default for MirrorOptions {
+    fn default() -> Self {
+        Self {
+            job: JobOptions::default(),
+            sync: MirrorSync::default(),
+            granularity: None,
+            workers: 16,
+            chunk_max: 1 << 20,
+            buf_size: 16 << 20,
+            unmap: Unmap::Allowed,
+            downtime_max: Duration::from_millis(50),
+        }
+    }
+}
+
+/// Why a mirror could not be made. Nothing has changed.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MirrorError {
+    /// The options of the job are wrong.
+    #[error(transparent)]
+    Job(#[from] JobOptionsError),
+    /// What a device says of itself is wrong.
+    #[error("{side}: {error}")]
+    Limits {
+        /// The device.
+        side: Side,
+        /// What is wrong.
+        error: LimitsError,
+    },
+    /// The devices and the node are not equally long.
+    #[error(
+        "different sizes: the disk has {node} bytes, the source {source_len}, the target {target}"
+    )]
+    Lengths {
+        /// Length of the node in bytes.
+        node: u64,
+        /// Length of the source in bytes.
+        source_len: u64,
+        /// Length of the target in bytes.
+        target: u64,
+    },
+    /// Source and target are the same storage.
+    #[error("source and target are the same storage")]
+    SameStorage,
+    /// Not a granularity for a mirror.
+    #[error("granularity {0} is not between 512 B and 64 MiB")]
+    Granularity(Granularity),
+    /// Not a number of workers.
+    #[error("{0} workers are not between 1 and 1024")]
+    Workers(usize),
+    /// Copies of no bytes.
+    #[error("{0} must not be 0")]
+    Zero(&'static str),
+    /// The devices cannot work together.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// The disk is too large for the granularity.
+    #[error(transparent)]
+    Bitmap(#[from] crate::bitmap::CreateError),
+    /// Another job works on the node.
+    #[error("another job works on the disk")]
+    NodeBusy,
+}
+
+/// What the machine wants next.
+#[derive(Debug)]
+#[must_use]
+pub enum Step {
+    /// Do this, and report it with [`Mirror::op_done`]. There may be more to do at once: ask again.
+    Op(Op),
+    /// Nothing to do until an operation is reported, the waker is called, or that time has come.
+    Wait {
+        /// Time at which to ask again, even if nothing happened.
+        until: Option<Duration>,
+    },
+    /// Switch now, or drop it.
+    Switch(Switch),
+    /// The job is over.
+    Done(Result<(), JobError>),
+}
+
+/// The instant at which source and target are equal, for as long as this lives.
+///
+/// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
+/// is flushed. Point the guest's path to the target, then [`commit`](Self::commit). If that does not
+/// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
+/// completed again. Nothing is lost either way.
+#[must_use = "dropping the switch declines it"]
+pub struct Switch {
+    job: Job,
+    held_since: Duration,
+    /// Opens the node's gate when it is dropped, after everything else here.
+    guard: QuiesceGuard,
+    is_committed: bool,
+}
+
+/// The machine of one mirror job: says what to do, is told what came of it, and does nothing itself.
+///
+/// # Examples
+///
+/// The whole loop, by hand. The [driver](crate::driver) and the [queue](crate::queue) do this for you.
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use blockjob::{Content, Extent, Limits, Mirror, MirrorOptions, Node, OpKind, Outcome, Status, Step};
+///
+/// let mut source = vec![7u8; 1 << 20];
+/// let mut target = vec![0u8; 1 << 20];
+/// let node = Node::new(1 << 20);
+/// let limits = Limits::new(1 << 20);
+/// let mut mirror = Mirror::new(&node, limits, limits, MirrorOptions::default())?;
+/// let job = mirror.job().clone();
+/// job.start()?;
+///
+/// let now = Duration::ZERO; // from the caller's clock
+/// loop {
+///     match mirror.poll(now, Waker::noop()) {
+///         Step::Op(op) => {
+///             let outcome = match op.kind() {
+///                 OpKind::Copy(range) => {
+///                     let bytes = range.start() as usize..range.end() as usize;
+///                     target[bytes.clone()].copy_from_slice(&source[bytes]);
+///                     Outcome::Done
+///                 }
+///                 OpKind::Status(range) => Outcome::Status(Extent {
+///                     len: range.len(),
+///                     content: Content::Data,
+///                     in_top: true,
+///                 }),
+///                 _ => Outcome::Done,
+///             };
+///             mirror.op_done(now, op, outcome);
+///         }
+///         // Nothing is left to copy: the job is ready.
+///         Step::Wait { .. } => job.complete()?,
+///         Step::Switch(switch) => {
+///             source = target.clone(); // the guest's disk is the target from here on
+///             switch.commit();
+///         }
+///         Step::Done(result) => break result?,
+///     }
+/// }
+/// assert!(source == target && job.query().status == Status::Null);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug)]
+pub struct Mirror {
+    job: Job,
+    node: Node,
+    sync: MirrorSync,
+    downtime_max: Duration,
+    engine: Engine,
+    rate: RateLimit,
+    backoff: Backoff,
+    phase: Phase,
+    /// Present from the moment that writes are recorded until the job is over.
+    bitmap: Option<JobBitmap>,
+    /// Given back when the job is over.
+    claim: Option<JobClaim>,
+    /// Bytes brought to the target, without the zeroes of the scan.
+    done_bytes: u64,
+    pace: Pace,
+    /// When a guest write that comes while nothing is to do may wake the job again.
+    batch_until: Duration,
+    /// Before then no flush, and no question of the scan, is tried again after a failure.
+    retry_at: Duration,
+    /// When the time of grace ends for operations in flight.
+    grace_until: Option<Duration>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Not started, or not begun with.
+    Created,
+    /// The guest's writes in flight are to settle, so that recording starts at a sharp moment.
+    Attaching(Quiesce),
+    /// Asking what the source holds, from `next` on. `asked` is out.
+    Scanning { next: u64, asked: Option<OpId> },
+    /// Copying until nothing is left. `flush` is out.
+    Copying { flush: Option<OpId> },
+    /// The target was in step once.
+    InSync(End),
+    /// It will not succeed. What is in flight is waited for. Whether the target was asked to give up.
+    Ending { has_cancelled: bool },
+    /// Over.
+    Concluded,
+}
+
+/// How far the end of a job in step has come.
+#[derive(Debug)]
+enum End {
+    /// The guest writes; the end was not asked for, or too much is left.
+    Open,
+    /// Flushing what was written until now, so that little is left to flush while the guest is held.
+    Flushing { flush: OpId },
+    /// The guest is held, and its writes in flight are to settle.
+    Closing { quiesce: Quiesce, since: Duration },
+    /// The guest is held. The rest is copied, then flushed.
+    Quiet {
+        guard: QuiesceGuard,
+        since: Duration,
+        flush: Option<OpId>,
+    },
+    /// The caller has the switch.
+    Switching,
+}
+
+/// The best rate of copying seen so far.
+#[derive(Debug, Default)]
+struct Pace {
+    window_end: Duration,
+    bytes: u64,
+    best: u64,
+}
+
+/// What one turn of the machine came to.
+enum Turn {
+    /// Something has changed: look again.
+    Again,
+    Step(Step),
+}
+
+impl Mirror {
+    /// A mirror of `node` from the device that holds it now to another, as told by their limits. It
+    /// does nothing until [`Job::start`].
+    ///
+    /// # Errors
+    ///
+    /// If the three are not equally long, an option is out of range, the devices cannot work together,
+    /// or another job works on the node.
+    pub fn new(
+        node: &Node,
+        source: Limits,
+        target: Limits,
+        options: MirrorOptions,
+    ) -> Result<Self, MirrorError> {
+        let ends = Ends::check(source, target)
+            .map_err(|(side, error)| MirrorError::Limits { side, error })?;
+        if source.len != node.len() || target.len != node.len() {
+            return Err(MirrorError::Lengths {
+                node: node.len(),
+                source_len: source.len,
+                target: target.len,
+            });
+        }
+        if source.identity.is_some() && source.identity == target.identity {
+            return Err(MirrorError::SameStorage);
+        }
+        let granularity = options
+            .granularity
+            .unwrap_or_else(|| default_granularity(target.cluster));
+        if !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity.bytes()) {
+            return Err(MirrorError::Granularity(granularity));
+        }
+        if !(1..=1024).contains(&options.workers) {
+            return Err(MirrorError::Workers(options.workers));
+        }
+        if options.chunk_max == 0 {
+            return Err(MirrorError::Zero("chunk_max"));
+        }
+        if options.buf_size == 0 {
+            return Err(MirrorError::Zero("buf_size"));
+        }
+        let shape = Shape::new(
+            &ends,
+            granularity,
+            options.chunk_max,
+            options.buf_size,
+            options.unmap,
+        )?;
+        // Tells now what would else come up at the start. The memory is not touched.
+        crate::bitmap::HBitmap::new(node.len(), granularity)?;
+        let engine = Engine::new(shape, options.workers, options.buf_size)?;
+        let speed = options.job.speed;
+        let job = Job::new("mirror", options.job)?;
+        let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
+        Ok(Self {
+            job,
+            node: node.clone(),
+            sync: options.sync,
+            downtime_max: options.downtime_max,
+            engine,
+            rate: RateLimit::new(speed),
+            backoff: Backoff::new(),
+            phase: Phase::Created,
+            bitmap: None,
+            claim: Some(claim),
+            done_bytes: 0,
+            pace: Pace::default(),
+            batch_until: Duration::ZERO,
+            retry_at: Duration::ZERO,
+            grace_until: None,
+        })
+    }
+
+    /// The handle for those who control the job and watch it.
+    #[must_use]
+    pub fn job(&self) -> &Job {
+        &self.job
+    }
+
+    /// What dirty data is tracked in.
+    #[must_use]
+    pub fn granularity(&self) -> Granularity {
+        self.engine.shape().granularity
+    }
+
+    /// What to do next. `now` is the time since any fixed moment and never falls. `waker` is called when
+    /// it is worth asking again after [`Step::Wait`].
+    pub fn poll(&mut self, now: Duration, waker: &Waker) -> Step {
+        loop {
+            if let Turn::Step(step) = self.turn(now, waker) {
+                self.publish();
+                return step;
+            }
+        }
+    }
+
+    /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
+    pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
+        let id = op.id();
+        let done = {
+            let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
+            self.engine.done(op, outcome, dirty.as_mut())
+        };
+        match done {
+            None | Some(Done::Nothing) => {}
+            Some(Done::Range(range)) => self.range_done(now, range),
+            Some(Done::Flushed) => self.flushed(id),
+            Some(Done::Status(range, extent)) => self.scanned(range, extent),
+            Some(Done::Failed { side, kind, error }) => self.failed(now, side, kind, error),
+        }
+        self.publish();
+    }
+
+    /// Says that every operation handed out and not reported is lost, because what worked on them was
+    /// dropped. What the target may still be doing is waited for before the same range is written again.
+    ///
+    /// A guest that is held for the end of the job goes on, until the job is driven again.
+    pub fn ops_lost(&mut self) {
+        for kind in self.engine.lose_running() {
+            match &mut self.phase {
+                Phase::Scanning { asked, .. } if kind != OpKind::Flush => *asked = None,
+                Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
+                _ => {}
+            }
+        }
+        self.let_guest_go();
+        self.publish();
+    }
+
+    fn turn(&mut self, now: Duration, waker: &Waker) -> Turn {
+        if matches!(self.phase, Phase::Concluded) {
+            let result = self.job.result().expect("it is over");
+            return Turn::Step(Step::Done(result));
+        }
+        let asked = self.job.asked(waker);
+        // A lost range may still change: nothing goes on before that is cleared up, except around it.
+        if let Some(op) = self.engine.settle() {
+            return Turn::Step(Step::Op(op));
+        }
+        match asked.switch {
+            SwitchState::Held => return Turn::Step(Step::Wait { until: None }),
+            SwitchState::Committed => return self.conclude(None),
+            SwitchState::Declined => {
+                self.job.set_switch(SwitchState::None);
+                self.phase = Phase::InSync(End::Open);
+                return Turn::Again;
+            }
+            SwitchState::None => {}
+        }
+        let must_end = asked.cancel == Some(Cancel::Force) || asked.has_failed;
+        if must_end && !matches!(self.phase, Phase::Ending { .. }) {
+            self.begin_ending(now, asked.cancel);
+        }
+        if matches!(self.phase, Phase::Ending { .. }) {
+            return self.end(now, asked.cancel);
+        }
+        if asked.status == Status::Created {
+            return Turn::Step(Step::Wait { until: None });
+        }
+        if asked.is_paused {
+            return self.pause(asked.status);
+        }
+        match asked.status {
+            Status::Paused => self.job.go_to(Status::Running),
+            Status::Standby => self.job.go_to(Status::Ready),
+            _ => {}
+        }
+        if asked.speed != self.rate.speed() {
+            self.rate.set_speed(now, asked.speed);
+        }
+        if asked.retry_now {
+            self.engine.unpark(Duration::MAX);
+            self.backoff.reset();
+            self.retry_at = now;
+        }
+        self.engine.unpark(now);
+        match self.phase {
+            Phase::Created => {
+                self.phase = Phase::Attaching(self.node.quiesce());
+                Turn::Again
+            }
+            Phase::Attaching(_) => self.attach(waker),
+            Phase::Scanning { .. } => self.scan(now),
+            Phase::Copying { .. } => self.copy(now, waker),
+            Phase::InSync(_) => self.keep_in_sync(now, waker, asked),
+            Phase::Ending { .. } | Phase::Concluded => unreachable!("handled above"),
+        }
+    }
+
+    /// Starts to record, with the guest held for that moment.
+    fn attach(&mut self, waker: &Waker) -> Turn {
+        let Phase::Attaching(quiesce) = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        let Poll::Ready(guard) = Pin::new(quiesce).poll(&mut Context::from_waker(waker)) else {
+            return Turn::Step(Step::Wait { until: None });
+        };
+        match self.node.track(&guard, self.engine.shape().granularity) {
+            Ok(bitmap) => self.bitmap = Some(bitmap),
+            Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
+        }
+        self.phase = self.first_look();
+        Turn::Again
+    }
+
+    fn first_look(&mut self) -> Phase {
+        let shape = self.engine.shape();
+        match self.sync {
+            MirrorSync::None => Phase::Copying { flush: None },
+            // The target can be made zero for next to nothing where the source is.
+            MirrorSync::Full if shape.cheap_zeroes && shape.zero_max() > 0 => Phase::Scanning {
+                next: 0,
+                asked: None,
+            },
+            // The zeroes must be written anyway: the copying does that on its way.
+            MirrorSync::Full => {
+                if let Some(bitmap) = &self.bitmap {
+                    bitmap.lock().set_all();
+                }
+                Phase::Copying { flush: None }
+            }
+            MirrorSync::Top => Phase::Scanning {
+                next: 0,
+                asked: None,
+            },
+        }
+    }
+
+    /// Asks what the source holds, and zeroes the target on the way.
+    fn scan(&mut self, now: Duration) -> Turn {
+        if let Some(op) = self.next_op(now, Copying::No) {
+            return Turn::Step(Step::Op(op));
+        }
+        let retry = self.next_retry(now);
+        let Phase::Scanning { next, asked } = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        let len = self.engine.shape().len;
+        if *next < len {
+            if asked.is_some() || self.engine.planned() > 0 {
+                return Turn::Step(Step::Wait { until: None });
+            }
+            if retry.is_some() {
+                return Turn::Step(Step::Wait { until: retry });
+            }
+            let end = next.saturating_add(SCAN_MAX).min(len);
+            let op = self.engine.hand_out(OpKind::Status((*next..end).into()));
+            *asked = Some(op.id());
+            return Turn::Step(Step::Op(op));
+        }
+        if self.engine.has_no_claims() {
+            self.phase = Phase::Copying { flush: None };
+            return Turn::Again;
+        }
+        Turn::Step(Step::Wait { until: retry })
+    }
+
+    /// When the first of what failed is tried again, if that is not now.
+    fn next_retry(&self, now: Duration) -> Option<Duration> {
+        let unclaimed = Some(self.retry_at).filter(|&at| at > now);
+        unclaimed.into_iter().chain(self.engine.next_retry()).min()
+    }
+
+    /// The source has told what is at the start of what is left to scan.
+    fn scanned(&mut self, range: ByteRange, extent: Extent) {
+        let Phase::Scanning { next, asked } = &mut self.phase else {
+            return;
+        };
+        *asked = None;
+        let area = range
+            .split_at(range.start().saturating_add(extent.len.max(1)))
+            .0;
+        *next = area.end();
+        let is_zero = extent.content != Content::Data;
+        let zeroed = match self.sync {
+            MirrorSync::Top if !extent.in_top => return,
+            MirrorSync::Full if is_zero => self.engine.shape().zeroable(area),
+            MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
+        };
+        let bitmap = self
+            .bitmap
+            .as_ref()
+            .expect("recording started before the scan");
+        let mut dirty = bitmap.lock();
+        match zeroed {
+            Some(zeroed) => {
+                for edge in [area.start()..zeroed.start(), zeroed.end()..area.end()] {
+                    dirty.set(edge.into()).expect("within the disk");
+                }
+                drop(dirty);
+                self.engine.plan_zeroes(zeroed);
+            }
+            None => {
+                dirty.set(area).expect("within the disk");
+            }
+        }
+    }
+
+    /// Copies until nothing is left, flushes, and is ready.
+    fn copy(&mut self, now: Duration, waker: &Waker) -> Turn {
+        if let Some(op) = self.next_op(now, Copying::Limited) {
+            return Turn::Step(Step::Op(op));
+        }
+        let may_flush = self.is_in_step() && self.next_retry(now).is_none();
+        let Phase::Copying { flush } = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        if may_flush && flush.is_none() {
+            let op = self.engine.hand_out(OpKind::Flush);
+            *flush = Some(op.id());
+            return Turn::Step(Step::Op(op));
+        }
+        self.wait(now, waker)
+    }
+
+    /// Keeps the target in step, and comes to the end when that is asked for.
+    fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
+        let wants_end = asked.cancel.is_some() || asked.is_completing;
+        let is_pending = asked.status == Status::Pending;
+        if wants_end && !asked.auto_finalize && !is_pending {
+            if self.is_in_step() {
+                self.job.become_pending();
+                return Turn::Again;
+            }
+        }
+        let may_end = match is_pending {
+            true => asked.is_finalizing,
+            false => wants_end && asked.auto_finalize,
+        };
+        let is_held = matches!(
+            self.phase,
+            Phase::InSync(End::Closing { .. } | End::Quiet { .. })
+        );
+        let is_batching = !wants_end && !may_end && now < self.batch_until;
+        let copying = match (is_held, is_batching) {
+            (true, _) => Copying::Unlimited,
+            (false, true) => Copying::No,
+            (false, false) => Copying::Limited,
+        };
+        if let Some(op) = self.next_op(now, copying) {
+            return Turn::Step(Step::Op(op));
+        }
+        // The guest is not held while something that failed waits to be tried again.
+        let may_close = may_end
+            && self.next_retry(now).is_none()
+            && self.left() <= self.pace.bytes_in(self.downtime_max);
+        let is_in_step = self.is_in_step();
+        let Phase::InSync(end) = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        match end {
+            End::Open if may_close => {
+                if self.engine.has_unflushed() {
+                    let op = self.engine.hand_out(OpKind::Flush);
+                    *end = End::Flushing { flush: op.id() };
+                    return Turn::Step(Step::Op(op));
+                }
+                *end = End::Closing {
+                    quiesce: self.node.quiesce(),
+                    since: now,
+                };
+                Turn::Again
+            }
+            End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
+                until: Some(self.batch_until),
+            }),
+            End::Open | End::Flushing { .. } => self.wait(now, waker),
+            End::Closing { quiesce, since } => {
+                let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
+                let Poll::Ready(guard) = polled else {
+                    return self.wait(now, waker);
+                };
+                *end = End::Quiet {
+                    guard,
+                    since: *since,
+                    flush: None,
+                };
+                Turn::Again
+            }
+            End::Quiet { flush, .. } => {
+                if !is_in_step || flush.is_some() {
+                    return self.wait(now, waker);
+                }
+                if self.engine.has_unflushed() {
+                    let op = self.engine.hand_out(OpKind::Flush);
+                    *flush = Some(op.id());
+                    return Turn::Step(Step::Op(op));
+                }
+                self.finish(asked)
+            }
+            End::Switching => unreachable!("handled before"),
+        }
+    }
+
+    /// The guest is held, both disks are equal and flushed.
+    fn finish(&mut self, asked: Asked) -> Turn {
+        let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
+        let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
+            unreachable!("called in this phase only");
+        };
+        if asked.cancel.is_some() {
+            // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
+            let turn = self.conclude(None);
+            drop(guard);
+            return turn;
+        }
+        self.job.set_switch(SwitchState::Held);
+        Turn::Step(Step::Switch(Switch {
+            job: self.job.clone(),
+            held_since: since,
+            guard,
+            is_committed: false,
+        }))
+    }
+
+    /// The next operation of the copy machinery.
+    fn next_op(&mut self, now: Duration, copying: Copying) -> Option<Op> {
+        let may_copy = match copying {
+            Copying::No => false,
+            Copying::Limited => self.rate.free_at(now) <= now,
+            Copying::Unlimited => true,
+        };
+        let bitmap = self.bitmap.as_ref()?;
+        let op = self.engine.next(&mut bitmap.lock(), may_copy)?;
+        self.rate.account(self.engine.cost(op.kind()));
+        Some(op)
+    }
+
+    /// What to wait for when nothing can be handed out.
+    fn wait(&mut self, now: Duration, waker: &Waker) -> Turn {
+        let mut until = self.next_retry(now);
+        let bitmap = self
+            .bitmap
+            .as_ref()
+            .expect("recording started before copying");
+        let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
+        let free_at = self.rate.free_at(now);
+        if has_work && free_at > now {
+            until = Some(until.map_or(free_at, |until| until.min(free_at)));
+        } else if self.engine.running() == 0 && bitmap.poll_dirty(waker).is_ready() {
+            if !has_work {
+                // Written to just now.
+                return Turn::Again;
+            }
+        } else if self.engine.running() == 0 && matches!(self.phase, Phase::InSync(End::Open)) {
+            // Nothing to do. The next guest write wakes us; those that follow it are left alone for a
+            // while.
+            self.batch_until = now.saturating_add(BATCH);
+        }
+        Turn::Step(Step::Wait { until })
+    }
+
+    fn range_done(&mut self, now: Duration, range: ByteRange) {
+        self.backoff.reset();
+        if matches!(self.phase, Phase::Scanning { .. }) {
+            return;
+        }
+        self.done_bytes = self.done_bytes.saturating_add(range.len());
+        self.pace.add(now, range.len());
+    }
+
+    fn flushed(&mut self, id: OpId) {
+        self.backoff.reset();
+        match &mut self.phase {
+            Phase::Copying { flush } if *flush == Some(id) => {
+                // Everything was copied when the flush went out: that is the moment told of.
+                let done = self.done_bytes;
+                let progress = Progress {
+                    current: done,
+                    total: done,
+                };
+                self.phase = Phase::InSync(End::Open);
+                self.job.become_ready(progress);
+            }
+            Phase::InSync(end) => match end {
+                End::Flushing { flush } if *flush == id => *end = End::Open,
+                End::Quiet { flush, .. } if *flush == Some(id) => *flush = None,
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+
+    fn failed(&mut self, now: Duration, side: Side, kind: OpKind, error: std::io::Error) {
+        let claimed = kind.range().filter(|_| kind.writes_target());
+        // The guest does not wait for a device that fails.
+        match &mut self.phase {
+            Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
+            Phase::Scanning { asked, .. } if claimed.is_none() => *asked = None,
+            _ => self.let_guest_go(),
+        }
+        match (self.job.device_failed(side, kind, error), claimed) {
+            (ErrorAction::Ignore, Some(range)) => {
+                let until = now.saturating_add(self.backoff.delay());
+                self.engine.retry_at(range, until);
+            }
+            (ErrorAction::Ignore, None) => {
+                self.retry_at = now.saturating_add(self.backoff.delay());
+            }
+            (ErrorAction::Report | ErrorAction::Stop, Some(range)) => self.engine.release(range),
+            (ErrorAction::Report | ErrorAction::Stop, None) => {}
+        }
+    }
+
+    /// Stands still once nothing is in flight.
+    fn pause(&mut self, status: Status) -> Turn {
+        self.let_guest_go();
+        if self.engine.is_idle() {
+            match status {
+                Status::Running => self.job.go_to(Status::Paused),
+                Status::Ready => self.job.go_to(Status::Standby),
+                _ => {}
+            }
+        }
+        Turn::Step(Step::Wait { until: None })
+    }
+
+    /// A job that does not get on does not hold the guest. What it was about to do starts anew.
+    fn let_guest_go(&mut self) {
+        match &mut self.phase {
+            Phase::Attaching(_) => self.phase = Phase::Created,
+            Phase::InSync(
+                end @ (End::Flushing { .. } | End::Closing { .. } | End::Quiet { .. }),
+            ) => *end = End::Open,
+            _ => {}
+        }
+    }
+
+    fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
+        if let Some(bitmap) = &self.bitmap {
+            self.engine.give_up_planned(&mut bitmap.lock());
+        }
+        if cancel == Some(Cancel::Force) {
+            let grace = self.job.cancel_grace();
+            self.grace_until = grace.map(|grace| now.saturating_add(grace));
+        }
+        self.phase = Phase::Ending {
+            has_cancelled: false,
+        };
+    }
+
+    /// Waits for what is in flight, and is over.
+    fn end(&mut self, now: Duration, cancel: Option<Cancel>) -> Turn {
+        if self.engine.is_idle() {
+            return self.conclude(Some(0));
+        }
+        let Phase::Ending { has_cancelled } = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        if cancel == Some(Cancel::Force) {
+            if !std::mem::replace(has_cancelled, true) {
+                if self.grace_until.is_none() {
+                    let grace = self.job.cancel_grace();
+                    self.grace_until = grace.map(|grace| now.saturating_add(grace));
+                }
+                return Turn::Step(Step::Op(self.engine.hand_out(OpKind::CancelInFlight)));
+            }
+            if self.grace_until.is_some_and(|until| now >= until) {
+                let abandoned = self.engine.running();
+                return self.conclude(Some(abandoned));
+            }
+        }
+        Turn::Step(Step::Wait {
+            until: self.grace_until,
+        })
+    }
+
+    fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
+        self.publish();
+        self.phase = Phase::Concluded;
+        self.bitmap = None;
+        self.claim = None;
+        let _ = self.engine.lose_running();
+        let result = self.job.conclude(abandoned);
+        Turn::Step(Step::Done(result))
+    }
+
+    /// Whether nothing is dirty and nothing in flight.
+    fn is_in_step(&self) -> bool {
+        let bitmap = self
+            .bitmap
+            .as_ref()
+            .expect("recording started before copying");
+        bitmap.lock().is_clean() && self.engine.has_no_claims()
+    }
+
+    /// Bytes that are dirty or in flight.
+    fn left(&self) -> u64 {
+        let dirty = self
+            .bitmap
+            .as_ref()
+            .map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len());
+        dirty.saturating_add(self.engine.claimed_bytes())
+    }
+
+    fn publish(&self) {
+        if matches!(self.phase, Phase::Concluded) {
+            return;
+        }
+        let left = match self.phase {
+            Phase::Scanning { .. } => self.left() - self.engine.claimed_bytes(),
+            _ => self.left(),
+        };
+        let progress = Progress {
+            current: self.done_bytes,
+            total: self.done_bytes.saturating_add(left),
+        };
+        self.job.publish(progress, !self.engine.is_idle());
+    }
+
+    /// Whether everything that must always hold does. For tests.
+    #[doc(hidden)]
+    pub fn check_invariants(&self) {
+        self.engine.check_invariants();
+        if let Some(bitmap) = &self.bitmap {
+            bitmap.lock().check_invariants();
+        }
+    }
+}
+
+/// What the copy machinery may hand out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copying {
+    /// Only what is planned already and costs nothing.
+    No,
+    /// What the speed limit allows.
+    Limited,
+    /// Everything: the guest waits.
+    Unlimited,
+}
+
+/// A machine that is dropped cancels its job.
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        if matches!(self.phase, Phase::Concluded) {
+            return;
+        }
+        self.job.fail(JobError::Dropped);
+        let _ = self.conclude(None);
+    }
+}
+
+impl Switch {
+    /// The guest's disk is the target now. The guest goes on, and the job is over with success once it is
+    /// polled.
+    pub fn commit(mut self) {
+        self.is_committed = true;
+    }
+
+    /// When the guest was held, by the clock of [`Mirror::poll`].
+    #[must_use]
+    pub fn held_since(&self) -> Duration {
+        self.held_since
+    }
+
+    /// The guard that holds the guest, for those who exchange a device under it.
+    #[must_use]
+    pub fn guard(&self) -> &QuiesceGuard {
+        &self.guard
+    }
+}
+
+impl Drop for Switch {
+    fn drop(&mut self) {
+        // Before the guest goes on: nothing may be copied to a target that the guest writes to.
+        self.job.set_switch(if self.is_committed {
+            SwitchState::Committed
+        } else {
+            SwitchState::Declined
+        });
+    }
+}
+
+impl fmt::Debug for Switch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Switch")
+            .field("held_since", &self.held_since)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pace {
+    const WINDOW: Duration = Duration::from_millis(100);
+
+    fn add(&mut self, now: Duration, bytes: u64) {
+        if now >= self.window_end {
+            self.bytes = 0;
+            self.window_end = now.saturating_add(Self::WINDOW);
+        }
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.best = self.best.max(self.bytes);
+    }
+
+    /// What can be copied in that time, by the best rate seen.
+    fn bytes_in(&self, time: Duration) -> u64 {
+        let bytes = u128::from(self.best) * time.as_nanos() / Self::WINDOW.as_nanos();
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    }
+}
+
+/// The cluster size of the target, within reason.
+fn default_granularity(cluster: Option<u32>) -> Granularity {
+    let Some(cluster) = cluster else {
+        return Granularity::DEFAULT;
+    };
+    let bytes = u64::from(cluster).clamp(4 << 10, 64 << 10);
+    Granularity::from_bytes(bytes).expect("clusters are powers of two, and so are the bounds")
+}

@@ -1,0 +1,313 @@
+//! The gate: every guest write passes it, and it can be closed.
+//!
+//! ```text
+//!            begun += 1                                finished += 1
+//!  guest ───▶ barrier ───▶ closed? ──no──▶ write ─────▶ barrier ──▶ closed or armed? ──no──▶ done
+//!                             │ yes                                      │ yes
+//!                             ▼                                          ▼
+//!                   undo, wait for a waker                     wake who waits for it
+//! ```
+//!
+//! Invariants:
+//!
+//! 1. A write that was let in is counted in `begun` of exactly one lane before it may start, and in
+//!    `finished` of the same lane after everything it had to record is recorded.
+//! 2. Whoever closes the gate raises the flag first and looks at the counters afterwards; a writer
+//!    counts itself first and looks at the flag afterwards. Between the two steps both have a full
+//!    barrier. So either the writer sees the flag, or the closer sees the writer.
+//! 3. A lane whose two counters were equal once while the gate was closed stays quiet until it opens:
+//!    a newcomer sees the flag and takes back its count without having written.
+//! 4. A writer that leaves looks at the flags after it has counted itself out, for the same reason:
+//!    either it sees that somebody waits and wakes him, or he saw the counter.
+//! 5. No waker is called under the lock: it is foreign code.
+//!
+//! Counting is per lane, that is per guest queue, each on its own cache lines, so that queues do not
+//! slow each other down. Only [`Gate::close`], waiting and waking take the lock.
+
+use std::collections::BTreeMap;
+use std::task::Waker;
+
+use crate::sync::atomic::{AtomicU64, Ordering, fence};
+use crate::sync::{Arc, Mutex};
+
+/// The gate is closed: writers wait.
+const CLOSED: u64 = 1;
+/// Somebody wants to be woken by the next write that leaves.
+const ARMED: u64 = 2;
+/// Above this bit: which log writes are recorded in, plus one; 0 for none.
+const LOG_SHIFT: u32 = 8;
+
+/// Two cache lines, because adjacent lines are fetched in pairs.
+#[repr(align(128))]
+struct Padded<T>(T);
+
+/// How many writes of one lane were let in, and how many of them have left.
+pub(super) struct Counter {
+    begun: AtomicU64,
+    finished: AtomicU64,
+    /// Whether several threads begin writes on this lane at the same time.
+    shared: bool,
+}
+
+impl Counter {
+    fn enter(&self) {
+        if self.shared {
+            // On its own a barrier: `SeqCst` here and in the load of the flags that follows.
+            self.begun.fetch_add(1, Ordering::SeqCst);
+            // Loom takes `SeqCst` accesses for `AcqRel` and must be told.
+            #[cfg(loom)]
+            fence(Ordering::SeqCst);
+        } else {
+            // One thread at a time begins here, so a load and a store do what an atomic add does, and
+            // the barrier is all that it costs.
+            let begun = self.begun.load(Ordering::Relaxed);
+            self.begun.store(begun + 1, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    fn leave(&self) {
+        // Any thread may finish a write. `Release` for the closer, who reads what was written, and
+        // `SeqCst` for the flags looked at next.
+        self.finished.fetch_add(1, Ordering::SeqCst);
+        #[cfg(loom)]
+        fence(Ordering::SeqCst);
+    }
+
+    /// Whether nobody is inside. `finished` is read first: if it was equal to a `begun` read later,
+    /// it was equal at some moment between.
+    fn is_quiet(&self) -> bool {
+        let finished = self.finished.load(Ordering::SeqCst);
+        finished == self.begun.load(Ordering::SeqCst)
+    }
+}
+
+/// Tasks that wait for the same thing, in the order in which they came.
+#[derive(Default)]
+struct Waiters {
+    by_ticket: BTreeMap<u64, Waker>,
+}
+
+impl Waiters {
+    fn set(&mut self, id: WaiterId, waker: &Waker) {
+        match self.by_ticket.get_mut(&id.0) {
+            Some(known) => known.clone_from(waker),
+            None => {
+                self.by_ticket.insert(id.0, waker.clone());
+            }
+        }
+    }
+
+    fn remove(&mut self, id: WaiterId) {
+        self.by_ticket.remove(&id.0);
+    }
+
+    fn take(&mut self) -> Vec<Waker> {
+        std::mem::take(&mut self.by_ticket).into_values().collect()
+    }
+}
+
+/// One who may wait at the gate; unique for the life of the gate.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaiterId(u64);
+
+struct State {
+    /// Every lane, also one whose queue is gone while a write of it is still inside.
+    lanes: Vec<Arc<Padded<Counter>>>,
+    /// How many hold the gate closed.
+    closers: usize,
+    next_waiter: u64,
+    /// Guest writes held back.
+    writers: Waiters,
+    /// Who waits for the writes inside to leave.
+    quiescers: Waiters,
+    /// Who waits for a write to be recorded.
+    watchers: Waiters,
+}
+
+pub(super) struct Gate {
+    /// Read by every write, written only by the few who close, arm or start tracking.
+    flags: Padded<AtomicU64>,
+    state: Mutex<State>,
+}
+
+/// One lane's counter, as its queue and its tickets hold it.
+pub(super) struct LaneCounter(Arc<Padded<Counter>>);
+
+/// What a write that was let in must know when it leaves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
+    /// The log to record the write in.
+    pub(super) log: Option<usize>,
+}
+
+impl Gate {
+    pub(super) fn new() -> Self {
+        Self {
+            flags: Padded(AtomicU64::new(0)),
+            state: Mutex::new(State {
+                lanes: Vec::new(),
+                closers: 0,
+                next_waiter: 0,
+                writers: Waiters::default(),
+                quiescers: Waiters::default(),
+                watchers: Waiters::default(),
+            }),
+        }
+    }
+
+    pub(super) fn add_lane(&self, shared: bool) -> LaneCounter {
+        let counter = Arc::new(Padded(Counter {
+            begun: AtomicU64::new(0),
+            finished: AtomicU64::new(0),
+            shared,
+        }));
+        self.state.lock().lanes.push(Arc::clone(&counter));
+        LaneCounter(counter)
+    }
+
+    /// Forgets the lanes whose queue is gone and that are quiet. One with a write inside stays.
+    pub(super) fn remove_lane(&self, lane: &LaneCounter) {
+        self.state
+            .lock()
+            .lanes
+            .retain(|known| !(Arc::ptr_eq(known, &lane.0) && known.0.is_quiet()));
+    }
+
+    pub(super) fn new_waiter(&self) -> WaiterId {
+        let mut state = self.state.lock();
+        state.next_waiter += 1;
+        WaiterId(state.next_waiter)
+    }
+
+    /// Lets a write in, unless the gate is closed.
+    #[inline]
+    pub(super) fn try_enter(&self, lane: &LaneCounter) -> Option<Entry> {
+        lane.0.0.enter();
+        let flags = self.flags.0.load(Ordering::SeqCst);
+        if flags & CLOSED == 0 {
+            return Some(Entry {
+                log: ((flags >> LOG_SHIFT) as usize).checked_sub(1),
+            });
+        }
+        self.leave(lane);
+        None
+    }
+
+    /// Lets a write in, or has `waker` called when it is worth asking again.
+    #[cold]
+    pub(super) fn enter_or_wait(
+        &self,
+        lane: &LaneCounter,
+        id: WaiterId,
+        waker: &Waker,
+    ) -> Option<Entry> {
+        // The waker goes in while the gate is known to be closed, so that whoever opens finds it.
+        {
+            let mut state = self.state.lock();
+            if state.closers > 0 {
+                state.writers.set(id, waker);
+                return None;
+            }
+            state.writers.remove(id);
+        }
+        let entry = self.try_enter(lane);
+        if entry.is_none() {
+            // Closed again in between: the next poll registers.
+            waker.wake_by_ref();
+        }
+        entry
+    }
+
+    pub(super) fn forget_writer(&self, id: WaiterId) {
+        self.state.lock().writers.remove(id);
+    }
+
+    /// A write that was let in has settled and is recorded.
+    #[inline]
+    pub(super) fn leave(&self, lane: &LaneCounter) {
+        lane.0.0.leave();
+        if self.flags.0.load(Ordering::SeqCst) & (CLOSED | ARMED) != 0 {
+            self.wake_after_leave();
+        }
+    }
+
+    #[cold]
+    fn wake_after_leave(&self) {
+        let mut state = self.state.lock();
+        let mut wakers = state.quiescers.take();
+        if self.flags.0.load(Ordering::Relaxed) & ARMED != 0 {
+            self.flags.0.fetch_and(!ARMED, Ordering::SeqCst);
+            wakers.append(&mut state.watchers.take());
+        }
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Closes the gate. Each call wants one [`Gate::open`].
+    pub(super) fn close(&self) {
+        let mut state = self.state.lock();
+        state.closers += 1;
+        self.flags.0.fetch_or(CLOSED, Ordering::SeqCst);
+    }
+
+    pub(super) fn open(&self) {
+        let mut state = self.state.lock();
+        state.closers -= 1;
+        if state.closers > 0 {
+            return;
+        }
+        self.flags.0.fetch_and(!CLOSED, Ordering::SeqCst);
+        let wakers = state.writers.take();
+        drop(state);
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Whether every write that was let in has left. To be asked with the gate closed. If not, and
+    /// a waker is given, it is called when a write leaves.
+    pub(super) fn is_quiet(&self, id: WaiterId, waker: Option<&Waker>) -> bool {
+        let mut state = self.state.lock();
+        if let Some(waker) = waker {
+            state.quiescers.set(id, waker);
+        }
+        fence(Ordering::SeqCst);
+        let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet());
+        if quiet {
+            state.quiescers.remove(id);
+        }
+        quiet
+    }
+
+    pub(super) fn forget_quiescer(&self, id: WaiterId) {
+        self.state.lock().quiescers.remove(id);
+    }
+
+    /// Has `waker` called by the next recorded write. The caller must look once more, afterwards,
+    /// whether something was recorded already.
+    pub(super) fn arm(&self, id: WaiterId, waker: &Waker) {
+        let mut state = self.state.lock();
+        state.watchers.set(id, waker);
+        self.flags.0.fetch_or(ARMED, Ordering::SeqCst);
+        drop(state);
+        fence(Ordering::SeqCst);
+    }
+
+    pub(super) fn disarm(&self, id: WaiterId) {
+        let mut state = self.state.lock();
+        state.watchers.remove(id);
+        if state.watchers.by_ticket.is_empty() {
+            self.flags.0.fetch_and(!ARMED, Ordering::SeqCst);
+        }
+    }
+
+    /// Which log writes are recorded in from now on. Going to another log while writes are inside
+    /// would let one be recorded where nobody looks any more, so the gate is closed and quiet then;
+    /// going to none is harmless at any time.
+    pub(super) fn record_in(&self, log: Option<usize>) {
+        let bits = log.map_or(0, |index| index as u64 + 1) << LOG_SHIFT;
+        let _state = self.state.lock();
+        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED);
+        // Every change of the flags is made under the lock, so nothing is lost by a plain store.
+        self.flags.0.store(rest | bits, Ordering::SeqCst);
+    }
+}

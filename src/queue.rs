@@ -1,0 +1,296 @@
+//! Runs a machine over completion queues, without any future: requests come out, completions go in.
+//!
+//! ```text
+//!  loop {
+//!      queue.next(now, &waker) ──▶ Submit(request)  put it on the ring of its side
+//!                              ──▶ Wait             reap completions; wait for the ring, the waker, or
+//!                                                   until that time
+//!      queue.completed(now, id, answer) ◀── per completion
+//!  }
+//! ```
+//!
+//! It decides nothing: it only turns one copy into a read and a write. Nothing here blocks or makes a
+//! system call. The waker may write to an eventfd that the ring's thread polls anyway.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::io;
+use std::task::Waker;
+use std::time::Duration;
+
+use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
+use crate::io::BufferPool;
+use crate::job::JobError;
+use crate::mirror::{Mirror, Step, Switch};
+use crate::units::ByteRange;
+
+/// A machine, and the requests of it that are out.
+///
+/// # Examples
+///
+/// `examples/completion_queue.rs` is the whole loop over a submit/poll back end.
+pub struct Queue<P: BufferPool> {
+    mirror: Mirror,
+    pool: P,
+    /// Requests out, by id.
+    out: BTreeMap<u64, Out>,
+    /// Second halves of copies, to be submitted before anything new.
+    halves: VecDeque<Request<P::Buf>>,
+    next_id: u64,
+}
+
+/// What comes next.
+#[derive(Debug)]
+#[must_use]
+pub enum Next<B> {
+    /// Submit this, and report it with [`Queue::completed`]. There may be more at once: ask again.
+    Submit(Request<B>),
+    /// Nothing to submit until a completion is reported, the waker is called, or that time has come.
+    Wait {
+        /// Time at which to ask again, even if nothing happened.
+        until: Option<Duration>,
+    },
+    /// Switch now, or drop it.
+    Switch(Switch),
+    /// The job is over.
+    Done(Result<(), JobError>),
+}
+
+/// One request to one device.
+#[derive(Debug)]
+#[must_use = "a request that is not completed holds up its job"]
+pub struct Request<B> {
+    /// To be given back with the completion; fits a ring's user data. Unique in this queue.
+    pub id: u64,
+    /// The device.
+    pub side: Side,
+    /// What is to be done.
+    pub work: Work<B>,
+}
+
+/// What a [`Request`] wants done.
+#[derive(Debug)]
+pub enum Work<B> {
+    /// Fill the buffer with the bytes from `offset` on.
+    Read {
+        /// Where to read.
+        offset: u64,
+        /// What to fill.
+        buf: B,
+    },
+    /// Write the buffer from `offset` on.
+    Write {
+        /// Where to write.
+        offset: u64,
+        /// What to write.
+        buf: B,
+    },
+    /// Tell what is at the start of the range: [`Answer::Status`].
+    Status(ByteRange),
+    /// Make the range read as zeroes.
+    WriteZeroes(ByteRange, Unmap),
+    /// Discard the range.
+    Discard(ByteRange),
+    /// Make durable what was written.
+    Flush,
+    /// Complete when no earlier request can still change the device.
+    Settle,
+    /// Give up requests that cannot be finished soon, if that is possible.
+    CancelInFlight,
+}
+
+/// What came of a [`Request`].
+#[derive(Debug)]
+pub enum Answer<B> {
+    /// A read or a write, with its buffer.
+    Transfer(io::Result<()>, B),
+    /// [`Work::Status`].
+    Status(io::Result<Extent>),
+    /// Anything else.
+    Plain(io::Result<()>),
+}
+
+/// What a request that is out belongs to.
+struct Out {
+    op: Op,
+    step: OutStep,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OutStep {
+    Read,
+    Write,
+    Other,
+}
+
+impl<P: BufferPool> Queue<P> {
+    /// Runs `mirror` with buffers from `pool`.
+    pub fn new(mirror: Mirror, pool: P) -> Self {
+        Self {
+            mirror,
+            pool,
+            out: BTreeMap::new(),
+            halves: VecDeque::new(),
+            next_id: 0,
+        }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
+    }
+
+    /// How many requests are out.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.out.len() - self.halves.len()
+    }
+
+    /// What to do next. As [`Mirror::poll`].
+    pub fn next(&mut self, now: Duration, waker: &Waker) -> Next<P::Buf> {
+        if let Some(request) = self.halves.pop_front() {
+            return Next::Submit(request);
+        }
+        loop {
+            match self.mirror.poll(now, waker) {
+                Step::Op(op) => {
+                    if let Some(request) = self.request(now, op) {
+                        return Next::Submit(request);
+                    }
+                }
+                Step::Wait { until } => return Next::Wait { until },
+                Step::Switch(switch) => return Next::Switch(switch),
+                Step::Done(result) => return Next::Done(result),
+            }
+        }
+    }
+
+    /// Reports a request. One that is not known, because it was lost, is ignored; its buffer goes back
+    /// to the pool.
+    pub fn completed(&mut self, now: Duration, id: u64, answer: Answer<P::Buf>) {
+        let Some(Out { op, step }) = self.out.remove(&id) else {
+            if let Answer::Transfer(_, buf) = answer {
+                self.pool.put(buf);
+            }
+            return;
+        };
+        let other_side = |error| Outcome::Failed {
+            side: Side::Target,
+            error,
+        };
+        let outcome = match (step, answer) {
+            (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
+                self.second_half(op, buf);
+                return;
+            }
+            (OutStep::Read, Answer::Transfer(Err(error), buf)) => {
+                self.pool.put(buf);
+                Outcome::Failed {
+                    side: Side::Source,
+                    error,
+                }
+            }
+            (OutStep::Write, Answer::Transfer(result, buf)) => {
+                self.pool.put(buf);
+                result.map_or_else(other_side, |()| Outcome::Done)
+            }
+            (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
+            (OutStep::Other, Answer::Status(Err(error))) => Outcome::Failed {
+                side: Side::Source,
+                error,
+            },
+            (OutStep::Other, Answer::Plain(result)) => {
+                result.map_or_else(other_side, |()| Outcome::Done)
+            }
+            (OutStep::Other, Answer::Transfer(_, buf)) => {
+                self.pool.put(buf);
+                other_side(mismatch())
+            }
+            (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
+                other_side(mismatch())
+            }
+        };
+        self.mirror.op_done(now, op, outcome);
+    }
+
+    /// Says that all requests that are out are lost, because the back end was torn down. As
+    /// [`Mirror::ops_lost`].
+    pub fn requests_lost(&mut self) {
+        self.out.clear();
+        for half in self.halves.drain(..) {
+            if let Work::Write { buf, .. } = half.work {
+                self.pool.put(buf);
+            }
+        }
+        self.mirror.ops_lost();
+    }
+
+    fn request(&mut self, now: Duration, op: Op) -> Option<Request<P::Buf>> {
+        let (side, work) = match op.kind() {
+            OpKind::Copy(range) => {
+                let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
+                match self.pool.take(len) {
+                    Ok(buf) => {
+                        let offset = range.start();
+                        (Side::Source, Work::Read { offset, buf })
+                    }
+                    Err(error) => {
+                        let side = Side::Target;
+                        self.mirror
+                            .op_done(now, op, Outcome::Failed { side, error });
+                        return None;
+                    }
+                }
+            }
+            OpKind::Status(range) => (Side::Source, Work::Status(range)),
+            OpKind::Zero(range, unmap) => (Side::Target, Work::WriteZeroes(range, unmap)),
+            OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
+            OpKind::Flush => (Side::Target, Work::Flush),
+            OpKind::Settle => (Side::Target, Work::Settle),
+            OpKind::CancelInFlight => (Side::Target, Work::CancelInFlight),
+        };
+        let step = match work {
+            Work::Read { .. } => OutStep::Read,
+            _ => OutStep::Other,
+        };
+        Some(self.put_out(op, step, side, work))
+    }
+
+    fn second_half(&mut self, op: Op, buf: P::Buf) {
+        let range = op.kind().range().expect("a copy has a range");
+        let offset = range.start();
+        let write = Work::Write { offset, buf };
+        let request = self.put_out(op, OutStep::Write, Side::Target, write);
+        self.halves.push_back(request);
+    }
+
+    fn put_out(
+        &mut self,
+        op: Op,
+        step: OutStep,
+        side: Side,
+        work: Work<P::Buf>,
+    ) -> Request<P::Buf> {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.out.insert(id, Out { op, step });
+        Request { id, side, work }
+    }
+}
+
+fn mismatch() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "the answer does not belong to the request",
+    )
+}
+
+impl<P: BufferPool> fmt::Debug for Queue<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue")
+            .field("mirror", &self.mirror)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
