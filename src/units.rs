@@ -97,6 +97,7 @@ impl ByteRange {
 
     /// The bytes both ranges have; an empty range if there are none.
     #[must_use]
+    #[inline]
     pub fn intersection(self, other: ByteRange) -> ByteRange {
         ByteRange::from(self.start.max(other.start)..self.end.min(other.end))
     }

@@ -378,16 +378,9 @@ fn assert_every_range(map: &HBitmap, dirty: &[bool]) {
             assert_eq!(map.next_dirty(start..end), found(first_dirty));
             assert_eq!(map.next_clean(start..end), found(first_clean));
             for bytes_max in [1, 33, u64::MAX] {
-                let end = end.min(area_end).min(first_dirty.saturating_add(bytes_max));
-                let expected = found(first_dirty).map(|start| (start..end).into());
-                assert_eq!(
-                    map.next_dirty_area(start..end.max(start), bytes_max),
-                    expected
-                );
-                assert_eq!(
-                    map.next_dirty_area(start..len + 2, bytes_max).is_some(),
-                    first_dirty < len
-                );
+                let area_end = first_dirty.saturating_add(bytes_max).min(area_end).min(end);
+                let expected = found(first_dirty).map(|start| (start..area_end).into());
+                assert_eq!(map.next_dirty_area(start..end, bytes_max), expected);
             }
             let status = map.status(start..end).ok();
             let expected = (start < end && end <= len).then(|| match dirty[start as usize] {
@@ -1079,6 +1072,25 @@ proptest! {
         prop_assert_eq!(a.intersects(&b), Ok(expected));
         prop_assert_eq!(b.intersects(&a), Ok(expected));
     }
+}
+
+/// The least there can be in common, where a search that skips a byte too many misses it.
+#[test]
+fn intersects_in_a_single_byte() {
+    for offset in [16, 17, 20, 31] {
+        let (coarse, fine) = (
+            map_of(1000, 4, &[16..32]),
+            map_of(1000, 0, &[offset..offset + 1]),
+        );
+        assert_eq!(coarse.intersects(&fine), Ok(true), "{offset}");
+        assert_eq!(fine.intersects(&coarse), Ok(true), "{offset}");
+    }
+    let (coarse, around) = (
+        map_of(1000, 4, &[16..32]),
+        map_of(1000, 0, &[0..16, 32..1000]),
+    );
+    assert_eq!(coarse.intersects(&around), Ok(false));
+    assert_eq!(around.intersects(&coarse), Ok(false));
 }
 
 /// Operands that agree with each other but not with the result are combined all the same.

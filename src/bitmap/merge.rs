@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! 64 KiB   ░░██░░░░░░░░      other, finer
-//! 128 KiB  ░░░░████░░██      self
-//! union    ████████░░██      outward: never loses a dirty byte
+//! 128 KiB  ░░░░░░░░████      self
+//! union    ████░░░░████      outward: never loses a dirty byte
 //!
 //! 64 KiB   ░░██████░░██      other, finer
 //! 128 KiB  ████████████      self
@@ -51,6 +51,20 @@ impl HBitmap {
     ///
     /// [`UnionError::Merge`] if they are not equally long, [`UnionError::Create`] if the granularity
     /// is too fine for their length.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Granularity, HBitmap};
+    ///
+    /// let mut monday = HBitmap::new(1 << 20, Granularity::DEFAULT)?;
+    /// let mut tuesday = HBitmap::new(1 << 20, Granularity::from_bytes(4096).unwrap())?;
+    /// monday.set(0..1)?;
+    /// tuesday.set(65_536..65_537)?;
+    /// let both = HBitmap::union(&monday, &tuesday, tuesday.granularity())?;
+    /// assert!(both.runs().eq([(0..69_632).into()]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn union(
         a: &HBitmap,
         b: &HBitmap,
@@ -150,11 +164,26 @@ impl HBitmap {
         Ok(())
     }
 
-    /// Whether a byte is dirty in both.
+    /// Whether a byte is dirty in both. Nothing is rounded.
     ///
     /// # Errors
     ///
     /// [`LengthMismatch`](MergeError::LengthMismatch).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Granularity, HBitmap};
+    ///
+    /// let mut coarse = HBitmap::new(1 << 20, Granularity::DEFAULT)?;
+    /// let mut fine = HBitmap::new(1 << 20, Granularity::from_bytes(512).unwrap())?;
+    /// coarse.set(65_536..131_072)?;
+    /// fine.set(65_535..65_536)?;
+    /// assert!(!coarse.intersects(&fine)?);
+    /// fine.set(65_536..65_537)?;
+    /// assert!(coarse.intersects(&fine)?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn intersects(&self, other: &HBitmap) -> Result<bool, MergeError> {
         self.check_len(other)?;
         if self.granularity == other.granularity {

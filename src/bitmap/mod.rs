@@ -5,13 +5,14 @@
 //! words; it knows no disk, no job and no lock.
 //!
 //! ```text
-//! summary[1]   word 0  10…            one word
-//!                      │└───────────────────────┐
-//! summary[0]   word 0  101…            word 1  000…     bit N: is word N below not zero?
-//!                      │ └───────────┐
-//! words        word 0  0100…  word 1  0000…  word 2  1000…  …  word 64  0000…
-//!                       │                            │
-//! granules              1                           128         one bit each; the last may be partial
+//! summary[1]   word 0  10…                                   one word
+//!                      │└────────────┐
+//! summary[0]   word 0  101…   word 1 000…                    bit N: is word N below not zero?
+//!                      ││└─────────────────────────┐
+//!                      │└────────────┐             │
+//! words        word 0  0100…  word 1 0000…  word 2 1000…  …
+//!                       │                          │
+//! granules              1                         128        a bit each; the last may be partial
 //! ```
 //!
 //! What always holds, and is checked by the tests after every step:
@@ -43,8 +44,8 @@
 //! 10. Setting or resetting one granule touches one word, and those above it only when that word
 //!     stops or starts being zero. Finding the next dirty granule takes one step per level, at most
 //!     seven up and seven down. Searching and resetting skip what is clean in blocks of 64 words
-//!     without reading them; a new map has not touched its memory at all, and 64 TiB at 64 KiB take
-//!     no more than what gets dirty.
+//!     without reading them; a new map (but not a clone) has not touched its memory at all, so that
+//!     64 TiB at 64 KiB take no more than what gets dirty.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which
 //!     is checked before memory is asked for. A map of no bytes is legal, and always clean.
 //!

@@ -9,6 +9,8 @@
 //! Clean granules are searched for in the lowest level only, a word at a time: what is above knows of
 //! zero words, not of full ones.
 
+use std::ops::Range;
+
 use super::HBitmap;
 use super::update::RangeError;
 use super::word::{bit, bits_from, lowest, word_of};
@@ -97,7 +99,7 @@ impl HBitmap {
         if range.is_empty() {
             return None;
         }
-        let granule = self.next_unset(range)?;
+        let granule = self.next_unset(self.granularity.outward(range))?;
         let offset = self.granularity.start_of(granule).max(range.start());
         range.contains(offset).then_some(offset)
     }
@@ -126,14 +128,20 @@ impl HBitmap {
         range: impl Into<ByteRange>,
         bytes_max: u64,
     ) -> Option<ByteRange> {
-        if bytes_max == 0 {
+        let range = self.clip(range.into());
+        if range.is_empty() || bytes_max == 0 {
             return None;
         }
-        let range = self.clip(range.into());
-        let start = self.next_dirty(range)?;
-        let end_max = range.end().min(start.saturating_add(bytes_max));
-        let end = self.next_clean(start..end_max).unwrap_or(end_max);
-        Some((start..end).into())
+        let granularity = self.granularity;
+        let granule = self.next_set(granularity.granule_of(range.start()))?;
+        let start = granularity.start_of(granule).max(range.start());
+        if start >= range.end() {
+            return None;
+        }
+        let area = ByteRange::from(start..range.end().min(start.saturating_add(bytes_max)));
+        let next_clean = self.next_unset(granularity.outward(area));
+        let end = next_clean.map_or(area.end(), |granule| granularity.start_of(granule));
+        Some((start..end.min(area.end())).into())
     }
 
     /// Whether the first byte of `range` is dirty, and how far in `range` that goes.
@@ -190,6 +198,7 @@ impl HBitmap {
     }
 
     /// What of `range` lies in the map.
+    #[inline]
     pub(super) fn clip(&self, range: ByteRange) -> ByteRange {
         range.intersection((0..self.len).into())
     }
@@ -230,9 +239,10 @@ impl HBitmap {
         None
     }
 
-    /// The first clean granule that `range` touches; `range` lies in the map and is not empty.
-    fn next_unset(&self, range: ByteRange) -> Option<u64> {
-        let granules = self.granularity.outward(range);
+    /// The first clean granule at or after the first of `granules`, which must be some of the map. It
+    /// is not looked for past the word of the last one, and may lie past that.
+    #[inline]
+    fn next_unset(&self, granules: Range<u64>) -> Option<u64> {
         let first = word_of(granules.start);
         let bits = !self.words[first] & bits_from(granules.start);
         if bits != 0 {

@@ -1,16 +1,17 @@
 //! Setting and resetting: words first, and upwards only from words that stop or start being zero.
 //!
 //! ```text
-//! set    words 3..6 ──▶ was one of them zero? ──▶ summary bits 3..6 ──▶ …
-//! reset  word 3     ──▶ zero now?  no: its bit above stays
-//!        words 4..5 ──▶ zero for certain          summary bit 4     ──▶ …
-//!        word 5     ──▶ zero now?  each edge for itself
+//! set    words 3..6 ──▶ was one of them zero?           yes ──▶ summary bits 3..6 ──▶ …
+//!
+//! reset  word 3     ──▶ zero now? each edge for itself  no        its bit above stays
+//!        word 4     ──▶ zero for certain                    ──▶ summary bit 4     ──▶ …
+//!        word 5     ──▶ zero now? each edge for itself  yes ──▶ summary bit 5     ──▶ …
 //! ```
 
 use std::ops::Range;
 
 use super::HBitmap;
-use super::word::{BITS, Cut, bit, bits_from, bits_to, word_of, words_of};
+use super::word::{Cut, bit, word_of, words_of};
 use crate::units::{ByteRange, Granularity};
 
 /// Why a range or an offset does not fit the bitmap. The bitmap is as before.
@@ -111,7 +112,11 @@ impl HBitmap {
         if !(granularity.is_aligned(range.start()) && is_end_aligned) {
             return Err(RangeError::Unaligned { range, granularity });
         }
-        Ok(self.reset_run(granularity.outward(range)))
+        let granules = granularity.outward(range);
+        if granules.end - granules.start == 1 {
+            return Ok(self.reset_one(granules.start));
+        }
+        Ok(self.reset_run(granules))
     }
 
     /// Makes every granule that lies in `range` as a whole clean, and says whether one was dirty.
@@ -174,15 +179,36 @@ impl HBitmap {
         let is_new = before & bit(granule) == 0;
         self.count += u64::from(is_new);
         if before == 0 {
-            self.raise(granule / BITS);
+            self.raise(word_of(granule));
         }
         is_new
+    }
+
+    /// Resets one granule.
+    #[inline]
+    fn reset_one(&mut self, granule: u64) -> bool {
+        let word = &mut self.words[word_of(granule)];
+        if *word & bit(granule) == 0 {
+            // Not written to: it may never have been touched (rule 10).
+            return false;
+        }
+        *word &= !bit(granule);
+        let is_zero = *word == 0;
+        self.count -= 1;
+        if is_zero {
+            self.lower(word_of(granule)..word_of(granule) + 1);
+        }
+        true
     }
 
     /// Sets a run of granules.
     pub(super) fn set_run(&mut self, granules: Range<u64>) -> bool {
         if granules.is_empty() {
             return false;
+        }
+        let cut = Cut::of(&granules);
+        if cut.is_one_word() {
+            return self.set_in_word(cut.head.0, cut.head.1);
         }
         let filled = fill(&mut self.words, &granules);
         self.count += filled.added;
@@ -205,8 +231,11 @@ impl HBitmap {
         if granules.is_empty() || self.is_clean() {
             return false;
         }
-        let before = self.count;
         let cut = Cut::of(&granules);
+        if cut.is_one_word() {
+            return self.reset_in_word(cut.head.0, cut.head.1);
+        }
+        let before = self.count;
         self.reset_in_word(cut.head.0, cut.head.1);
         self.reset_words(cut.body);
         self.reset_in_word(cut.tail.0, cut.tail.1);
@@ -214,28 +243,35 @@ impl HBitmap {
     }
 
     /// Sets the granules `mask` of one word.
-    pub(super) fn set_in_word(&mut self, word: usize, mask: u64) {
+    #[inline]
+    pub(super) fn set_in_word(&mut self, word: usize, mask: u64) -> bool {
         let before = self.words[word];
         let after = before | mask;
+        if after == before {
+            return false;
+        }
         self.words[word] = after;
         self.count += u64::from((after ^ before).count_ones());
-        if before == 0 && after != 0 {
-            self.raise(word as u64);
+        if before == 0 {
+            self.raise(word);
         }
+        true
     }
 
     /// Resets the granules `mask` of one word.
-    pub(super) fn reset_in_word(&mut self, word: usize, mask: u64) {
+    #[inline]
+    pub(super) fn reset_in_word(&mut self, word: usize, mask: u64) -> bool {
         let before = self.words[word];
         let after = before & !mask;
         if after == before {
-            return;
+            return false;
         }
         self.words[word] = after;
         self.count -= u64::from((after ^ before).count_ones());
         if after == 0 {
-            self.lower(word as u64..word as u64 + 1);
+            self.lower(word..word + 1);
         }
+        true
     }
 
     /// Resets whole words, in blocks of those that share a word above: blocks without a dirty granule
@@ -252,14 +288,14 @@ impl HBitmap {
                 *word = 0;
             }
             from = block.end;
-            self.lower(block.start as u64..block.end as u64);
+            self.lower(block);
         }
     }
 
     /// Tells the summaries that `word` is not zero any more.
     #[inline(never)]
-    fn raise(&mut self, word: u64) {
-        let mut index = word;
+    fn raise(&mut self, word: usize) {
+        let mut index = word as u64;
         for level in &mut self.summary {
             let above = &mut level[word_of(index)];
             let before = *above;
@@ -267,22 +303,22 @@ impl HBitmap {
             if before != 0 {
                 break;
             }
-            index /= BITS;
+            index = word_of(index) as u64;
         }
     }
 
     /// Tells the summaries that `words` are zero now. They must share one word above.
-    fn lower(&mut self, words: Range<u64>) {
-        let mut index = words.start / BITS;
-        let mut mask = bits_from(words.start) & bits_to(words.end - 1);
+    #[inline(never)]
+    fn lower(&mut self, words: Range<usize>) {
+        let Cut { head, .. } = Cut::of(&(words.start as u64..words.end as u64));
+        let (mut index, mut mask) = head;
         for level in &mut self.summary {
-            let above = &mut level[index as usize];
-            *above &= !mask;
-            if *above != 0 {
+            level[index] &= !mask;
+            if level[index] != 0 {
                 break;
             }
-            mask = bit(index);
-            index /= BITS;
+            mask = bit(index as u64);
+            index = word_of(index as u64);
         }
     }
 }
@@ -300,7 +336,7 @@ fn fill(level: &mut [u64], run: &Range<u64>) -> Filled {
     let cut = Cut::of(run);
     let mut added = 0;
     let mut has_woken = false;
-    // A run in one word has no bit in the tail, which then finds a word that the head made non-zero.
+    // In a run of one word the tail has no bit, and finds a word that the head made non-zero.
     for (word, mask) in [cut.head, cut.tail] {
         let before = level[word];
         level[word] = before | mask;

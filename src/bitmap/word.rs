@@ -9,7 +9,7 @@
 use std::ops::Range;
 
 /// Bits in a word.
-pub(super) const BITS: u64 = u64::BITS as u64;
+const BITS: u64 = u64::BITS as u64;
 
 /// Index of the word that holds bit `index`.
 #[inline]
@@ -83,6 +83,12 @@ impl Cut {
             body: first + 1..last,
             tail: (last, tail),
         }
+    }
+
+    /// Whether the run lies in one word, and `head` has all of it.
+    #[inline]
+    pub(super) const fn is_one_word(&self) -> bool {
+        self.head.0 == self.tail.0
     }
 }
 
