@@ -230,7 +230,7 @@ fn change_storage(file: &File, range: ByteRange, mode: FallocateFlags) -> Result
 }
 
 fn write_zeroes_by_hand(file: &File, range: ByteRange) -> io::Result<()> {
-    const ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = range.start();
     while at < range.end() {
         let len = (range.end() - at).min(ZEROES.len() as u64);

@@ -10,3 +10,5 @@
 
 pub(crate) mod clock;
 pub(crate) mod file;
+pub(crate) mod guest;
+pub(crate) mod temp;
