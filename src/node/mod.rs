@@ -33,6 +33,7 @@ use std::collections::BTreeMap;
 
 use crate::bitmap::{CreateError, HBitmap, RangeError};
 use crate::log::{DirtyLog, DirtyLogError};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::{Arc, Mutex, MutexGuard};
 use crate::units::{ByteRange, Granularity};
 
@@ -295,6 +296,11 @@ impl Node {
         self.inner().track(granularity)
     }
 
+    /// For sabotage: records from now on, whatever is in flight.
+    pub(crate) fn track_unquiesced(&self, granularity: Granularity) -> Option<JobBitmap> {
+        self.inner().track(granularity).ok()
+    }
+
     /// Takes the node for a job, unless another has it.
     pub(crate) fn claim_for_job(&self) -> Option<JobClaim> {
         let node = Arc::clone(self.inner());
@@ -429,6 +435,12 @@ impl fmt::Debug for GuestQueue {
 impl<L: Way> Ticket<L> {
     #[inline]
     fn new(lane: L, range: ByteRange, entry: Entry) -> Self {
+        if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log) {
+            let log = lane.node.logs[log]
+                .get()
+                .expect("writes are recorded in it");
+            log.mark(range);
+        }
         Self {
             lane,
             range,
@@ -465,7 +477,8 @@ impl<L: Way> Ticket<L> {
             return;
         };
         let node = &self.lane.node;
-        if let Some(log) = entry.log.and_then(|index| node.logs[index].get()) {
+        let log = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin));
+        if let Some(log) = log.and_then(|index| node.logs[index].get()) {
             log.mark(self.range);
         }
         node.gate.leave(&self.lane.counter);
@@ -475,6 +488,9 @@ impl<L: Way> Ticket<L> {
 impl<L: Way> Drop for Ticket<L> {
     #[inline]
     fn drop(&mut self) {
+        if is_broken(Sabotage::ForgetDropped) && self.entry.is_some() {
+            self.entry = Some(Entry { log: None });
+        }
         self.settle();
     }
 }
@@ -740,6 +756,15 @@ impl JobBitmapGuard<'_> {
     /// As [`HBitmap::reset`].
     pub fn reset(&mut self, range: ByteRange) -> Result<bool, RangeError> {
         self.bitmap_mut().reset(range)
+    }
+
+    /// As [`HBitmap::reset_inner`].
+    ///
+    /// # Errors
+    ///
+    /// As [`HBitmap::reset_inner`].
+    pub fn reset_inner(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        self.bitmap_mut().reset_inner(range)
     }
 
     /// As [`HBitmap::reset_all`].
