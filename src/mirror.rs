@@ -92,9 +92,10 @@ pub struct MirrorOptions {
     pub granularity: Option<Granularity>,
     /// Operations in flight at the same time, 1 to 1024. Default 16.
     pub workers: usize,
-    /// The longest copy in bytes; rounded down to what both devices take. Default 1 MiB.
+    /// The longest copy in bytes; rounded down to what both devices take, but at least 512. Default
+    /// 1 MiB.
     pub chunk_max: u64,
-    /// Bytes held in buffers at the same time; at least one chunk is. Default 16 MiB.
+    /// Bytes held in buffers at the same time; at least one granule, and one chunk. Default 16 MiB.
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,

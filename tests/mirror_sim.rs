@@ -791,6 +791,9 @@ fn env(name: &str) -> Option<u64> {
 
 /// Runs a seed and says how to run it again if it fails.
 fn run_or_explain(seed: u64) -> Report {
+    if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
+        eprintln!("seed {seed}");
+    }
     catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
         eprintln!(
             "seed {seed} failed; again with:\n  \
