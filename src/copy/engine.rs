@@ -208,7 +208,7 @@ impl Engine {
         }
         self.ready.pop_front();
         if is_broken(Sabotage::ClearAfterLook) && kind.writes_target() {
-            make_clean(dirty, kind);
+            make_clean(dirty, self.shape.granularity, kind);
         }
         let op = self.hand_out(kind);
         self.claims.set_state(start, ClaimState::Running(op.id()));
@@ -275,7 +275,8 @@ impl Engine {
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
                 self.fill(range);
                 if is_broken(Sabotage::ClearAfterCopy) {
-                    make_clean(dirty.expect("there is a bitmap"), kind);
+                    let dirty = dirty.expect("there is a bitmap");
+                    make_clean(dirty, self.shape.granularity, kind);
                 }
                 self.landed(range)
             }
@@ -565,9 +566,13 @@ impl Engine {
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.
-fn make_clean(dirty: &mut JobBitmapGuard<'_>, kind: OpKind) {
+fn make_clean(dirty: &mut JobBitmapGuard<'_>, granularity: Granularity, kind: OpKind) {
     let range = kind.range().expect("it has a range");
-    dirty.reset_inner(range).expect("within the disk");
+    let start = granularity.align_down(range.start());
+    let end = granularity.align_up(range.end());
+    dirty
+        .reset_inner((start..end).into())
+        .expect("within the disk");
 }
 
 fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {
