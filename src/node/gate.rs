@@ -27,6 +27,7 @@
 use std::collections::BTreeMap;
 use std::task::Waker;
 
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::sync::{Arc, Mutex};
 
@@ -273,7 +274,8 @@ impl Gate {
             state.quiescers.set(id, waker);
         }
         fence(Ordering::SeqCst);
-        let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet());
+        let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet())
+            || is_broken(Sabotage::DoNotWaitForWriters);
         if quiet {
             state.quiescers.remove(id);
         }

@@ -34,6 +34,7 @@ use std::collections::BTreeMap;
 
 use crate::bitmap::{CreateError, HBitmap, RangeError};
 use crate::log::{DirtyLog, DirtyLogError};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::{Arc, Mutex, MutexGuard};
 use crate::units::{ByteRange, Granularity};
 
@@ -296,6 +297,11 @@ impl Node {
         self.inner().track(granularity)
     }
 
+    /// For sabotage: records from now on, whatever is in flight.
+    pub(crate) fn track_unquiesced(&self, granularity: Granularity) -> Option<JobBitmap> {
+        self.inner().track(granularity).ok()
+    }
+
     /// Takes the node for a job, unless another has it.
     pub(crate) fn claim_for_job(&self) -> Option<JobClaim> {
         let node = Arc::clone(self.inner());
@@ -407,7 +413,7 @@ impl Lane {
     /// Records a write and counts it out.
     #[inline]
     fn settle(&self, range: ByteRange, entry: Entry) {
-        if let Some(log) = entry.log {
+        if let Some(log) = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
             self.node.record(log, range);
         }
         self.node.gate.leave(&self.counter);
@@ -448,6 +454,9 @@ impl fmt::Debug for GuestQueue {
 impl<L: Way> Ticket<L> {
     #[inline]
     fn new(lane: L, range: ByteRange, entry: Entry) -> Self {
+        if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log) {
+            lane.node.record(log, range);
+        }
         Self {
             lane: Some(lane),
             range,
@@ -488,6 +497,9 @@ impl<L: Way> Ticket<L> {
 
 impl<L: Way> Drop for Ticket<L> {
     fn drop(&mut self) {
+        if is_broken(Sabotage::ForgetDropped) {
+            self.entry.log = None;
+        }
         if let Some(lane) = self.lane.take() {
             lane.settle(self.range, self.entry);
         }
@@ -755,6 +767,15 @@ impl JobBitmapGuard<'_> {
     /// As [`HBitmap::reset`].
     pub fn reset(&mut self, range: ByteRange) -> Result<bool, RangeError> {
         self.bitmap_mut().reset(range)
+    }
+
+    /// As [`HBitmap::reset_inner`].
+    ///
+    /// # Errors
+    ///
+    /// As [`HBitmap::reset_inner`].
+    pub fn reset_inner(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        self.bitmap_mut().reset_inner(range)
     }
 
     /// As [`HBitmap::reset_all`].
