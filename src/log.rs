@@ -245,10 +245,35 @@ impl DirtyLog {
         if clipped.is_empty() {
             return;
         }
+        let granules = self.granularity.outward(clipped);
         if self.keeps(Rule::FenceBeforeLook) {
             fence(Ordering::SeqCst);
         }
-        self.set(0, self.granularity.outward(clipped));
+        if !self.has_path(&granules) {
+            self.set(0, granules);
+        }
+    }
+
+    /// Whether granules of one word are set, and everything above them, up to the top. It says no for
+    /// those of several words. This is all that a write to a dirty place does, so it is kept short:
+    /// what a call must save on the stack the fence would wait for.
+    #[inline]
+    fn has_path(&self, granules: &Range<u64>) -> bool {
+        let (first, last) = (granules.start, granules.end - 1);
+        let mut index = first >> WORD_SHIFT;
+        if index != last >> WORD_SHIFT {
+            return false;
+        }
+        let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first));
+        let mut mask = ones << (first & (WORD_BITS - 1));
+        for level in 0..self.top + 1 {
+            if self.word(level, index).load(self.order(Ordering::Acquire)) & mask != mask {
+                return false;
+            }
+            mask = 1 << (index & (WORD_BITS - 1));
+            index >>= WORD_SHIFT;
+        }
+        true
     }
 
     /// Whether there is nothing to drain. It looks at one word, however long the disk is.
@@ -366,7 +391,7 @@ impl DirtyLog {
 
     /// Sets `bits` of a level, and then what is above them, up to the top. All that marks do, and how
     /// a drain that cannot go on gives back what it took.
-    #[inline]
+    #[inline(never)]
     fn set(&self, level: usize, bits: Range<u64>) {
         #[cfg(loom)]
         if self.set_breaking_a_rule(level, bits.clone()) {
