@@ -12,9 +12,9 @@ use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use blockjob::driver::Clock;
-use blockjob::io::{AlignedBuf, ReadAt, WriteAt};
-use blockjob::{Content, Unmap};
+use blockjob::driver::{Clock, Driven, Driver};
+use blockjob::io::{AlignedBuf, BlockDevice, ReadAt, WriteAt};
+use blockjob::{Content, Mirror, MirrorOptions, Node, Status, Unmap};
 use support::clock::{TimerClock, block_on};
 use support::file::FileDevice;
 
@@ -181,4 +181,51 @@ fn a_sleeper_is_woken_in_time_order_and_never_early() {
     });
     assert!(order[0].0 == 0 && order[0].1 >= at(10));
     assert!(order[1].0 == 1 && order[1].1 >= at(40));
+}
+
+#[test]
+fn a_driver_over_files_can_be_sent_to_another_thread() {
+    fn sent<F: Future + Send>(future: F) -> F {
+        future
+    }
+    let (source, target, clock) = (device(), device(), TimerClock::new());
+    block_on(source.write_at(0, buf(1 << 20, 3))).0.unwrap();
+    let node = Node::new(LEN);
+    let mut mirror = Mirror::new(
+        &node,
+        source.limits(),
+        target.limits(),
+        MirrorOptions::default(),
+    )
+    .unwrap();
+    let job = mirror.job().clone();
+    job.start().unwrap();
+    let driver = Driver::new(&source, &target, &clock);
+    let complete_when_ready = async {
+        while job.query().status != Status::Ready {
+            clock
+                .sleep_until(clock.now() + Duration::from_millis(1))
+                .await;
+        }
+        job.complete().unwrap();
+    };
+    std::thread::scope(|scope| {
+        let run = sent(async {
+            loop {
+                match driver.run(&mut mirror).await {
+                    Driven::Switch(switch) => switch.commit(),
+                    Driven::Done(result) => break result,
+                }
+            }
+        });
+        let driving = scope.spawn(move || block_on(run));
+        block_on(complete_when_ready);
+        driving.join().unwrap().unwrap();
+    });
+    block_on(async {
+        let (read, back) = target.read_at(0, buf(LEN as usize, 1)).await;
+        read.unwrap();
+        assert!(back.as_ref()[..1 << 20].iter().all(|&byte| byte == 3));
+        assert!(back.as_ref()[1 << 20..].iter().all(|&byte| byte == 0));
+    });
 }
