@@ -10,6 +10,8 @@ mod log;
 mod mirror;
 mod node;
 pub mod queue;
+#[doc(hidden)]
+pub mod sabotage;
 mod sync;
 mod units;
 

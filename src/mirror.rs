@@ -33,6 +33,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use crate::bitmap::HBitmap;
 use crate::copy::{
     Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape,
     ShapeError, Side, Unmap,
@@ -42,6 +43,7 @@ use crate::job::{
     RateLimit, Status, SwitchState,
 };
 use crate::node::{JobBitmap, JobClaim, Node, Quiesce, QuiesceGuard};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// The finest granularity of a mirror.
@@ -90,9 +92,10 @@ pub struct MirrorOptions {
     pub granularity: Option<Granularity>,
     /// Operations in flight at the same time, 1 to 1024. Default 16.
     pub workers: usize,
-    /// The longest copy in bytes; rounded down to what both devices take. Default 1 MiB.
+    /// The longest copy in bytes; rounded down to what both devices take, but at least 512. Default
+    /// 1 MiB.
     pub chunk_max: u64,
-    /// Bytes held in buffers at the same time; at least one chunk is. Default 16 MiB.
+    /// Bytes held in buffers at the same time; at least one granule, and one chunk. Default 16 MiB.
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
@@ -269,6 +272,8 @@ pub struct Mirror {
     batch_until: Duration,
     /// Before then no flush, and no question of the scan, is tried again after a failure.
     retry_at: Duration,
+    /// For tests: what the target may have lacked when the job ended.
+    left_at_end: Option<HBitmap>,
     /// When the time of grace ends for operations in flight.
     grace_until: Option<Duration>,
 }
@@ -285,8 +290,13 @@ enum Phase {
     Copying { flush: Option<OpId> },
     /// The target was in step once.
     InSync(End),
-    /// It will not succeed. What is in flight is waited for. Whether the target was asked to give up.
-    Ending { has_cancelled: bool },
+    /// It will not succeed. What is in flight is waited for.
+    Ending {
+        /// Whether the target was asked to give up what it cannot finish.
+        has_cancelled: bool,
+        /// Whether all that the target lacks is known.
+        was_scanned: bool,
+    },
     /// Over.
     Concluded,
 }
@@ -374,7 +384,7 @@ impl Mirror {
             options.unmap,
         )?;
         // Tells now what would else come up at the start. The memory is not touched.
-        crate::bitmap::HBitmap::new(node.len(), granularity)?;
+        HBitmap::new(node.len(), granularity)?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let job = Job::new("mirror", options.job)?;
@@ -394,6 +404,7 @@ impl Mirror {
             pace: Pace::default(),
             batch_until: Duration::ZERO,
             retry_at: Duration::ZERO,
+            left_at_end: None,
             grace_until: None,
         })
     }
@@ -461,13 +472,15 @@ impl Mirror {
         }
         let asked = self.job.asked(waker);
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
-        if let Some(op) = self.engine.settle() {
+        if let Some(op) = self.settle() {
             return Turn::Step(Step::Op(op));
         }
         match asked.switch {
             SwitchState::Held => return Turn::Step(Step::Wait { until: None }),
-            SwitchState::Committed => return self.conclude(None),
-            SwitchState::Declined => {
+            SwitchState::Committed if !is_broken(Sabotage::CopyAfterSwitch) => {
+                return self.conclude(None);
+            }
+            SwitchState::Committed | SwitchState::Declined => {
                 self.job.set_switch(SwitchState::None);
                 self.phase = Phase::InSync(End::Open);
                 return Turn::Again;
@@ -514,8 +527,18 @@ impl Mirror {
         }
     }
 
+    fn settle(&mut self) -> Option<Op> {
+        let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
+        self.engine.settle(dirty.as_mut())
+    }
+
     /// Starts to record, with the guest held for that moment.
     fn attach(&mut self, waker: &Waker) -> Turn {
+        if is_broken(Sabotage::AttachWithoutQuiesce) {
+            self.bitmap = self.node.track_unquiesced(self.engine.shape().granularity);
+            self.phase = self.first_look();
+            return Turn::Again;
+        }
         let Phase::Attaching(quiesce) = &mut self.phase else {
             unreachable!("called in this phase only");
         };
@@ -555,7 +578,11 @@ impl Mirror {
 
     /// Asks what the source holds, and zeroes the target on the way.
     fn scan(&mut self, now: Duration) -> Turn {
-        if let Some(op) = self.next_op(now, Copying::No) {
+        let copying = match is_broken(Sabotage::CopyWhileScanning) {
+            true => Copying::Unlimited,
+            false => Copying::No,
+        };
+        if let Some(op) = self.next_op(now, copying) {
             return Turn::Step(Step::Op(op));
         }
         let retry = self.next_retry(now);
@@ -632,6 +659,11 @@ impl Mirror {
         let Phase::Copying { flush } = &mut self.phase else {
             unreachable!("called in this phase only");
         };
+        if may_flush && is_broken(Sabotage::ReadyWithoutFlush) {
+            let id = *flush.get_or_insert_with(|| Op::new(OpKind::Flush).id());
+            self.flushed(id);
+            return Turn::Again;
+        }
         if may_flush && flush.is_none() {
             let op = self.engine.hand_out(OpKind::Flush);
             *flush = Some(op.id());
@@ -705,10 +737,11 @@ impl Mirror {
                 Turn::Again
             }
             End::Quiet { flush, .. } => {
+                let is_in_step = is_in_step || is_broken(Sabotage::SwitchWithoutRecheck);
                 if !is_in_step || flush.is_some() {
                     return self.wait(now, waker);
                 }
-                if self.engine.has_unflushed() {
+                if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
                     let op = self.engine.hand_out(OpKind::Flush);
                     *flush = Some(op.id());
                     return Turn::Step(Step::Op(op));
@@ -863,6 +896,7 @@ impl Mirror {
         }
         self.phase = Phase::Ending {
             has_cancelled: false,
+            was_scanned: matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_)),
         };
     }
 
@@ -871,7 +905,7 @@ impl Mirror {
         if self.engine.is_idle() {
             return self.conclude(Some(0));
         }
-        let Phase::Ending { has_cancelled } = &mut self.phase else {
+        let Phase::Ending { has_cancelled, .. } = &mut self.phase else {
             unreachable!("called in this phase only");
         };
         if cancel == Some(Cancel::Force) {
@@ -894,6 +928,9 @@ impl Mirror {
 
     fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
         self.publish();
+        if cfg!(debug_assertions) {
+            self.left_at_end = self.left_dirty();
+        }
         self.phase = Phase::Concluded;
         self.bitmap = None;
         self.claim = None;
@@ -908,7 +945,8 @@ impl Mirror {
             .bitmap
             .as_ref()
             .expect("recording started before copying");
-        bitmap.lock().is_clean() && self.engine.has_no_claims()
+        bitmap.lock().is_clean()
+            && (self.engine.has_no_claims() || is_broken(Sabotage::TrustCleanBitmap))
     }
 
     /// Bytes that are dirty or in flight.
@@ -933,6 +971,27 @@ impl Mirror {
             total: self.done_bytes.saturating_add(left),
         };
         self.job.publish(progress, !self.engine.is_idle());
+    }
+
+    /// What the target may lack, from the moment on that the scan is over: what is dirty or claimed.
+    /// For tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn left_dirty(&self) -> Option<HBitmap> {
+        match &self.phase {
+            Phase::Created
+            | Phase::Attaching(_)
+            | Phase::Scanning { .. }
+            | Phase::Ending {
+                was_scanned: false, ..
+            } => None,
+            Phase::Concluded => self.left_at_end.clone(),
+            Phase::Copying { .. } | Phase::InSync(_) | Phase::Ending { .. } => {
+                let mut left = HBitmap::clone(&*self.bitmap.as_ref()?.lock());
+                self.engine.add_claimed(&mut left);
+                Some(left)
+            }
+        }
     }
 
     /// Whether everything that must always hold does. For tests.

@@ -30,6 +30,7 @@ use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
 use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::JobBitmapGuard;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// See the module.
@@ -146,7 +147,10 @@ impl Engine {
     }
 
     /// The request to settle, if ranges wait for one.
-    pub(crate) fn settle(&mut self) -> Option<Op> {
+    pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
+        if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
+            self.settled(dirty);
+        }
         if self.is_settling || !self.has_lost() {
             return None;
         }
@@ -203,6 +207,9 @@ impl Engine {
             return None;
         }
         self.ready.pop_front();
+        if is_broken(Sabotage::ClearAfterLook) && kind.writes_target() {
+            make_clean(dirty, self.shape.granularity, kind);
+        }
         let op = self.hand_out(kind);
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
@@ -267,6 +274,10 @@ impl Engine {
             }
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
                 self.fill(range);
+                if is_broken(Sabotage::ClearAfterCopy) {
+                    let dirty = dirty.expect("there is a bitmap");
+                    make_clean(dirty, self.shape.granularity, kind);
+                }
                 self.landed(range)
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range),
@@ -281,7 +292,9 @@ impl Engine {
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
-                    make_dirty(dirty, range);
+                    if !is_broken(Sabotage::ForgetFailed) {
+                        make_dirty(dirty, range);
+                    }
                 }
                 Done::Failed { side, kind, error }
             }
@@ -349,7 +362,9 @@ impl Engine {
     pub(crate) fn give_up_planned(&mut self, dirty: &mut JobBitmapGuard<'_>) {
         for start in std::mem::take(&mut self.ready) {
             let claim = self.claims.remove(start);
-            make_dirty(dirty, claim.range);
+            if !is_broken(Sabotage::ForgetPlanned) {
+                make_dirty(dirty, claim.range);
+            }
         }
         self.unpark(Duration::MAX);
     }
@@ -371,7 +386,15 @@ impl Engine {
                 .end()
                 .max(wish.start().saturating_add(self.shape.run_max));
             let wish = wish.split_at(most).0;
-            let free = match self.claims.first_in(wish) {
+            let compared = match is_broken(Sabotage::WidenAfterCheck) {
+                true => run,
+                false => wish,
+            };
+            let claimed = self
+                .claims
+                .first_in(compared)
+                .filter(|_| !is_broken(Sabotage::ClaimTwice));
+            let free = match claimed {
                 Some(claimed) => {
                     if claimed.overlaps(first_block) {
                         // Somebody is at it: it stays dirty and is offered later.
@@ -384,9 +407,13 @@ impl Engine {
                 }
                 None => wish,
             };
-            dirty
-                .reset(free)
-                .expect("aligned to the granularity, or ends with the disk");
+            let is_late =
+                is_broken(Sabotage::ClearAfterLook) || is_broken(Sabotage::ClearAfterCopy);
+            if !is_late {
+                dirty
+                    .reset(free)
+                    .expect("aligned to the granularity, or ends with the disk");
+            }
             self.claims.insert(Claim {
                 range: free,
                 align,
@@ -489,6 +516,13 @@ impl Engine {
         })
     }
 
+    /// Everything that is claimed is added to `dirty`: together, what the target may lack.
+    pub(crate) fn add_claimed(&self, dirty: &mut HBitmap) {
+        for claim in self.claims.iter() {
+            dirty.set(claim.range).expect("within the disk");
+        }
+    }
+
     /// The list of the module, as far as it can be seen from one moment.
     pub(crate) fn check_invariants(&self) {
         let mut end = 0;
@@ -529,6 +563,16 @@ impl Engine {
             .get(range.start())
             .is_some_and(|claim| claim.state == ClaimState::Running(id))
     }
+}
+
+/// For sabotage: clears the bits of an operation when it is too late.
+fn make_clean(dirty: &mut JobBitmapGuard<'_>, granularity: Granularity, kind: OpKind) {
+    let range = kind.range().expect("it has a range");
+    let start = granularity.align_down(range.start());
+    let end = granularity.align_up(range.end());
+    dirty
+        .reset_inner((start..end).into())
+        .expect("within the disk");
 }
 
 fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {

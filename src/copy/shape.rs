@@ -12,6 +12,9 @@ use crate::copy::limits::Ends;
 use crate::copy::{Content, Extent, OpKind, Unmap};
 use crate::units::{ByteRange, Granularity};
 
+/// The shortest that a copy is made, unless a device takes less.
+const CHUNK_MIN: u64 = 512;
+
 /// The fixed numbers of one job.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
@@ -67,6 +70,9 @@ impl Shape {
             .map(|cluster| u64::from(cluster).max(block))
             .filter(|&cluster| cluster > granularity.bytes());
         let most = align_down(ends.max_transfer(), align);
+        // Tiny numbers are legal, and mean: as little as makes sense.
+        let buf_size = buf_size.max(granularity.bytes());
+        let chunk_max = chunk_max.max(CHUNK_MIN);
         // Both a cluster and one aligned request go out in one piece, whatever the buffer size says.
         let piece = cluster.unwrap_or(align);
         if piece > most {

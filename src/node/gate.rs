@@ -27,6 +27,7 @@
 use std::collections::BTreeMap;
 use std::task::Waker;
 
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::sync::{Arc, Mutex};
 
@@ -50,6 +51,7 @@ pub(super) struct Counter {
 }
 
 impl Counter {
+    #[inline]
     fn enter(&self) {
         if self.shared {
             // On its own a barrier: `SeqCst` here and in the load of the flags that follows.
@@ -66,6 +68,7 @@ impl Counter {
         }
     }
 
+    #[inline]
     fn leave(&self) {
         // Any thread may finish a write. `Release` for the closer, who reads what was written, and
         // `SeqCst` for the flags looked at next.
@@ -137,8 +140,8 @@ pub(super) struct LaneCounter(Arc<Padded<Counter>>);
 /// What a write that was let in must know when it leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
-    /// The log to record the write in.
-    pub(super) log: Option<usize>,
+    /// The log to record the write in. A byte, so that a ticket stays small.
+    pub(super) log: Option<u8>,
 }
 
 impl Gate {
@@ -187,7 +190,7 @@ impl Gate {
         let flags = self.flags.0.load(Ordering::SeqCst);
         if flags & CLOSED == 0 {
             return Some(Entry {
-                log: ((flags >> LOG_SHIFT) as usize).checked_sub(1),
+                log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
             });
         }
         self.leave(lane);
@@ -271,7 +274,8 @@ impl Gate {
             state.quiescers.set(id, waker);
         }
         fence(Ordering::SeqCst);
-        let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet());
+        let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet())
+            || is_broken(Sabotage::DoNotWaitForWriters);
         if quiet {
             state.quiescers.remove(id);
         }

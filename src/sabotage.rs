@@ -1,0 +1,67 @@
+//! Breaks an invariant on purpose, so that tests can show that they would notice.
+//!
+//! Exists in builds with debug assertions only; in others nothing can be broken. The switch is that of
+//! the current thread.
+
+/// The invariant to break. The names say what goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sabotage {
+    /// Copy machinery 1: dirty bits are cleared when a range has been copied.
+    ClearAfterCopy,
+    /// Copy machinery 2: dirty bits are cleared after the source was asked what it holds.
+    ClearAfterLook,
+    /// Copy machinery 3: what is in flight is not looked at before a claim.
+    ClaimTwice,
+    /// Copy machinery 4: a range is compared with the claims before it is widened.
+    WidenAfterCheck,
+    /// Copy machinery 5: what failed stays clean.
+    ForgetFailed,
+    /// Copy machinery 6: a lost range is free again before the target has settled.
+    DoNotSettle,
+    /// Copy machinery 7: what was planned is forgotten when the job gives up.
+    ForgetPlanned,
+    /// Copy machinery 8: a clean bitmap is taken for equal disks.
+    TrustCleanBitmap,
+    /// Mirror 1: recording starts without waiting for guest writes in flight.
+    AttachWithoutQuiesce,
+    /// Mirror 2: copying starts before the scan is over.
+    CopyWhileScanning,
+    /// Mirror 3: ready is told without a flush.
+    ReadyWithoutFlush,
+    /// Mirror 4: what is left is not looked at again once the guest is held.
+    SwitchWithoutRecheck,
+    /// Mirror 4: the switch is handed out without a flush.
+    SwitchWithoutFlush,
+    /// Mirror 5: copying goes on after the switch.
+    CopyAfterSwitch,
+    /// Node 1: a write is recorded when it begins.
+    RecordAtBegin,
+    /// Node 1: a ticket that is dropped records nothing.
+    ForgetDropped,
+    /// Gate 2: the gate is taken for quiet while writes are inside.
+    DoNotWaitForWriters,
+}
+
+#[cfg(debug_assertions)]
+thread_local! {
+    static BROKEN: std::cell::Cell<Option<Sabotage>> = const { std::cell::Cell::new(None) };
+}
+
+/// Breaks that invariant, and mends the one broken before, on this thread.
+#[cfg(debug_assertions)]
+pub fn break_on_this_thread(sabotage: Option<Sabotage>) {
+    BROKEN.set(sabotage);
+}
+
+#[inline]
+pub(crate) fn is_broken(sabotage: Sabotage) -> bool {
+    #[cfg(debug_assertions)]
+    {
+        BROKEN.get() == Some(sabotage)
+    }
+    #[cfg(not(debug_assertions))]
+    {
+        let _ = sabotage;
+        false
+    }
+}
