@@ -558,10 +558,12 @@ impl Mirror {
         match self.sync {
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.zero_max() > 0 => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
+            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+                Phase::Scanning {
+                    next: 0,
+                    asked: None,
+                }
+            }
             // The zeroes must be written anyway: the copying does that on its way.
             MirrorSync::Full => {
                 if let Some(bitmap) = &self.bitmap {

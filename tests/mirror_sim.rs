@@ -837,6 +837,12 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
     }
 }
 
+/// Seeds that have failed once, by what was wrong.
+#[test]
+fn zeroes_are_not_longer_than_the_target_takes_when_a_cluster_is() {
+    run_or_explain(36_289);
+}
+
 fn env(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
     Some(

@@ -229,7 +229,7 @@ impl Engine {
     /// Claims an area that is not dirty and makes the target read as zeroes there. Nothing may be in
     /// flight in it.
     pub(crate) fn plan_zeroes(&mut self, area: ByteRange) {
-        let max = self.shape.zero_max();
+        let (_, max) = self.shape.scan_zeroes().expect("asked before");
         let mut rest = area;
         while !rest.is_empty() {
             let (range, behind) = rest.split_at(rest.start().saturating_add(max));
