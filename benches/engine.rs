@@ -406,7 +406,11 @@ fn copy(len: u64, rounds: usize) {
         &clock,
     );
     let mut buf = vec![0; MIB as usize];
-    let steps = || (0..len).step_by(MIB as usize).map(|start| bytes(start, MIB as usize));
+    let steps = || {
+        (0..len)
+            .step_by(MIB as usize)
+            .map(|start| bytes(start, MIB as usize))
+    };
 
     let mut ways: [(&str, &mut dyn FnMut()); 4] = [
         ("memcpy", &mut || {
@@ -421,7 +425,9 @@ fn copy(len: u64, rounds: usize) {
             });
         }),
         ("mirror", &mut || mirror_once(&copying, limits, limits)),
-        ("mirror_by_handle", &mut || mirror_once(&lending, limits, limits)),
+        ("mirror_by_handle", &mut || {
+            mirror_once(&lending, limits, limits)
+        }),
     ];
     let mut times = [const { Vec::new() }; 4];
     for round in 0..=rounds {
@@ -676,7 +682,9 @@ fn resident_kib(field: &str) -> u64 {
 /// The children report in turn, so that none sees the memory of another.
 fn memory(lens: &[u64]) {
     let program = std::env::current_exe().expect("it runs");
-    println!("\npeak memory of a mirror with 16 operations of 1 MiB in flight, all data, all dirty twice");
+    println!(
+        "\npeak memory of a mirror with 16 operations of 1 MiB in flight, all data, all dirty twice"
+    );
     println!("disk        measured   bitmap + log + buffers");
     for &len in lens {
         let output = Command::new(&program)

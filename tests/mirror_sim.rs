@@ -145,7 +145,12 @@ impl Plan {
         options.unmap = rng.pick(&[Unmap::Allowed, Unmap::Allowed, Unmap::Forbidden]);
         options.job.auto_finalize = !rng.one_in(5);
         options.job.auto_dismiss = rng.one_in(2);
-        let policies = [OnError::Report, OnError::Ignore, OnError::Stop, OnError::Enospc];
+        let policies = [
+            OnError::Report,
+            OnError::Ignore,
+            OnError::Stop,
+            OnError::Enospc,
+        ];
         options.job.on_source_error = rng.pick(&policies);
         options.job.on_target_error = rng.pick(&policies);
         if rng.one_in(6) {
@@ -292,20 +297,29 @@ impl Sim {
     fn ask_later(&mut self, micros: u64, ask: Asking) {
         self.later.push(ask);
         let index = self.plan.asks.len() + self.later.len() - 1;
-        self.world.borrow_mut().after(micros, Happening::User(index));
+        self.world
+            .borrow_mut()
+            .after(micros, Happening::User(index));
     }
 
     /// One step of the world.
     fn step(&mut self) -> Signal {
         let happening = self.world.borrow_mut().step();
         let Some(happening) = happening else {
-            panic!("stalled: nothing will happen any more; {:?}", self.job.query());
+            panic!(
+                "stalled: nothing will happen any more; {:?}",
+                self.job.query()
+            );
         };
         let steps = self.world.borrow().steps;
         assert!(steps < STEPS_MAX, "stalled: {:?}", self.job.query());
         let mut signal = Signal::GoOn;
         match happening {
-            Happening::Touch { disk, request, half } => {
+            Happening::Touch {
+                disk,
+                request,
+                half,
+            } => {
                 self.world.borrow_mut().touch(disk, request, half);
             }
             Happening::Answer { disk, request } => self.world.borrow_mut().answer(disk, request),
@@ -315,7 +329,8 @@ impl Sim {
         }
         let answers = std::mem::take(&mut self.world.borrow_mut().guest_answers);
         for (guest, request) in answers {
-            self.guests.answered(&mut self.world.borrow_mut(), guest, request);
+            self.guests
+                .answered(&mut self.world.borrow_mut(), guest, request);
         }
         self.guests.wake(&mut self.world.borrow_mut());
         self.report.waited |= self.guests.is_waiting();
@@ -366,7 +381,10 @@ impl Sim {
     fn take_events(&mut self) {
         while let Some(event) = self.job.next_event() {
             if let Event::Ready { progress, .. } = &event {
-                assert_eq!(progress.current, progress.total, "ready with something left");
+                assert_eq!(
+                    progress.current, progress.total,
+                    "ready with something left"
+                );
                 let flushes = self.world.borrow().disks[TARGET].good_flushes;
                 assert!(flushes > 0, "ready without a flush");
                 self.report.was_ready = true;
@@ -386,8 +404,10 @@ impl Sim {
 
     /// A job that says it stands still has nothing in flight.
     fn check_stillness(&mut self) {
-        let Some(Event::Status(Status::Paused | Status::Standby)) =
-            self.events.iter().rfind(|event| matches!(event, Event::Status(_)))
+        let Some(Event::Status(Status::Paused | Status::Standby)) = self
+            .events
+            .iter()
+            .rfind(|event| matches!(event, Event::Status(_)))
         else {
             return;
         };
@@ -407,10 +427,16 @@ impl Sim {
     /// The disks are equal, the target is flushed, and the guest is held.
     fn check_switch(&self) {
         self.guests.check(&self.world.borrow());
-        assert!(!self.guests.is_writing(), "a guest write is in flight at the switch");
+        assert!(
+            !self.guests.is_writing(),
+            "a guest write is in flight at the switch"
+        );
         let world = self.world.borrow();
         let target = &world.disks[TARGET];
-        assert_eq!(target.written, target.flushed, "writes to the target are not flushed");
+        assert_eq!(
+            target.written, target.flushed,
+            "writes to the target are not flushed"
+        );
         for request in target.requests.values() {
             assert!(
                 request.is_answered || !request_writes(&request.ask),
@@ -418,7 +444,10 @@ impl Sim {
             );
         }
         for block in 0..target.blocks.len() {
-            assert!(is_equal(&world, block), "block {block} differs at the switch");
+            assert!(
+                is_equal(&world, block),
+                "block {block} differs at the switch"
+            );
         }
     }
 
@@ -454,7 +483,10 @@ impl Sim {
             let _ = self.step();
         }
         self.check_switch();
-        assert!(matches!(self.job.cancel(Cancel::Force), Err(blockjob::VerbError::Finalizing)));
+        assert!(matches!(
+            self.job.cancel(Cancel::Force),
+            Err(blockjob::VerbError::Finalizing)
+        ));
         if self.declined < self.plan.declines {
             self.declined += 1;
             drop(switch);
@@ -500,7 +532,10 @@ impl Sim {
                 self.report.failed = true;
             }
         }
-        assert!(!self.report.switched || result.is_ok(), "failed after the switch");
+        assert!(
+            !self.report.switched || result.is_ok(),
+            "failed after the switch"
+        );
         self.check_events(result.is_ok());
     }
 
@@ -529,7 +564,10 @@ impl Sim {
                 _ => {}
             }
         }
-        let was_started = self.events.iter().any(|event| matches!(event, Event::Status(Status::Running)));
+        let was_started = self
+            .events
+            .iter()
+            .any(|event| matches!(event, Event::Status(Status::Running)));
         assert_eq!(ends, usize::from(was_started), "exactly one end is told");
         assert!(readies <= 1, "ready is told once");
         let last = match self.plan.options.job.auto_dismiss || !was_started {
@@ -543,7 +581,9 @@ impl Sim {
     fn wind_down(&mut self) {
         let now = self.world.borrow().now;
         self.guests.until = self.guests.until.min(now + 2_000);
-        while self.guests.is_writing() || self.guests.is_waiting() || self.world.borrow().now < self.guests.until
+        while self.guests.is_writing()
+            || self.guests.is_waiting()
+            || self.world.borrow().now < self.guests.until
         {
             let happening_left = self.world.borrow().now < now + 10_000_000;
             assert!(happening_left, "a guest write hangs");
@@ -593,7 +633,11 @@ fn run(seed: u64) -> Report {
         rng.pick(&[2_000, 20_000, 100_000]),
     );
     let starts_early = plan.options.sync != MirrorSync::None;
-    let start_at = if starts_early { rng.pick(&[0, 50, 500]) } else { 0 };
+    let start_at = if starts_early {
+        rng.pick(&[0, 50, 500])
+    } else {
+        0
+    };
     let world = World::new(rng, [source, target]);
     let mut guests = Guests::new(&node, &mut world.borrow_mut(), plan.threads);
     guests.pause = (guest_load.0, guest_load.1);
@@ -601,7 +645,9 @@ fn run(seed: u64) -> Report {
     guests.until = guest_load.3;
     guests.start(&mut world.borrow_mut());
     for (index, &(at, _)) in plan.asks.iter().enumerate() {
-        world.borrow_mut().after(start_at + at, Happening::User(index));
+        world
+            .borrow_mut()
+            .after(start_at + at, Happening::User(index));
     }
     let job = mirror.job().clone();
     let mut sim = Sim {
@@ -631,7 +677,10 @@ fn run(seed: u64) -> Report {
     sim.report.steps = world.steps;
     sim.report.writes = sim.guests.writes;
     sim.report.overlapped = world.disks[TARGET].writes_in_flight_max;
-    assert!(sim.node.quiesce().try_guard().is_ok(), "somebody still holds the node");
+    assert!(
+        sim.node.quiesce().try_guard().is_ok(),
+        "somebody still holds the node"
+    );
     sim.report
 }
 
@@ -705,9 +754,10 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                         Work::Read { offset, buf } => {
                             (ByteRange::at(offset, buf.len() as u64).unwrap(), Ask::Read)
                         }
-                        Work::Write { offset, buf } => {
-                            (ByteRange::at(offset, buf.len() as u64).unwrap(), Ask::Write(buf))
-                        }
+                        Work::Write { offset, buf } => (
+                            ByteRange::at(offset, buf.len() as u64).unwrap(),
+                            Ask::Write(buf),
+                        ),
                         Work::Status(range) => (range, Ask::Status),
                         Work::WriteZeroes(range, _) => (range, Ask::Zero),
                         Work::Discard(range) => (range, Ask::Discard),
@@ -756,7 +806,10 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 Ask::Status => Answer::Status(result.map(|()| request.extent.unwrap())),
                 Ask::Zero | Ask::Discard | Ask::Flush => Answer::Plain(result),
             };
-            let id = ids.borrow_mut().remove(&(disk, id)).expect("it was submitted");
+            let id = ids
+                .borrow_mut()
+                .remove(&(disk, id))
+                .expect("it was submitted");
             queue.completed(now, id, answer);
             flag.clone().wake_it();
         }
@@ -786,7 +839,10 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
 
 fn env(name: &str) -> Option<u64> {
     let text = std::env::var(name).ok()?;
-    Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
+    )
 }
 
 /// Runs a seed and says how to run it again if it fails.

@@ -154,7 +154,8 @@ impl Disk {
         let aligned = |align: u64, what: &str| {
             let at_end = range.end() == self.limits.len;
             assert!(
-                range.start().is_multiple_of(align) && (at_end || range.end().is_multiple_of(align)),
+                range.start().is_multiple_of(align)
+                    && (at_end || range.end().is_multiple_of(align)),
                 "{what} {range} is not aligned to {align}"
             );
         };
@@ -191,9 +192,9 @@ impl Disk {
     /// A part of a request touches the medium.
     fn touch(&mut self, id: u64, half: u8) {
         let request = self.requests.remove(&id).expect("it was made");
-        let (first, second) = request.range.split_at(
-            request.range.start() + (request.seed % (request.range.len() + 1)),
-        );
+        let (first, second) = request
+            .range
+            .split_at(request.range.start() + (request.seed % (request.range.len() + 1)));
         let part = match half {
             0 => first,
             _ => second,
@@ -219,8 +220,9 @@ impl Disk {
                 // What is undefined is something else each time.
                 for index in self.blocks_of(part) {
                     if self.blocks[index].content == Content::Undefined {
-                        let block = ByteRange::from(index as u64 * BLOCK..(index as u64 + 1) * BLOCK)
-                            .intersection(part);
+                        let block =
+                            ByteRange::from(index as u64 * BLOCK..(index as u64 + 1) * BLOCK)
+                                .intersection(part);
                         let start = (block.start() - request.range.start()) as usize;
                         request.buf[start..start + block.len() as usize]
                             .fill(request.seed as u8 ^ 0x5a);
@@ -349,7 +351,14 @@ impl World {
             let at = self.rng.between(0, delay);
             if half == 0 || range.len() > 1 {
                 let request = self.disks[disk].next_id;
-                self.after(at, Happening::Touch { disk, request, half });
+                self.after(
+                    at,
+                    Happening::Touch {
+                        disk,
+                        request,
+                        half,
+                    },
+                );
             }
         }
         let target = &mut self.disks[disk];
@@ -422,7 +431,10 @@ impl World {
 
     /// Takes a request that was answered.
     pub(crate) fn take(&mut self, disk: usize, id: u64) -> Request {
-        self.disks[disk].requests.remove(&id).expect("it was answered")
+        self.disks[disk]
+            .requests
+            .remove(&id)
+            .expect("it was answered")
     }
 }
 
@@ -467,7 +479,10 @@ impl Future for Io {
             self.id = Some(world.submit(disk, Owner::Future, range, ask));
         }
         let id = self.id.expect("it is out");
-        let request = world.disks[disk].requests.get_mut(&id).expect("it was made");
+        let request = world.disks[disk]
+            .requests
+            .get_mut(&id)
+            .expect("it was made");
         if !request.is_answered {
             request.waker = Some(cx.waker().clone());
             return Poll::Pending;

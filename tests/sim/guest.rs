@@ -54,7 +54,10 @@ pub(crate) struct Guests {
 impl Guests {
     pub(crate) fn new(node: &Node, world: &mut World, threads: usize) -> Self {
         let disk = &world.disks[SOURCE];
-        let undefined = disk.blocks.iter().map(|block| block.content == Content::Undefined);
+        let undefined = disk
+            .blocks
+            .iter()
+            .map(|block| block.content == Content::Undefined);
         let undefined: Vec<bool> = undefined.collect();
         let model = disk.bytes.clone();
         let threads = (0..threads)
@@ -100,7 +103,10 @@ impl Guests {
             let end = range.end().next_multiple_of(BLOCK).min(len);
             range = (range.start() / BLOCK * BLOCK..end).into();
         }
-        if world.disks[self.current].blocks_of(range).any(|block| self.busy[block]) {
+        if world.disks[self.current]
+            .blocks_of(range)
+            .any(|block| self.busy[block])
+        {
             let delay = world.rng.between(self.pause.0, self.pause.1);
             world.after(delay + 1, Happening::Guest(index));
             return;
@@ -186,7 +192,11 @@ impl Guests {
             self.undefined[block] = medium.blocks[block].content == Content::Undefined;
             let whole = ByteRange::from(block as u64 * BLOCK..(block as u64 + 1) * BLOCK);
             let whole = whole.intersection((0..self.model.len() as u64).into());
-            let part = if was_undefined { whole } else { whole.intersection(range) };
+            let part = if was_undefined {
+                whole
+            } else {
+                whole.intersection(range)
+            };
             let part = part.start() as usize..part.end() as usize;
             self.model[part.clone()].copy_from_slice(&medium.bytes[part]);
         }
