@@ -528,6 +528,9 @@ impl Mirror {
     }
 
     fn settle(&mut self) -> Option<Op> {
+        if !self.engine.wants_settle() {
+            return None;
+        }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         self.engine.settle(dirty.as_mut())
     }

@@ -146,12 +146,17 @@ impl Engine {
         op
     }
 
+    /// Whether ranges wait for the target to settle, and it was not asked to.
+    pub(crate) fn wants_settle(&self) -> bool {
+        !self.is_settling && self.has_lost()
+    }
+
     /// The request to settle, if ranges wait for one.
     pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
-        if self.is_settling || !self.has_lost() {
+        if !self.wants_settle() {
             return None;
         }
         self.is_settling = true;
