@@ -2,14 +2,13 @@
 //! lock, drained into bitmaps by whoever needs to know.
 //!
 //! ```text
-//!                 0                                                              63
-//! top            │1 0 0 0 …                                                       │  one word; 0: clean
-//!                 │                                            ▲ mark goes up: fence, leaf bit,
-//!                 └── word 0 below may hold something          │ then every summary bit above it
-//! summary        │0 1 0 0 …        │0 0 0 0 …        │ …
-//!                   │                                          │ drain goes down: clear a summary,
-//!                   └── word 1 below may hold something        ▼ swap out what is below; fence
-//! leaf           │0 0 0 0 …│0 0 1 1 …│0 0 0 0 …│ …                one bit per granule
+//!  level 2 │1 0 0 …│                          one word at the top: zero says clean
+//!           │                                            ▲ mark goes up: fence, leaf bit,
+//!           ▼ bit i: word i below may hold something     │ then each summary bit above it
+//!  level 1 │0 1 0 …│0 0 0 …│ …
+//!             │                                          │ drain goes down: clear a summary,
+//!             ▼                                          ▼ swap out what is below it; fence
+//!  leaf    │0 0 0 …│0 1 1 …│0 0 0 …│ …        one bit per granule, 64 bits per word
 //! ```
 //!
 //! # Invariants
@@ -90,11 +89,11 @@ const LEVELS_MAX: usize = GRANULES_MAX.ilog2().div_ceil(WORD_SHIFT) as usize;
 /// work through `&self`.
 ///
 /// Memory is one bit per granule and an additional 1/63 for the summaries: 2 MiB for 1 TiB at 64 KiB.
-/// Pages of it that no mark has touched cost nothing.
+/// Where the allocator hands out zero pages, those that no mark has touched cost nothing.
 ///
 /// # Examples
 ///
-/// Two queues of a guest write, then a job looks:
+/// A guest writes through two queues, then a job looks:
 ///
 /// ```
 /// use blockjob::{ByteRange, DirtyLog, Granularity};
@@ -246,10 +245,35 @@ impl DirtyLog {
         if clipped.is_empty() {
             return;
         }
+        let granules = self.granularity.outward(clipped);
         if self.keeps(Rule::FenceBeforeLook) {
             fence(Ordering::SeqCst);
         }
-        self.set(0, self.granularity.outward(clipped));
+        if !self.has_path(&granules) {
+            self.set(0, granules);
+        }
+    }
+
+    /// Whether granules of one word are set, and everything above them, up to the top. It says no for
+    /// those of several words. This is all that a write to a dirty place does, so it is kept short:
+    /// what a call must save on the stack the fence would wait for.
+    #[inline]
+    fn has_path(&self, granules: &Range<u64>) -> bool {
+        let (first, last) = (granules.start, granules.end - 1);
+        let mut index = first >> WORD_SHIFT;
+        if index != last >> WORD_SHIFT {
+            return false;
+        }
+        let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first));
+        let mut mask = ones << (first & (WORD_BITS - 1));
+        for level in 0..self.top + 1 {
+            if self.word(level, index).load(self.order(Ordering::Acquire)) & mask != mask {
+                return false;
+            }
+            mask = 1 << (index & (WORD_BITS - 1));
+            index >>= WORD_SHIFT;
+        }
+        true
     }
 
     /// Whether there is nothing to drain. It looks at one word, however long the disk is.
@@ -367,7 +391,7 @@ impl DirtyLog {
 
     /// Sets `bits` of a level, and then what is above them, up to the top. All that marks do, and how
     /// a drain that cannot go on gives back what it took.
-    #[inline]
+    #[inline(never)]
     fn set(&self, level: usize, bits: Range<u64>) {
         #[cfg(loom)]
         if self.set_breaking_a_rule(level, bits.clone()) {
@@ -384,14 +408,22 @@ impl DirtyLog {
     /// Sets `bits` of one level, word by word, and writes only to words that lack some of them.
     #[inline]
     fn set_level(&self, level: usize, bits: Range<u64>) {
-        let first_word = bits.start >> WORD_SHIFT;
-        let last_word = (bits.end - 1) >> WORD_SHIFT;
-        for index in first_word..=last_word {
-            let mask = mask(index, &bits);
-            let word = self.word(level, index);
-            if word.load(self.order(Ordering::Acquire)) & mask != mask {
-                word.fetch_or(mask, self.order(Ordering::AcqRel));
-            }
+        let (first, last) = (bits.start >> WORD_SHIFT, (bits.end - 1) >> WORD_SHIFT);
+        self.set_in_word(level, first, mask(first, &bits));
+        if first == last {
+            return;
+        }
+        for index in first + 1..last {
+            self.set_in_word(level, index, u64::MAX >> (64 - WORD_BITS));
+        }
+        self.set_in_word(level, last, mask(last, &bits));
+    }
+
+    #[inline]
+    fn set_in_word(&self, level: usize, index: u64, mask: u64) {
+        let word = self.word(level, index);
+        if word.load(self.order(Ordering::Acquire)) & mask != mask {
+            word.fetch_or(mask, self.order(Ordering::AcqRel));
         }
     }
 
@@ -605,7 +637,7 @@ pub enum Rule {
     FenceBeforeLook,
     /// Broken, a mark goes from the top down.
     LeafFirst,
-    /// Broken, a mark that finds its first leaf bit set returns.
+    /// Broken, a mark returns when it finds its first leaf word as it wants it.
     EveryLevel,
     /// Broken, a drain clears a summary after it swapped out what is below.
     ClearedFirst,
@@ -632,22 +664,22 @@ impl DirtyLog {
         self.broken != Some(rule)
     }
 
-    /// Stands in for [`set`](Self::set) if the rule to break is about its order.
+    /// Stands in for [`set`](Self::set) where the rule to break is about what it does.
     fn set_breaking_a_rule(&self, level: usize, bits: Range<u64>) -> bool {
-        let shifted = |level_up: usize| {
-            let shift = (level_up - level) as u32 * WORD_SHIFT;
-            (bits.start >> shift)..((bits.end - 1) >> shift) + 1
-        };
-        let word = self.word(level, bits.start >> WORD_SHIFT);
-        let is_set = |order| word.load(order) >> (bits.start & (WORD_BITS - 1)) & 1 == 1;
         match self.broken {
             Some(Rule::LeafFirst) => {
-                for level in (level..=self.top).rev() {
-                    self.set_level(level, shifted(level));
+                for level_above in (level..=self.top).rev() {
+                    let shift = WORD_SHIFT * (level_above - level) as u32;
+                    let last = (bits.end - 1) >> shift;
+                    self.set_level(level_above, bits.start >> shift..last + 1);
                 }
                 true
             }
-            Some(Rule::EveryLevel) => is_set(Ordering::Acquire),
+            Some(Rule::EveryLevel) => {
+                let index = bits.start >> WORD_SHIFT;
+                let mask = mask(index, &bits);
+                self.word(level, index).load(Ordering::Acquire) & mask == mask
+            }
             _ => false,
         }
     }

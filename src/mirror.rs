@@ -92,9 +92,10 @@ pub struct MirrorOptions {
     pub granularity: Option<Granularity>,
     /// Operations in flight at the same time, 1 to 1024. Default 16.
     pub workers: usize,
-    /// The longest copy in bytes; rounded down to what both devices take. Default 1 MiB.
+    /// The longest copy in bytes; rounded down to what both devices take, but at least 512. Default
+    /// 1 MiB.
     pub chunk_max: u64,
-    /// Bytes held in buffers at the same time; at least one chunk is. Default 16 MiB.
+    /// Bytes held in buffers at the same time; at least one granule, and one chunk. Default 16 MiB.
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
@@ -557,10 +558,12 @@ impl Mirror {
         match self.sync {
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.zero_max() > 0 => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
+            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+                Phase::Scanning {
+                    next: 0,
+                    asked: None,
+                }
+            }
             // The zeroes must be written anyway: the copying does that on its way.
             MirrorSync::Full => {
                 if let Some(bitmap) = &self.bitmap {

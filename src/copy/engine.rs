@@ -208,7 +208,7 @@ impl Engine {
         }
         self.ready.pop_front();
         if is_broken(Sabotage::ClearAfterLook) && kind.writes_target() {
-            make_clean(dirty, kind);
+            make_clean(dirty, self.shape.granularity, kind);
         }
         let op = self.hand_out(kind);
         self.claims.set_state(start, ClaimState::Running(op.id()));
@@ -229,7 +229,7 @@ impl Engine {
     /// Claims an area that is not dirty and makes the target read as zeroes there. Nothing may be in
     /// flight in it.
     pub(crate) fn plan_zeroes(&mut self, area: ByteRange) {
-        let max = self.shape.zero_max();
+        let (_, max) = self.shape.scan_zeroes().expect("asked before");
         let mut rest = area;
         while !rest.is_empty() {
             let (range, behind) = rest.split_at(rest.start().saturating_add(max));
@@ -275,7 +275,8 @@ impl Engine {
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
                 self.fill(range);
                 if is_broken(Sabotage::ClearAfterCopy) {
-                    make_clean(dirty.expect("there is a bitmap"), kind);
+                    let dirty = dirty.expect("there is a bitmap");
+                    make_clean(dirty, self.shape.granularity, kind);
                 }
                 self.landed(range)
             }
@@ -565,9 +566,13 @@ impl Engine {
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.
-fn make_clean(dirty: &mut JobBitmapGuard<'_>, kind: OpKind) {
+fn make_clean(dirty: &mut JobBitmapGuard<'_>, granularity: Granularity, kind: OpKind) {
     let range = kind.range().expect("it has a range");
-    dirty.reset_inner(range).expect("within the disk");
+    let start = granularity.align_down(range.start());
+    let end = granularity.align_up(range.end());
+    dirty
+        .reset_inner((start..end).into())
+        .expect("within the disk");
 }
 
 fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {

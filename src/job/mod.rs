@@ -797,6 +797,10 @@ impl State {
             self.go_to(Status::Waiting);
             self.go_to(Status::Pending);
         }
+        if self.error.is_none() {
+            // What the guest has written since the end is not ours to copy.
+            self.progress.total = self.progress.current;
+        }
         let (progress, speed) = (self.progress, self.options.speed);
         if self.was_started {
             self.tell(if was_forced {

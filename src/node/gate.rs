@@ -51,6 +51,7 @@ pub(super) struct Counter {
 }
 
 impl Counter {
+    #[inline]
     fn enter(&self) {
         if self.shared {
             // On its own a barrier: `SeqCst` here and in the load of the flags that follows.
@@ -67,6 +68,7 @@ impl Counter {
         }
     }
 
+    #[inline]
     fn leave(&self) {
         // Any thread may finish a write. `Release` for the closer, who reads what was written, and
         // `SeqCst` for the flags looked at next.
@@ -138,8 +140,8 @@ pub(super) struct LaneCounter(Arc<Padded<Counter>>);
 /// What a write that was let in must know when it leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
-    /// The log to record the write in.
-    pub(super) log: Option<usize>,
+    /// The log to record the write in. A byte, so that a ticket stays small.
+    pub(super) log: Option<u8>,
 }
 
 impl Gate {
@@ -188,7 +190,7 @@ impl Gate {
         let flags = self.flags.0.load(Ordering::SeqCst);
         if flags & CLOSED == 0 {
             return Some(Entry {
-                log: ((flags >> LOG_SHIFT) as usize).checked_sub(1),
+                log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
             });
         }
         self.leave(lane);

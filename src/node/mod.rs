@@ -24,6 +24,7 @@ mod gate;
 use std::fmt;
 use std::future::Future;
 use std::marker::PhantomData;
+use std::mem;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::OnceLock;
@@ -117,10 +118,10 @@ pub enum Begin<L: Way> {
 /// recorded. For a write that was never issued there is [`cancel`](Self::cancel).
 #[must_use = "dropping the ticket says that the write has settled"]
 pub struct Ticket<L: Way> {
-    lane: L,
-    range: ByteRange,
     /// `None` once the write has left.
-    entry: Option<Entry>,
+    lane: Option<L>,
+    range: ByteRange,
+    entry: Entry,
 }
 
 /// A [`Ticket`] that borrows nothing, for those who keep it beside a request in flight.
@@ -305,7 +306,7 @@ impl Node {
     pub(crate) fn claim_for_job(&self) -> Option<JobClaim> {
         let node = Arc::clone(self.inner());
         let mut bitmaps = node.bitmaps.lock();
-        if std::mem::replace(&mut bitmaps.is_claimed, true) {
+        if mem::replace(&mut bitmaps.is_claimed, true) {
             return None;
         }
         drop(bitmaps);
@@ -366,6 +367,15 @@ impl Inner {
         Ok(())
     }
 
+    /// Records a write that has settled. Not inlined: callers have the short way of a node without a
+    /// job in their own code, and no more.
+    #[inline(never)]
+    fn record(&self, log: u8, range: ByteRange) {
+        if let Some(log) = self.logs[usize::from(log)].get() {
+            log.mark(range);
+        }
+    }
+
     /// Moves what was recorded into the bitmaps. With none left it is thrown away.
     fn drain_into(&self, bitmaps: &mut Bitmaps) {
         // A write that began before the last change of logs may still be inside only if recording
@@ -398,6 +408,15 @@ impl Lane {
             counter: node.gate.add_lane(shared),
             node,
         })
+    }
+
+    /// Records a write and counts it out.
+    #[inline]
+    fn settle(&self, range: ByteRange, entry: Entry) {
+        if let Some(log) = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
+            self.node.record(log, range);
+        }
+        self.node.gate.leave(&self.counter);
     }
 }
 
@@ -436,15 +455,12 @@ impl<L: Way> Ticket<L> {
     #[inline]
     fn new(lane: L, range: ByteRange, entry: Entry) -> Self {
         if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log) {
-            let log = lane.node.logs[log]
-                .get()
-                .expect("writes are recorded in it");
-            log.mark(range);
+            lane.node.record(log, range);
         }
         Self {
-            lane,
+            lane: Some(lane),
             range,
-            entry: Some(entry),
+            entry,
         }
     }
 
@@ -460,38 +476,33 @@ impl<L: Way> Ticket<L> {
     /// other, for part of it may have landed. Call this before the guest is told.
     #[inline]
     pub fn finish<R>(mut self, result: R) -> R {
-        self.settle();
+        let lane = self.lane.take();
+        let (range, entry) = (self.range, self.entry);
+        // Nothing is left in it to drop. With the drop, also the one of unwinding, goes what would keep
+        // the ticket in memory rather than in registers.
+        mem::forget(self);
+        if let Some(lane) = lane {
+            lane.settle(range, entry);
+        }
         result
     }
 
     /// The write was not issued and will not be: nothing is recorded.
     pub fn cancel(mut self) {
-        if self.entry.take().is_some() {
-            self.lane.node.gate.leave(&self.lane.counter);
+        if let Some(lane) = self.lane.take() {
+            lane.node.gate.leave(&lane.counter);
         }
-    }
-
-    #[inline]
-    fn settle(&mut self) {
-        let Some(entry) = self.entry.take() else {
-            return;
-        };
-        let node = &self.lane.node;
-        let log = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin));
-        if let Some(log) = log.and_then(|index| node.logs[index].get()) {
-            log.mark(self.range);
-        }
-        node.gate.leave(&self.lane.counter);
     }
 }
 
 impl<L: Way> Drop for Ticket<L> {
-    #[inline]
     fn drop(&mut self) {
-        if is_broken(Sabotage::ForgetDropped) && self.entry.is_some() {
-            self.entry = Some(Entry { log: None });
+        if is_broken(Sabotage::ForgetDropped) {
+            self.entry.log = None;
         }
-        self.settle();
+        if let Some(lane) = self.lane.take() {
+            lane.settle(self.range, self.entry);
+        }
     }
 }
 

@@ -1,0 +1,372 @@
+//! A disk image file as a device, served by a small pool of threads.
+//!
+//! ```text
+//!  future ──▶ request ──▶ pool ──▶ pread, pwrite, fallocate, lseek, fdatasync
+//!    ▲                      │
+//!    └───── completion ◀────┘   kept by the pool alone once the future is dropped
+//! ```
+//!
+//! 1. A request is outstanding from before a thread can see it until its system call has returned,
+//!    whether anybody still waits for it or not. That is what `settle` looks at.
+//! 2. A request is answered exactly once, also when its thread panics: then whoever awaits it panics.
+//! 3. No waker is called under a lock.
+//! 4. Requests that change the file go before reads, and else first come goes first. So a buffer that
+//!    was read is written while it is still in a cache, and no request starves.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::fs::File;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::thread::{self, JoinHandle};
+
+use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
+use blockjob::{ByteRange, Content, Extent, Limits, RangeLimits, Unmap};
+use parking_lot::{Condvar, Mutex};
+use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
+use rustix::io::Errno;
+
+/// The longest request that carries no data: also where the file system cannot do it and zeroes are
+/// written by hand, a request ends within a moment.
+const RANGE_MAX: u64 = 1 << 30;
+
+/// A regular file of fixed length.
+#[derive(Debug)]
+pub(crate) struct FileDevice {
+    pool: Arc<Pool>,
+    threads: Vec<JoinHandle<()>>,
+    limits: Limits,
+}
+
+/// Which requests a thread takes first.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    /// It gives a buffer free, or is about to be waited for by everything else.
+    Now,
+    /// It fills one more buffer.
+    Later,
+}
+
+type Work = Box<dyn FnOnce(&File) + Send>;
+
+#[derive(Debug)]
+struct Pool {
+    file: File,
+    state: Mutex<State>,
+    /// There is a request, or the device is being dropped.
+    has_work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    now: VecDeque<(u64, Work)>,
+    later: VecDeque<(u64, Work)>,
+    /// Requests that may still touch the file.
+    outstanding: BTreeSet<u64>,
+    next_id: u64,
+    /// Who waits for all requests before a certain one.
+    settlers: BTreeMap<u64, Vec<Waker>>,
+    is_closing: bool,
+}
+
+impl FileDevice {
+    /// `file` as a device, served by `threads` threads. For a target it must be open for writing.
+    pub(crate) fn new(file: File, threads: usize) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "not a regular file",
+            ));
+        }
+        let ranges = RangeLimits {
+            align: 1,
+            max: RANGE_MAX,
+        };
+        let mut limits = Limits::new(metadata.len());
+        limits.write_zeroes = Some(ranges);
+        limits.cheap_zeroes = true;
+        limits.discard = Some(ranges);
+        limits.identity = Some(u128::from(metadata.dev()) << 64 | u128::from(metadata.ino()));
+        let mut device = Self {
+            pool: Arc::new(Pool {
+                file,
+                state: Mutex::new(State::default()),
+                has_work: Condvar::new(),
+            }),
+            threads: Vec::new(),
+            limits,
+        };
+        for _ in 0..threads.max(1) {
+            let pool = Arc::clone(&device.pool);
+            let thread = thread::Builder::new()
+                .name("file".to_owned())
+                .spawn(move || pool.serve())?;
+            // If the next one cannot be started, dropping the device ends those that run.
+            device.threads.push(thread);
+        }
+        Ok(device)
+    }
+
+    /// The file itself, for a guest whose path is synchronous.
+    pub(crate) fn file(&self) -> &File {
+        &self.pool.file
+    }
+
+    /// Runs `work` on a thread of the pool.
+    pub(crate) async fn call<R: Send + 'static>(
+        &self,
+        work: impl FnOnce(&File) -> R + Send + 'static,
+    ) -> R {
+        self.submit(Urgency::Now, work).await
+    }
+
+    async fn submit<R: Send + 'static>(
+        &self,
+        urgency: Urgency,
+        work: impl FnOnce(&File) -> R + Send + 'static,
+    ) -> R {
+        let completion = Arc::new(Completion::default());
+        let answer = Arc::clone(&completion);
+        let work: Work = Box::new(move |file| {
+            answer.set(catch_unwind(AssertUnwindSafe(|| work(file))));
+        });
+        self.pool.push(urgency, work);
+        match poll_fn(|cx| completion.poll(cx)).await {
+            Ok(result) => result,
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+}
+
+impl Drop for FileDevice {
+    fn drop(&mut self) {
+        self.pool.state.lock().is_closing = true;
+        self.pool.has_work.notify_all();
+        for thread in self.threads.drain(..) {
+            // A request that panicked has told whoever awaits it.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl BlockDevice for FileDevice {
+    type Buf = AlignedBuf;
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+}
+
+impl ReadAt for FileDevice {
+    async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.submit(Urgency::Later, move |file| {
+            (file.read_exact_at(buf.as_mut(), offset), buf)
+        })
+        .await
+    }
+
+    async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        self.submit(Urgency::Now, move |file| status(file, range))
+            .await
+    }
+}
+
+impl WriteAt for FileDevice {
+    async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.submit(Urgency::Now, move |file| {
+            (file.write_all_at(buf.as_ref(), offset), buf)
+        })
+        .await
+    }
+
+    async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+        self.submit(Urgency::Now, move |file| write_zeroes(file, range, unmap))
+            .await
+    }
+
+    async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.submit(Urgency::Now, move |file| punch_hole(file, range))
+            .await
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        self.submit(Urgency::Now, File::sync_data).await
+    }
+
+    fn settle(&self) -> impl Future<Output = ()> {
+        // Later requests may come and go: they are not waited for.
+        let until = self.pool.state.lock().next_id;
+        poll_fn(move |cx| self.pool.poll_settled(until, cx))
+    }
+}
+
+/// Makes the range read as zeroes, without holding up other users of the file.
+pub(crate) fn write_zeroes(file: &File, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+    let mode = match unmap {
+        Unmap::Allowed => FallocateFlags::PUNCH_HOLE,
+        Unmap::Forbidden => FallocateFlags::ZERO_RANGE,
+    };
+    match change_storage(file, range, mode) {
+        Err(Errno::OPNOTSUPP) => write_zeroes_by_hand(file, range),
+        result => Ok(result?),
+    }
+}
+
+/// Gives the storage of the range back; it reads as zeroes afterwards.
+pub(crate) fn punch_hole(file: &File, range: ByteRange) -> io::Result<()> {
+    write_zeroes(file, range, Unmap::Allowed)
+}
+
+fn change_storage(file: &File, range: ByteRange, mode: FallocateFlags) -> Result<(), Errno> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    let mode = mode | FallocateFlags::KEEP_SIZE;
+    rustix::io::retry_on_intr(|| fallocate(file, mode, range.start(), range.len()))
+}
+
+fn write_zeroes_by_hand(file: &File, range: ByteRange) -> io::Result<()> {
+    static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
+    let mut at = range.start();
+    while at < range.end() {
+        let len = (range.end() - at).min(ZEROES.len() as u64);
+        file.write_all_at(&ZEROES[..len as usize], at)?;
+        at += len;
+    }
+    Ok(())
+}
+
+/// Whether the file has data or a hole at the start of the range, and up to where.
+pub(crate) fn status(file: &File, range: ByteRange) -> io::Result<Extent> {
+    let extent = |end: u64, content| Extent {
+        len: end.min(range.end()) - range.start(),
+        content,
+        in_top: true,
+    };
+    match seek(file, SeekFrom::Data(range.start())) {
+        Ok(data) if data > range.start() => return Ok(extent(data, Content::Zero)),
+        Ok(_) => {}
+        // No data from here to the end of the file.
+        Err(Errno::NXIO) => return Ok(extent(range.end(), Content::Zero)),
+        // This file system does not tell.
+        Err(Errno::INVAL) => return Ok(extent(range.end(), Content::Data)),
+        Err(error) => return Err(error.into()),
+    }
+    // A hole that was just made at the start must not give an extent of no bytes.
+    let hole = seek(file, SeekFrom::Hole(range.start()))?.max(range.start() + 1);
+    Ok(extent(hole, Content::Data))
+}
+
+impl Pool {
+    fn push(&self, urgency: Urgency, work: Work) {
+        let mut state = self.state.lock();
+        let id = state.next_id;
+        state.next_id += 1;
+        state.outstanding.insert(id);
+        match urgency {
+            Urgency::Now => state.now.push_back((id, work)),
+            Urgency::Later => state.later.push_back((id, work)),
+        }
+        drop(state);
+        self.has_work.notify_one();
+    }
+
+    /// What each thread does until the device is dropped and nothing is left.
+    fn serve(&self) {
+        let mut state = self.state.lock();
+        loop {
+            if let Some((id, work)) = state.take() {
+                drop(state);
+                work(&self.file);
+                self.settled(id);
+                state = self.state.lock();
+            } else if state.is_closing {
+                return;
+            } else {
+                self.has_work.wait(&mut state);
+            }
+        }
+    }
+
+    fn settled(&self, id: u64) {
+        let wakers = {
+            let mut state = self.state.lock();
+            state.outstanding.remove(&id);
+            let first = state.first_outstanding();
+            let still_waiting = state.settlers.split_off(&first.saturating_add(1));
+            std::mem::replace(&mut state.settlers, still_waiting)
+        };
+        wakers.into_values().flatten().for_each(Waker::wake);
+    }
+
+    fn poll_settled(&self, until: u64, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state.lock();
+        if state.first_outstanding() >= until {
+            return Poll::Ready(());
+        }
+        let wakers = state.settlers.entry(until).or_default();
+        if !wakers.iter().any(|waker| waker.will_wake(cx.waker())) {
+            wakers.push(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+impl State {
+    fn take(&mut self) -> Option<(u64, Work)> {
+        self.now.pop_front().or_else(|| self.later.pop_front())
+    }
+
+    /// Every request before this one has settled.
+    fn first_outstanding(&self) -> u64 {
+        self.outstanding.first().copied().unwrap_or(u64::MAX)
+    }
+}
+
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("outstanding", &self.outstanding)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One answer, from the thread that gives it to the task that awaits it.
+struct Completion<R>(Mutex<Slot<R>>);
+
+enum Slot<R> {
+    Empty(Option<Waker>),
+    Full(thread::Result<R>),
+    Taken,
+}
+
+impl<R> Default for Completion<R> {
+    fn default() -> Self {
+        Self(Mutex::new(Slot::Empty(None)))
+    }
+}
+
+impl<R> Completion<R> {
+    fn set(&self, answer: thread::Result<R>) {
+        let slot = std::mem::replace(&mut *self.0.lock(), Slot::Full(answer));
+        if let Slot::Empty(Some(waker)) = slot {
+            waker.wake();
+        }
+    }
+
+    fn poll(&self, cx: &mut Context<'_>) -> Poll<thread::Result<R>> {
+        let mut slot = self.0.lock();
+        match std::mem::replace(&mut *slot, Slot::Taken) {
+            Slot::Full(answer) => Poll::Ready(answer),
+            Slot::Empty(_) => {
+                *slot = Slot::Empty(Some(cx.waker().clone()));
+                Poll::Pending
+            }
+            Slot::Taken => unreachable!("a future is not polled after it was ready"),
+        }
+    }
+}
