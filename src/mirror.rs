@@ -681,11 +681,10 @@ impl Mirror {
     fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
         let is_pending = asked.status == Status::Pending;
-        if wants_end && !asked.auto_finalize && !is_pending {
-            if self.is_in_step() {
-                self.job.become_pending();
-                return Turn::Again;
-            }
+        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
+        if waits_to_be_finalized && self.is_in_step() {
+            self.job.become_pending();
+            return Turn::Again;
         }
         let may_end = match is_pending {
             true => asked.is_finalizing,
@@ -1045,7 +1044,6 @@ impl Switch {
     }
 
     /// The guard that holds the guest, for those who exchange a device under it.
-    #[must_use]
     pub fn guard(&self) -> &QuiesceGuard {
         &self.guard
     }
