@@ -52,6 +52,8 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// How much of the source is asked about at once while it is scanned.
 const SCAN_MAX: u64 = 8 << 30;
+/// How many zero writes are planned at once while the source is scanned.
+const SCAN_ZEROES: u64 = 64;
 /// While in step, a guest write wakes the job at most this often; what is written between is copied
 /// together.
 const BATCH: Duration = Duration::from_millis(10);
@@ -189,7 +191,8 @@ pub enum Step {
 /// The instant at which source and target are equal, for as long as this lives.
 ///
 /// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
-/// is flushed. Point the guest's path to the target, then [`commit`](Self::commit). If that does not
+/// is flushed. Point the guest's path to the target, its reads too, which pass no gate, then
+/// [`commit`](Self::commit). If that does not
 /// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
 /// completed again. Nothing is lost either way.
 #[must_use = "dropping the switch declines it"]
@@ -381,6 +384,7 @@ impl Mirror {
             granularity,
             options.chunk_max,
             options.buf_size,
+            options.workers,
             options.unmap,
         )?;
         // Tells now what would else come up at the start. The memory is not touched.
@@ -626,16 +630,30 @@ impl Mirror {
             return;
         };
         *asked = None;
-        let area = range
-            .split_at(range.start().saturating_add(extent.len.max(1)))
-            .0;
-        *next = area.end();
+        let extent = extent.or_data(range);
+        let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
         let is_zero = extent.content != Content::Data;
+        let shape = self.engine.shape();
+        let most = shape
+            .scan_zeroes()
+            .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
         let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => return,
-            MirrorSync::Full if is_zero => self.engine.shape().zeroable(area),
+            MirrorSync::Top if !extent.in_top => {
+                *next = area.end();
+                return;
+            }
+            MirrorSync::Full if is_zero => shape.zeroable(area),
             MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
         };
+        if let Some(zeroed) = zeroed {
+            // The rest is asked for again when these are written.
+            let end = zeroed.end().min(zeroed.start().saturating_add(most));
+            area = area
+                .split_at(if end < zeroed.end() { end } else { area.end() })
+                .0;
+        }
+        *next = area.end();
+        let zeroed = zeroed.map(|zeroed| zeroed.intersection(area));
         let bitmap = self
             .bitmap
             .as_ref()
@@ -921,7 +939,7 @@ impl Mirror {
                 return Turn::Step(Step::Op(self.engine.hand_out(OpKind::CancelInFlight)));
             }
             if self.grace_until.is_some_and(|until| now >= until) {
-                let abandoned = self.engine.running();
+                let abandoned = self.engine.unsettled();
                 return self.conclude(Some(abandoned));
             }
         }
@@ -1082,7 +1100,7 @@ impl Pace {
 
     /// What can be copied in that time, by the best rate seen.
     fn bytes_in(&self, time: Duration) -> u64 {
-        let bytes = u128::from(self.best) * time.as_nanos() / Self::WINDOW.as_nanos();
+        let bytes = u128::from(self.best).saturating_mul(time.as_nanos()) / Self::WINDOW.as_nanos();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

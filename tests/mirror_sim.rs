@@ -835,7 +835,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
             flag.clone().wake_it();
         }
         let steps = sim.world.borrow().steps;
-        if steps.is_multiple_of(8) {
+        if steps % 8 == 0 {
             sim.check_coverage(queue.mirror());
         }
     }

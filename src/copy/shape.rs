@@ -43,11 +43,12 @@ pub(crate) struct Shape {
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ShapeError {
-    /// The first write to each cluster of the target must cover it, and is too long for one of the devices.
-    #[error("a cluster of {cluster} bytes must be written at once, but {max} bytes is the most")]
-    ClusterTooLong {
-        /// Length of a cluster.
-        cluster: u64,
+    /// The shortest transfer that one device takes, or a cluster of the target that must be written whole,
+    /// is longer than the longest that the other takes.
+    #[error("{piece} bytes must be transferred at once, but {max} bytes is the most")]
+    PieceTooLong {
+        /// What must be transferred at once.
+        piece: u64,
         /// The longest transfer.
         max: u64,
     },
@@ -59,6 +60,7 @@ impl Shape {
         granularity: Granularity,
         chunk_max: u64,
         buf_size: u64,
+        workers: usize,
         unmap: Unmap,
     ) -> Result<Self, ShapeError> {
         let align = ends.request_align();
@@ -76,14 +78,14 @@ impl Shape {
         // Both a cluster and one aligned request go out in one piece, whatever the buffer size says.
         let piece = cluster.unwrap_or(align);
         if piece > most {
-            return Err(ShapeError::ClusterTooLong {
-                cluster: piece,
-                max: most,
-            });
+            return Err(ShapeError::PieceTooLong { piece, max: most });
         }
         let chunk_max = align_down(chunk_max.min(buf_size).min(most), piece).max(piece);
         let claim_unit = cluster.unwrap_or(block);
-        let run_max = align_down(buf_size, claim_unit).max(claim_unit);
+        // No more than what keeps all workers busy: what is claimed early is copied again if the guest
+        // writes to it meanwhile.
+        let run_max = buf_size.min(chunk_max.saturating_mul(workers as u64));
+        let run_max = align_down(run_max, claim_unit).max(claim_unit);
         let limits = |limits: crate::copy::RangeLimits| {
             let align = u64::from(limits.align).max(align);
             (align, align_down(limits.max, align))
@@ -123,7 +125,7 @@ impl Shape {
 
     /// The first piece of a claimed range, which is aligned to `align`, when this is at its start.
     pub(crate) fn piece(&self, claimed: ByteRange, align: u64, extent: Extent) -> OpKind {
-        let known = claimed.start().saturating_add(extent.len.max(1));
+        let known = claimed.start().saturating_add(extent.len);
         let wish = match extent.content {
             Content::Data => None,
             Content::Zero => self.zeroes.map(|limits| (limits, false)),
