@@ -622,9 +622,11 @@ fn mask(index: u64, bits: &Range<u64>) -> u64 {
 }
 
 /// Zeroed words. The detour makes the allocator provide the zeros, where storing them one by one would
-/// touch every page; the conversion is in place and compiles to nothing.
+/// touch every page; the conversion is in place and compiles to nothing, as long as the compiler sees all
+/// of it at once: collected into a box right away, it becomes a call with a loop in it that does.
 fn zeroed(count: usize) -> Box<[AtomicU64]> {
-    vec![0; count].into_iter().map(AtomicU64::new).collect()
+    let words: Vec<AtomicU64> = vec![0; count].into_iter().map(AtomicU64::new).collect();
+    words.into_boxed_slice()
 }
 
 /// The invariants of this module, in their order, for loom tests to break one by one.

@@ -528,6 +528,9 @@ impl Mirror {
     }
 
     fn settle(&mut self) -> Option<Op> {
+        if !self.engine.wants_settle() {
+            return None;
+        }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         self.engine.settle(dirty.as_mut())
     }
@@ -558,10 +561,12 @@ impl Mirror {
         match self.sync {
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.zero_max() > 0 => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
+            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+                Phase::Scanning {
+                    next: 0,
+                    asked: None,
+                }
+            }
             // The zeroes must be written anyway: the copying does that on its way.
             MirrorSync::Full => {
                 if let Some(bitmap) = &self.bitmap {

@@ -739,6 +739,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
     // (disk, request of the world) → request of the queue
     let ids: RefCell<std::collections::BTreeMap<(usize, u64), u64>> = RefCell::default();
     let mut settling: Vec<u64> = Vec::new();
+    let mut timer = u64::MAX;
     loop {
         while flag.take() {
             let now = sim.world.borrow().time();
@@ -779,7 +780,10 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 Next::Wait { until: Some(at) } => {
                     let mut world = sim.world.borrow_mut();
                     let micros = at.saturating_sub(now).as_nanos().div_ceil(1000) as u64;
-                    world.after(micros, Happening::Wake(waker.clone()));
+                    // One timer per time, or they breed.
+                    if std::mem::replace(&mut timer, world.now + micros) != world.now + micros {
+                        world.after(micros, Happening::Wake(waker.clone()));
+                    }
                 }
                 Next::Switch(switch) => {
                     sim.take_events();
@@ -835,6 +839,12 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
             sim.check_coverage(queue.mirror());
         }
     }
+}
+
+/// Seeds that have failed once, by what was wrong.
+#[test]
+fn zeroes_are_not_longer_than_the_target_takes_when_a_cluster_is() {
+    run_or_explain(36_289);
 }
 
 fn env(name: &str) -> Option<u64> {

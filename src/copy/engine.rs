@@ -146,12 +146,17 @@ impl Engine {
         op
     }
 
+    /// Whether ranges wait for the target to settle, and it was not asked to.
+    pub(crate) fn wants_settle(&self) -> bool {
+        !self.is_settling && self.has_lost()
+    }
+
     /// The request to settle, if ranges wait for one.
     pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
-        if self.is_settling || !self.has_lost() {
+        if !self.wants_settle() {
             return None;
         }
         self.is_settling = true;
@@ -229,7 +234,7 @@ impl Engine {
     /// Claims an area that is not dirty and makes the target read as zeroes there. Nothing may be in
     /// flight in it.
     pub(crate) fn plan_zeroes(&mut self, area: ByteRange) {
-        let max = self.shape.zero_max();
+        let (_, max) = self.shape.scan_zeroes().expect("asked before");
         let mut rest = area;
         while !rest.is_empty() {
             let (range, behind) = rest.split_at(rest.start().saturating_add(max));

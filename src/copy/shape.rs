@@ -175,27 +175,26 @@ impl Shape {
         OpKind::Copy((claimed.start()..end).into())
     }
 
-    /// How much of a zero area of the whole disk can be zeroed at once, from its start on: what lies
-    /// before and behind it must be copied. `None` if the target cannot.
+    /// How much of a zero area can be zeroed, from its start on: what lies before and behind it must be
+    /// copied. `None` if the target cannot.
     pub(crate) fn zeroable(&self, area: ByteRange) -> Option<ByteRange> {
-        let (align, _) = self.zeroes?;
-        let align = align.max(self.cluster.unwrap_or(1));
+        let (align, _) = self.scan_zeroes()?;
         let start = align_up(area.start(), align);
-        let end = if area.end() == self.len {
-            area.end()
-        } else {
-            align_down(area.end(), align)
+        let end = match area.end() == self.len {
+            true => area.end(),
+            false => align_down(area.end(), align),
         };
         let inner = ByteRange::from(start..end);
         (!inner.is_empty()).then_some(inner)
     }
 
-    /// The longest zero write.
-    pub(crate) fn zero_max(&self) -> u64 {
-        self.zeroes.map_or(0, |(align, max)| {
-            let align = align.max(self.cluster.unwrap_or(1));
-            align_down(max, align).max(align)
-        })
+    /// What zero writes of the scan are aligned to and how long they may be, if the target can write
+    /// them: whole clusters, for none was written yet.
+    pub(crate) fn scan_zeroes(&self) -> Option<(u64, u64)> {
+        let (align, max) = self.zeroes?;
+        let align = align.max(self.cluster.unwrap_or(1));
+        let max = align_down(max, align);
+        (max > 0).then_some((align, max))
     }
 }
 

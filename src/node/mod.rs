@@ -99,6 +99,8 @@ struct Bitmaps {
     next_id: u64,
     /// The log that writes are recorded in, if any.
     recording: Option<usize>,
+    /// The logs there are, so that draining does not look for them in every place.
+    logs: Vec<usize>,
     /// Whether a job has taken the node.
     is_claimed: bool,
 }
@@ -223,6 +225,7 @@ impl Node {
                 by_id: BTreeMap::new(),
                 next_id: 0,
                 recording: None,
+                logs: Vec::new(),
                 is_claimed: false,
             }),
         });
@@ -343,7 +346,7 @@ impl Inner {
             .map(HBitmap::granularity)
             .fold(granularity, Granularity::min);
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
-        self.log_or_new(log, finest)?;
+        self.log_or_new(&mut bitmaps, log, finest)?;
         self.gate.record_in(Some(log));
         bitmaps.recording = Some(log);
 
@@ -358,11 +361,17 @@ impl Inner {
         })
     }
 
-    fn log_or_new(&self, log: usize, granularity: Granularity) -> Result<(), DirtyLogError> {
+    fn log_or_new(
+        &self,
+        bitmaps: &mut Bitmaps,
+        log: usize,
+        granularity: Granularity,
+    ) -> Result<(), DirtyLogError> {
         if self.logs[log].get().is_none() {
             let made = DirtyLog::new(self.len, granularity)?;
             // Under the lock of the bitmaps, so nobody was faster.
             assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
+            bitmaps.logs.push(log);
         }
         Ok(())
     }
@@ -380,7 +389,7 @@ impl Inner {
     fn drain_into(&self, bitmaps: &mut Bitmaps) {
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
-        for log in self.logs.iter().filter_map(OnceLock::get) {
+        for log in bitmaps.logs.iter().filter_map(|&log| self.logs[log].get()) {
             if log.is_clean() {
                 continue;
             }
