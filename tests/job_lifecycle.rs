@@ -155,7 +155,8 @@ fn check_cell(status: Status, verb: Verb, expected: Answer) {
     match expected {
         Answer::Ok => {
             result.unwrap_or_else(|error| panic!("{cell}: {error}"));
-            assert_ne!(before, after, "{cell} shows");
+            // Policies are not part of what a query tells.
+            assert!(before != after || verb == Verb::Change, "{cell} shows");
         }
         Answer::NotAllowed => {
             let error = result.expect_err(&cell);
@@ -186,9 +187,7 @@ fn check_cell(status: Status, verb: Verb, expected: Answer) {
     if let Err(error) = machine.job.cancel(Cancel::Force) {
         panic!("{cell}, then cancel: {error}");
     }
-    machine.drive();
-    machine.answer_all();
-    let _ = machine.drive().done().unwrap_err();
+    machine.drive().done().unwrap_err();
     let finals = machine.events().iter().filter(|event| is_final(event));
     let was_started = status != Status::Created || verb == Verb::Start;
     assert_eq!(finals.count(), usize::from(was_started), "{cell}");

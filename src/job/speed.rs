@@ -51,9 +51,9 @@ impl RateLimit {
         // A full slice that ends when the debt is paid.
         self.accounted = if owed.is_zero() { 0 } else { self.quota() };
         self.slice_end = if owed.is_zero() {
-            now + SLICE
+            now.saturating_add(SLICE)
         } else {
-            now + owed
+            now.saturating_add(owed)
         };
     }
 
@@ -65,7 +65,7 @@ impl RateLimit {
         let end = self.stretched_end();
         if now >= end {
             self.accounted = 0;
-            self.slice_end = now + SLICE;
+            self.slice_end = now.saturating_add(SLICE);
             return now;
         }
         if self.accounted < self.quota() {
