@@ -759,17 +759,19 @@ impl Mirror {
 
     /// The guest is held, both disks are equal and flushed.
     fn finish(&mut self, asked: Asked) -> Turn {
+        if asked.cancel.is_some() {
+            // A soft cancel: the target is a copy of this instant, and the guest stays where it is. It
+            // goes on before the end is told.
+            return self.conclude(None);
+        }
+        if !self.job.hold_switch() {
+            // Cancelled or paused since we asked: no switch is handed out after that was accepted.
+            return Turn::Again;
+        }
         let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
         let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
             unreachable!("called in this phase only");
         };
-        if asked.cancel.is_some() {
-            // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
-            let turn = self.conclude(None);
-            drop(guard);
-            return turn;
-        }
-        self.job.set_switch(SwitchState::Held);
         Turn::Step(Step::Switch(Switch {
             job: self.job.clone(),
             held_since: since,
@@ -936,6 +938,7 @@ impl Mirror {
         if cfg!(debug_assertions) {
             self.left_at_end = self.left_dirty();
         }
+        // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
         self.bitmap = None;
         self.claim = None;
@@ -1020,13 +1023,16 @@ enum Copying {
     Unlimited,
 }
 
-/// A machine that is dropped cancels its job.
+/// A machine that is dropped ends its job: with success if the switch was used, else with
+/// [`JobError::Dropped`].
 impl Drop for Mirror {
     fn drop(&mut self) {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
-        self.job.fail(JobError::Dropped);
+        if !self.job.has_switched() {
+            self.job.fail(JobError::Dropped);
+        }
         let _ = self.conclude(None);
     }
 }

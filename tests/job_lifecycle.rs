@@ -118,14 +118,8 @@ fn every_verb_in_every_status() {
     ];
     assert_eq!(verbs, Verb::ALL);
     let table = [
-        (
-            Status::Created,
-            [Ok, Ok, Ok, NotPaused, Ok, Ok, No, No, No],
-        ),
-        (
-            Status::Running,
-            [No, Ok, Ok, NotPaused, Ok, Ok, No, No, No],
-        ),
+        (Status::Created, [Ok, Ok, Ok, NotPaused, Ok, Ok, No, No, No]),
+        (Status::Running, [No, Ok, Ok, NotPaused, Ok, Ok, No, No, No]),
         (
             Status::Paused,
             [No, Ok, AlreadyPaused, Ok, Ok, Ok, No, No, No],
@@ -313,7 +307,10 @@ fn the_order_of_events_with_manual_finalize_and_dismiss() {
         machine.new_names().join(" "),
         "created running ready READY waiting pending PENDING"
     );
-    assert!(!machine.is_guest_held(), "the guest is not stalled meanwhile");
+    assert!(
+        !machine.is_guest_held(),
+        "the guest is not stalled meanwhile"
+    );
     machine.job.finalize().unwrap();
     assert_eq!(machine.job.finalize(), Err(VerbError::Finalizing));
     machine.drive().switch().commit();
@@ -387,10 +384,7 @@ fn a_cancel_before_the_start_has_no_final_event_and_no_rest() {
     let mut machine = Machine::new(LEN, options);
     machine.job.cancel(Cancel::Force).unwrap();
     machine.drive().done().unwrap_err();
-    assert_eq!(
-        machine.names().join(" "),
-        "created aborting concluded null"
-    );
+    assert_eq!(machine.names().join(" "), "created aborting concluded null");
     assert_eq!(machine.asked.len(), 0, "nothing was done");
 }
 
@@ -415,7 +409,10 @@ fn a_declined_switch_leaves_the_job_ready_and_it_completes_later() {
     let switch = machine.drive().switch();
     assert!(machine.is_guest_held());
     drop(switch);
-    assert!(!machine.is_guest_held(), "the guest goes on with the source");
+    assert!(
+        !machine.is_guest_held(),
+        "the guest goes on with the source"
+    );
     machine.guest_write(0..100, 9);
     let _ = machine.drive().wait();
     assert_eq!(machine.job.query().status, Status::Ready);
@@ -513,21 +510,23 @@ fn listened(act: impl FnOnce(&mut Machine)) {
         0,
         "node, bitmap and guest are free when it is told"
     );
-    assert!(Machine::of(
-        machine.node.clone(),
-        Mirror::new(
-            &machine.node,
+    assert!(
+        Machine::of(
+            machine.node.clone(),
+            Mirror::new(
+                &machine.node,
+                Limits::new(LEN),
+                Limits::new(LEN),
+                MirrorOptions::default()
+            )
+            .expect("the node is free"),
             Limits::new(LEN),
-            Limits::new(LEN),
-            MirrorOptions::default()
         )
-        .expect("the node is free"),
-        Limits::new(LEN),
-    )
-    .job
-    .query()
-    .id
-    .is_none());
+        .job
+        .query()
+        .id
+        .is_none()
+    );
 }
 
 #[test]
@@ -995,7 +994,10 @@ fn ignored_errors_are_tried_again_after_doubling_delays() {
     let mut delays = Vec::new();
     for _ in 0..11 {
         let _ = machine.take_all();
-        if machine.find(|kind| matches!(kind, OpKind::Status(_))).is_some() {
+        if machine
+            .find(|kind| matches!(kind, OpKind::Status(_)))
+            .is_some()
+        {
             machine.answer(0);
             let _ = machine.take_all();
         }
@@ -1504,7 +1506,10 @@ fn dropping_the_machine_after_the_switch_was_used_is_a_success() {
     machine.job.complete().unwrap();
     machine.drive().switch().commit();
     machine.drop_mirror();
-    assert!(machine.job.query().error.is_none(), "the guest has switched");
+    assert!(
+        machine.job.query().error.is_none(),
+        "the guest has switched"
+    );
     assert!(
         machine
             .names()

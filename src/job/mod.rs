@@ -267,6 +267,16 @@ pub(crate) enum SwitchState {
     Declined,
 }
 
+impl SwitchState {
+    /// Whether the job can no longer be kept from its end.
+    fn is_decided(self) -> bool {
+        match self {
+            SwitchState::Held | SwitchState::Committed => true,
+            SwitchState::None | SwitchState::Declined => false,
+        }
+    }
+}
+
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
@@ -470,7 +480,7 @@ impl Job {
     /// [`VerbError::Finalizing`] once its end cannot be stopped, or if it is over.
     pub fn cancel(&self, how: Cancel) -> Result<(), VerbError> {
         self.ask(Verb::Cancel, |state| {
-            if state.switch != SwitchState::None {
+            if state.switch.is_decided() {
                 return Err(VerbError::Finalizing);
             }
             let how = if state.status.is_ready() {
@@ -535,7 +545,7 @@ impl Job {
             io_status: state.io_status,
             cancel: state.cancel,
             is_completing: state.is_completing,
-            is_finalizing: state.is_finalizing || state.switch != SwitchState::None,
+            is_finalizing: state.is_finalizing || state.switch.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
             error: state.error.clone(),
@@ -698,6 +708,22 @@ impl Job {
     /// Fails with an error that no policy applies to.
     pub(crate) fn fail(&self, error: JobError) {
         self.shared.lock().error.get_or_insert(error);
+    }
+
+    /// From here on the switch is out, and nothing stops the job. Not if it was cancelled or paused
+    /// before: both are decided under one lock, so that one that was accepted has its effect.
+    pub(crate) fn hold_switch(&self) -> bool {
+        let mut state = self.shared.lock();
+        let may_switch = state.cancel.is_none() && !state.is_paused();
+        if may_switch {
+            state.switch = SwitchState::Held;
+        }
+        may_switch
+    }
+
+    /// Whether the guest's disk is the target by now.
+    pub(crate) fn has_switched(&self) -> bool {
+        self.shared.lock().switch == SwitchState::Committed
     }
 
     pub(crate) fn set_switch(&self, switch: SwitchState) {
