@@ -674,7 +674,7 @@ impl Mirror {
             *flush = Some(op.id());
             return Turn::Step(Step::Op(op));
         }
-        self.wait(now, waker)
+        self.wait(now, waker, Copying::Limited)
     }
 
     /// Keeps the target in step, and comes to the end when that is asked for.
@@ -728,11 +728,11 @@ impl Mirror {
             End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
                 until: Some(self.batch_until),
             }),
-            End::Open | End::Flushing { .. } => self.wait(now, waker),
+            End::Open | End::Flushing { .. } => self.wait(now, waker, copying),
             End::Closing { quiesce, since } => {
                 let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
                 let Poll::Ready(guard) = polled else {
-                    return self.wait(now, waker);
+                    return self.wait(now, waker, copying);
                 };
                 *end = End::Quiet {
                     guard,
@@ -744,7 +744,7 @@ impl Mirror {
             End::Quiet { flush, .. } => {
                 let is_in_step = is_in_step || is_broken(Sabotage::SwitchWithoutRecheck);
                 if !is_in_step || flush.is_some() {
-                    return self.wait(now, waker);
+                    return self.wait(now, waker, copying);
                 }
                 if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
                     let op = self.engine.hand_out(OpKind::Flush);
@@ -794,7 +794,7 @@ impl Mirror {
     }
 
     /// What to wait for when nothing can be handed out.
-    fn wait(&mut self, now: Duration, waker: &Waker) -> Turn {
+    fn wait(&mut self, now: Duration, waker: &Waker, copying: Copying) -> Turn {
         let mut until = self.next_retry(now);
         let bitmap = self
             .bitmap
@@ -802,17 +802,20 @@ impl Mirror {
             .expect("recording started before copying");
         let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
-        if has_work && free_at > now {
+        if has_work && copying == Copying::Limited && free_at > now {
             until = Some(until.map_or(free_at, |until| until.min(free_at)));
-        } else if self.engine.running() == 0 && bitmap.poll_dirty(waker).is_ready() {
-            if !has_work {
-                // Written to just now.
-                return Turn::Again;
+        } else if self.engine.running() == 0 {
+            // First armed, then looked once more: a guest write that came since the last look would
+            // wake nobody. What is dirty already and waits to be tried again keeps nobody from that.
+            bitmap.wake_at_write(waker);
+            if let Some(op) = self.next_op(now, copying) {
+                return Turn::Step(Step::Op(op));
             }
-        } else if self.engine.running() == 0 && matches!(self.phase, Phase::InSync(End::Open)) {
-            // Nothing to do. The next guest write wakes us; those that follow it are left alone for a
-            // while.
-            self.batch_until = now.saturating_add(BATCH);
+            if matches!(self.phase, Phase::InSync(End::Open)) {
+                // Nothing to do. The next guest write wakes us; those that follow it are left alone
+                // for a while.
+                self.batch_until = now.saturating_add(BATCH);
+            }
         }
         Turn::Step(Step::Wait { until })
     }
