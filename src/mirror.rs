@@ -695,7 +695,9 @@ impl Mirror {
             self.phase,
             Phase::InSync(End::Closing { .. } | End::Quiet { .. })
         );
-        let is_batching = !wants_end && !may_end && now < self.batch_until;
+        // A job that waits to be finalized may do so for long.
+        let is_ending = may_end || (wants_end && !is_pending);
+        let is_batching = !is_ending && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
             (false, true) => Copying::No,
