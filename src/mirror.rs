@@ -509,6 +509,7 @@ impl Mirror {
             self.rate.set_speed(now, asked.speed);
         }
         if asked.retry_now {
+            self.job.retries_made();
             self.engine.unpark(Duration::MAX);
             self.backoff.reset();
             self.retry_at = now;

@@ -289,7 +289,8 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     pub(crate) switch: SwitchState,
     pub(crate) has_failed: bool,
-    /// Whether delayed tries are to be made at once: the user has resumed, or changed a policy.
+    /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
+    /// changed a policy. Stays until [`Job::retries_made`], for the job may be held meanwhile.
     pub(crate) retry_now: bool,
 }
 
@@ -490,6 +491,7 @@ impl Job {
             };
             state.cancel = state.cancel.max(Some(how));
             state.drop_user_pause();
+            state.retry_now = true;
             Ok(())
         })
     }
@@ -608,8 +610,13 @@ impl Job {
             speed: state.options.speed,
             switch: state.switch,
             has_failed: state.error.is_some(),
-            retry_now: std::mem::take(&mut state.retry_now),
+            retry_now: state.retry_now,
         }
+    }
+
+    /// Nothing is delayed any more.
+    pub(crate) fn retries_made(&self) {
+        self.shared.lock().retry_now = false;
     }
 
     pub(crate) fn cancel_grace(&self) -> Option<Duration> {
