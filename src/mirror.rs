@@ -513,6 +513,7 @@ impl Mirror {
             self.rate.set_speed(now, asked.speed);
         }
         if asked.retry_now {
+            self.job.retries_made();
             self.engine.unpark(Duration::MAX);
             self.backoff.reset();
             self.retry_at = now;
@@ -692,7 +693,7 @@ impl Mirror {
             *flush = Some(op.id());
             return Turn::Step(Step::Op(op));
         }
-        self.wait(now, waker)
+        self.wait(now, waker, Copying::Limited)
     }
 
     /// Keeps the target in step, and comes to the end when that is asked for.
@@ -712,7 +713,9 @@ impl Mirror {
             self.phase,
             Phase::InSync(End::Closing { .. } | End::Quiet { .. })
         );
-        let is_batching = !wants_end && !may_end && now < self.batch_until;
+        // A job that waits to be finalized may do so for long.
+        let is_ending = may_end || (wants_end && !is_pending);
+        let is_batching = !is_ending && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
             (false, true) => Copying::No,
@@ -745,11 +748,11 @@ impl Mirror {
             End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
                 until: Some(self.batch_until),
             }),
-            End::Open | End::Flushing { .. } => self.wait(now, waker),
+            End::Open | End::Flushing { .. } => self.wait(now, waker, copying),
             End::Closing { quiesce, since } => {
                 let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
                 let Poll::Ready(guard) = polled else {
-                    return self.wait(now, waker);
+                    return self.wait(now, waker, copying);
                 };
                 *end = End::Quiet {
                     guard,
@@ -761,7 +764,7 @@ impl Mirror {
             End::Quiet { flush, .. } => {
                 let is_in_step = is_in_step || is_broken(Sabotage::SwitchWithoutRecheck);
                 if !is_in_step || flush.is_some() {
-                    return self.wait(now, waker);
+                    return self.wait(now, waker, copying);
                 }
                 if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
                     let op = self.engine.hand_out(OpKind::Flush);
@@ -776,17 +779,19 @@ impl Mirror {
 
     /// The guest is held, both disks are equal and flushed.
     fn finish(&mut self, asked: Asked) -> Turn {
+        if asked.cancel.is_some() {
+            // A soft cancel: the target is a copy of this instant, and the guest stays where it is. It
+            // goes on before the end is told.
+            return self.conclude(None);
+        }
+        if !self.job.hold_switch() {
+            // Cancelled or paused since we asked: no switch is handed out after that was accepted.
+            return Turn::Again;
+        }
         let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
         let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
             unreachable!("called in this phase only");
         };
-        if asked.cancel.is_some() {
-            // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
-            let turn = self.conclude(None);
-            drop(guard);
-            return turn;
-        }
-        self.job.set_switch(SwitchState::Held);
         Turn::Step(Step::Switch(Switch {
             job: self.job.clone(),
             held_since: since,
@@ -809,7 +814,7 @@ impl Mirror {
     }
 
     /// What to wait for when nothing can be handed out.
-    fn wait(&mut self, now: Duration, waker: &Waker) -> Turn {
+    fn wait(&mut self, now: Duration, waker: &Waker, copying: Copying) -> Turn {
         let mut until = self.next_retry(now);
         let bitmap = self
             .bitmap
@@ -817,17 +822,20 @@ impl Mirror {
             .expect("recording started before copying");
         let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
-        if has_work && free_at > now {
+        if has_work && copying == Copying::Limited && free_at > now {
             until = Some(until.map_or(free_at, |until| until.min(free_at)));
-        } else if self.engine.running() == 0 && bitmap.poll_dirty(waker).is_ready() {
-            if !has_work {
-                // Written to just now.
-                return Turn::Again;
+        } else if self.engine.running() == 0 {
+            // First armed, then looked once more: a guest write that came since the last look would
+            // wake nobody. What is dirty already and waits to be tried again keeps nobody from that.
+            bitmap.wake_at_write(waker);
+            if let Some(op) = self.next_op(now, copying) {
+                return Turn::Step(Step::Op(op));
             }
-        } else if self.engine.running() == 0 && matches!(self.phase, Phase::InSync(End::Open)) {
-            // Nothing to do. The next guest write wakes us; those that follow it are left alone for a
-            // while.
-            self.batch_until = now.saturating_add(BATCH);
+            if matches!(self.phase, Phase::InSync(End::Open)) {
+                // Nothing to do. The next guest write wakes us; those that follow it are left alone
+                // for a while.
+                self.batch_until = now.saturating_add(BATCH);
+            }
         }
         Turn::Step(Step::Wait { until })
     }
@@ -873,11 +881,10 @@ impl Mirror {
         }
         match (self.job.device_failed(side, kind, error), claimed) {
             (ErrorAction::Ignore, Some(range)) => {
-                let until = now.saturating_add(self.backoff.delay());
-                self.engine.retry_at(range, until);
+                self.engine.retry_at(range, self.backoff.until(now));
             }
             (ErrorAction::Ignore, None) => {
-                self.retry_at = now.saturating_add(self.backoff.delay());
+                self.retry_at = self.backoff.until(now);
             }
             (ErrorAction::Report | ErrorAction::Stop, Some(range)) => self.engine.release(range),
             (ErrorAction::Report | ErrorAction::Stop, None) => {}
@@ -953,6 +960,7 @@ impl Mirror {
         if cfg!(debug_assertions) {
             self.left_at_end = self.left_dirty();
         }
+        // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
         self.bitmap = None;
         self.claim = None;
@@ -1037,13 +1045,16 @@ enum Copying {
     Unlimited,
 }
 
-/// A machine that is dropped cancels its job.
+/// A machine that is dropped ends its job: with success if the switch was used, else with
+/// [`JobError::Dropped`].
 impl Drop for Mirror {
     fn drop(&mut self) {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
-        self.job.fail(JobError::Dropped);
+        if !self.job.has_switched() {
+            self.job.fail(JobError::Dropped);
+        }
         let _ = self.conclude(None);
     }
 }

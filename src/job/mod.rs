@@ -269,6 +269,16 @@ pub(crate) enum SwitchState {
     Declined,
 }
 
+impl SwitchState {
+    /// Whether the job can no longer be kept from its end.
+    fn is_decided(self) -> bool {
+        match self {
+            SwitchState::Held | SwitchState::Committed => true,
+            SwitchState::None | SwitchState::Declined => false,
+        }
+    }
+}
+
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
@@ -281,7 +291,8 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     pub(crate) switch: SwitchState,
     pub(crate) has_failed: bool,
-    /// Whether delayed tries are to be made at once: the user has resumed, or changed a policy.
+    /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
+    /// changed a policy. Stays until [`Job::retries_made`], for the job may be held meanwhile.
     pub(crate) retry_now: bool,
 }
 
@@ -472,7 +483,7 @@ impl Job {
     /// [`VerbError::Finalizing`] once its end cannot be stopped, or if it is over.
     pub fn cancel(&self, how: Cancel) -> Result<(), VerbError> {
         self.ask(Verb::Cancel, |state| {
-            if state.switch != SwitchState::None {
+            if state.switch.is_decided() {
                 return Err(VerbError::Finalizing);
             }
             let how = if state.status.is_ready() {
@@ -482,6 +493,7 @@ impl Job {
             };
             state.cancel = state.cancel.max(Some(how));
             state.drop_user_pause();
+            state.retry_now = true;
             Ok(())
         })
     }
@@ -537,7 +549,7 @@ impl Job {
             io_status: state.io_status,
             cancel: state.cancel,
             is_completing: state.is_completing,
-            is_finalizing: state.is_finalizing || state.switch != SwitchState::None,
+            is_finalizing: state.is_finalizing || state.switch.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
             error: state.error.clone(),
@@ -598,7 +610,7 @@ impl Job {
             speed: state.options.speed,
             switch: state.switch,
             has_failed: state.error.is_some(),
-            retry_now: std::mem::take(&mut state.retry_now),
+            retry_now: state.retry_now,
         }
     }
 
@@ -613,6 +625,11 @@ impl Job {
         let waker = waker.clone();
         let before = self.shared.lock().driver.replace(waker);
         drop(before);
+    }
+
+    /// Nothing is delayed any more.
+    pub(crate) fn retries_made(&self) {
+        self.shared.lock().retry_now = false;
     }
 
     pub(crate) fn cancel_grace(&self) -> Option<Duration> {
@@ -711,6 +728,22 @@ impl Job {
     /// Fails with an error that no policy applies to.
     pub(crate) fn fail(&self, error: JobError) {
         self.shared.lock().error.get_or_insert(error);
+    }
+
+    /// From here on the switch is out, and nothing stops the job. Not if it was cancelled or paused
+    /// before: both are decided under one lock, so that one that was accepted has its effect.
+    pub(crate) fn hold_switch(&self) -> bool {
+        let mut state = self.shared.lock();
+        let may_switch = state.cancel.is_none() && !state.is_paused();
+        if may_switch {
+            state.switch = SwitchState::Held;
+        }
+        may_switch
+    }
+
+    /// Whether the guest's disk is the target by now.
+    pub(crate) fn has_switched(&self) -> bool {
+        self.shared.lock().switch == SwitchState::Committed
     }
 
     pub(crate) fn set_switch(&self, switch: SwitchState) {

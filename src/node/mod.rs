@@ -729,6 +729,12 @@ impl JobBitmap {
         }
     }
 
+    /// Has `waker` called by the next write that settles. What settled before must be looked for
+    /// afterwards.
+    pub(crate) fn wake_at_write(&self, waker: &Waker) {
+        self.node.gate.arm(self.waiter, waker);
+    }
+
     /// Whether something is dirty. If not, `waker` is called when something was written.
     pub fn poll_dirty(&self, waker: &Waker) -> Poll<()> {
         self.node.gate.arm(self.waiter, waker);
