@@ -308,6 +308,9 @@ enum End {
     Open,
     /// Flushing what was written until now, so that little is left to flush while the guest is held.
     Flushing { flush: OpId },
+    /// That was done. What was copied meanwhile is not flushed, and is not to be: with a guest that never
+    /// stops there is always something, and the end would never come.
+    Flushed,
     /// The guest is held, and its writes in flight are to settle.
     Closing { quiesce: Quiesce, since: Duration },
     /// The guest is held. The rest is copied, then flushed.
@@ -713,12 +716,12 @@ impl Mirror {
             unreachable!("called in this phase only");
         };
         match end {
-            End::Open if may_close => {
-                if self.engine.has_unflushed() {
-                    let op = self.engine.hand_out(OpKind::Flush);
-                    *end = End::Flushing { flush: op.id() };
-                    return Turn::Step(Step::Op(op));
-                }
+            End::Open if may_close && self.engine.has_unflushed() => {
+                let op = self.engine.hand_out(OpKind::Flush);
+                *end = End::Flushing { flush: op.id() };
+                Turn::Step(Step::Op(op))
+            }
+            End::Open | End::Flushed if may_close => {
                 *end = End::Closing {
                     quiesce: self.node.quiesce(),
                     since: now,
@@ -728,7 +731,7 @@ impl Mirror {
             End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
                 until: Some(self.batch_until),
             }),
-            End::Open | End::Flushing { .. } => self.wait(now, waker),
+            End::Open | End::Flushing { .. } | End::Flushed => self.wait(now, waker),
             End::Closing { quiesce, since } => {
                 let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
                 let Poll::Ready(guard) = polled else {
@@ -838,7 +841,7 @@ impl Mirror {
                 self.job.become_ready(progress);
             }
             Phase::InSync(end) => match end {
-                End::Flushing { flush } if *flush == id => *end = End::Open,
+                End::Flushing { flush } if *flush == id => *end = End::Flushed,
                 End::Quiet { flush, .. } if *flush == Some(id) => *flush = None,
                 _ => {}
             },
@@ -885,7 +888,10 @@ impl Mirror {
         match &mut self.phase {
             Phase::Attaching(_) => self.phase = Phase::Created,
             Phase::InSync(
-                end @ (End::Flushing { .. } | End::Closing { .. } | End::Quiet { .. }),
+                end @ (End::Flushing { .. }
+                | End::Flushed
+                | End::Closing { .. }
+                | End::Quiet { .. }),
             ) => *end = End::Open,
             _ => {}
         }
