@@ -684,11 +684,9 @@ impl Mirror {
     fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
         let is_pending = asked.status == Status::Pending;
-        if wants_end && !asked.auto_finalize && !is_pending {
-            if self.is_in_step() {
-                self.job.become_pending();
-                return Turn::Again;
-            }
+        if wants_end && !asked.auto_finalize && !is_pending && self.is_in_step() {
+            self.job.become_pending();
+            return Turn::Again;
         }
         let may_end = match is_pending {
             true => asked.is_finalizing,
@@ -1051,7 +1049,6 @@ impl Switch {
     }
 
     /// The guard that holds the guest, for those who exchange a device under it.
-    #[must_use]
     pub fn guard(&self) -> &QuiesceGuard {
         &self.guard
     }

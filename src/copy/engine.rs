@@ -189,10 +189,10 @@ impl Engine {
         if self.running.len() >= self.workers {
             return None;
         }
-        if self.ready.is_empty() {
-            if !may_copy || self.claims.parked() >= self.workers || !self.claim(dirty) {
-                return None;
-            }
+        if self.ready.is_empty()
+            && (!may_copy || self.claims.parked() >= self.workers || !self.claim(dirty))
+        {
+            return None;
         }
         let start = *self.ready.front().expect("claimed just now");
         let claim = self
