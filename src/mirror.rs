@@ -684,7 +684,8 @@ impl Mirror {
     fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
         let is_pending = asked.status == Status::Pending;
-        if wants_end && !asked.auto_finalize && !is_pending && self.is_in_step() {
+        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
+        if waits_to_be_finalized && self.is_in_step() {
             self.job.become_pending();
             return Turn::Again;
         }

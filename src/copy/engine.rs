@@ -189,9 +189,8 @@ impl Engine {
         if self.running.len() >= self.workers {
             return None;
         }
-        if self.ready.is_empty()
-            && (!may_copy || self.claims.parked() >= self.workers || !self.claim(dirty))
-        {
+        let may_claim = may_copy && self.claims.parked() < self.workers;
+        if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
