@@ -284,7 +284,11 @@ where
     loop {
         let mut run = pin!(driver.run(&mut mirror));
         let mut wait = None;
+        let mut patience = pin!(clock.sleep_until(clock.now() + PATIENCE));
         let driven = block_on(poll_fn(|cx| {
+            if patience.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err("the mirror does not come to its end"));
+            }
             while let Poll::Ready(event) = job.poll_event(cx.waker()) {
                 if matches!(event, Event::Ready { .. }) {
                     cost = Some(Cost {
@@ -300,9 +304,9 @@ where
                     job.complete().expect("it is ready");
                 }
             }
-            run.as_mut().poll(cx)
+            run.as_mut().poll(cx).map(Ok)
         }));
-        match driven {
+        match driven? {
             Driven::Switch(switch) => {
                 let since = switch.held_since();
                 switch.commit();

@@ -124,11 +124,6 @@ impl Engine {
         running.count() + self.claims.lost()
     }
 
-    /// Operations that were not reported back.
-    pub(crate) fn running(&self) -> usize {
-        self.running.len()
-    }
-
     /// Whether no range is in flight, planned, or waiting to be tried again.
     pub(crate) fn has_no_claims(&self) -> bool {
         self.claims.is_empty()
@@ -139,10 +134,18 @@ impl Engine {
         self.claims.bytes() - self.claims.parked_bytes()
     }
 
-    /// Whether the target was written to since it was flushed. A flush that is still out has not
-    /// flushed anything yet.
+    /// Whether the target was written to since the last flush was handed out. While one
+    /// [is out](Self::is_flushing), nothing is flushed yet.
     pub(crate) fn has_unflushed(&self) -> bool {
-        self.has_unflushed || self.running.values().any(|&kind| kind == OpKind::Flush)
+        self.has_unflushed
+    }
+
+    pub(crate) fn is_flushing(&self) -> bool {
+        self.running.values().any(|&kind| kind == OpKind::Flush)
+    }
+
+    pub(crate) fn has_free_worker(&self) -> bool {
+        self.running.len() < self.workers
     }
 
     /// Hands out an operation that belongs to no claim.

@@ -309,6 +309,8 @@ struct State {
     is_finalizing: bool,
     retry_now: bool,
     switch: SwitchState,
+    /// Whether the machine was dropped while the switch was out.
+    is_machine_gone: bool,
     is_busy: bool,
     progress: Progress,
     /// The first fatal error.
@@ -363,6 +365,7 @@ impl Job {
             is_finalizing: false,
             retry_now: false,
             switch: SwitchState::None,
+            is_machine_gone: false,
             is_busy: false,
             progress: Progress::default(),
             error: None,
@@ -599,7 +602,7 @@ impl Job {
     /// What was asked; `waker` is called when something more is.
     pub(crate) fn asked(&self, waker: &Waker) -> Asked {
         self.register(waker);
-        let mut state = self.shared.lock();
+        let state = self.shared.lock();
         Asked {
             status: state.status,
             is_paused: state.is_paused(),
@@ -741,9 +744,13 @@ impl Job {
         may_switch
     }
 
-    /// Whether the guest's disk is the target by now.
-    pub(crate) fn has_switched(&self) -> bool {
-        self.shared.lock().switch == SwitchState::Committed
+    /// The machine is dropped. A job whose switch is out is ended by whoever holds the switch.
+    pub(crate) fn machine_dropped(&self) {
+        self.change_state(|state| match state.switch {
+            SwitchState::Held => state.is_machine_gone = true,
+            SwitchState::Committed => drop(state.conclude(None)),
+            SwitchState::None | SwitchState::Declined => state.end_dropped(),
+        });
     }
 
     pub(crate) fn set_switch(&self, switch: SwitchState) {
@@ -753,6 +760,14 @@ impl Job {
                 // The wish is withdrawn; the job stays in step.
                 state.is_completing = false;
                 state.is_finalizing = false;
+            }
+            if state.is_machine_gone {
+                match switch {
+                    SwitchState::Committed => drop(state.conclude(None)),
+                    SwitchState::None | SwitchState::Held | SwitchState::Declined => {
+                        state.end_dropped();
+                    }
+                }
             }
         });
     }
@@ -821,6 +836,11 @@ impl State {
         if self.options.id.is_some() {
             self.events.push(event);
         }
+    }
+
+    fn end_dropped(&mut self) {
+        self.error.get_or_insert(JobError::Dropped);
+        drop(self.conclude(None));
     }
 
     /// Success if there was no error and it was not cancelled by force.

@@ -111,8 +111,9 @@ mod tests {
         let mut now = Duration::ZERO;
         let delays: Vec<u128> = (0..11)
             .map(|_| {
-                let before = std::mem::replace(&mut now, backoff.until(now));
-                (now - before).as_millis()
+                let until = backoff.until(now);
+                let delay = until - std::mem::replace(&mut now, until);
+                delay.as_millis()
             })
             .collect();
         assert_eq!(
