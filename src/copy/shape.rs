@@ -210,3 +210,124 @@ fn align_up(offset: u64, align: u64) -> u64 {
         None => u64::MAX,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::copy::{Limits, RangeLimits};
+
+    const KIB: u64 = 1024;
+
+    fn shape(target: impl FnOnce(&mut Limits)) -> Shape {
+        let source = Limits::new(1000 * KIB + 1);
+        let mut limits = source;
+        target(&mut limits);
+        let ends = Ends::check(source, limits).unwrap();
+        let granularity = Granularity::from_bytes(4 * KIB).unwrap();
+        Shape::new(&ends, granularity, 64 * KIB, 1 << 20, 4, Unmap::Allowed).unwrap()
+    }
+
+    fn zeroes(align: u32, max: u64) -> Option<RangeLimits> {
+        Some(RangeLimits { align, max })
+    }
+
+    /// All pieces of a claim, when the source says the same of all of it.
+    fn pieces(shape: &Shape, claim: ByteRange, align: u64, content: Content) -> Vec<OpKind> {
+        let mut rest = claim;
+        let mut pieces = Vec::new();
+        while !rest.is_empty() {
+            let extent = Extent {
+                len: rest.len(),
+                content,
+                in_top: true,
+            };
+            let piece = shape.piece(rest, align, extent);
+            rest = rest.split_at(piece.range().unwrap().end()).1;
+            pieces.push(piece);
+        }
+        pieces
+    }
+
+    #[test]
+    fn data_is_cut_at_the_longest_copy() {
+        let shape = shape(|_| {});
+        assert_eq!(shape.run_max, 256 * KIB, "what keeps four workers busy");
+        let cut = pieces(&shape, (0..130 * KIB).into(), 4 * KIB, Content::Data);
+        let lens: Vec<u64> = cut
+            .iter()
+            .map(|op| op.range().unwrap().len() / KIB)
+            .collect();
+        assert_eq!(lens, [64, 64, 2]);
+    }
+
+    #[test]
+    fn zeroes_go_as_zeroes_where_they_are_aligned_and_as_data_elsewhere() {
+        let shape = shape(|limits| limits.write_zeroes = zeroes(16 << 10, 1 << 30));
+        let claim = (8 * KIB..72 * KIB).into();
+        let cut = pieces(&shape, claim, 4 * KIB, Content::Zero);
+        assert_eq!(
+            cut,
+            [
+                OpKind::Copy((8 * KIB..16 * KIB).into()),
+                OpKind::Zero((16 * KIB..64 * KIB).into(), Unmap::Allowed),
+                OpKind::Copy((64 * KIB..72 * KIB).into()),
+            ]
+        );
+        let end = ByteRange::from(992 * KIB..1000 * KIB + 1);
+        let cut = pieces(&shape, end, 4 * KIB, Content::Zero);
+        assert_eq!(
+            cut,
+            [OpKind::Zero(end, Unmap::Allowed)],
+            "the end of the disk is aligned"
+        );
+    }
+
+    #[test]
+    fn what_is_undefined_is_discarded_or_zeroed_or_copied() {
+        let claim = ByteRange::from(0..8 * KIB);
+        let none = shape(|_| {});
+        let zeroing = shape(|limits| limits.write_zeroes = zeroes(512, 1 << 30));
+        let discarding = shape(|limits| limits.discard = zeroes(512, 1 << 30));
+        let cut = |shape| pieces(shape, claim, 4 * KIB, Content::Undefined);
+        assert_eq!(cut(&none), [OpKind::Copy(claim)]);
+        assert_eq!(cut(&zeroing), [OpKind::Zero(claim, Unmap::Allowed)]);
+        assert_eq!(cut(&discarding), [OpKind::Discard(claim)]);
+    }
+
+    #[test]
+    fn zeroes_are_never_longer_than_the_target_takes() {
+        let short = shape(|limits| limits.write_zeroes = zeroes(512, 10_000));
+        for op in pieces(&short, (0..200 * KIB).into(), 4 * KIB, Content::Zero) {
+            assert!(op.range().unwrap().len() <= 10_000 && !matches!(op, OpKind::Copy(_)));
+        }
+        // Whole clusters must be written at first, and one is longer than a zero write may be.
+        let clustered = shape(|limits| {
+            limits.write_zeroes = zeroes(512, 4096);
+            limits.cluster = Some(16 << 10);
+            limits.fills_clusters = true;
+        });
+        assert_eq!(clustered.scan_zeroes(), None);
+        let cut = pieces(&clustered, (0..32 * KIB).into(), 16 * KIB, Content::Zero);
+        assert!(
+            cut.iter().all(|op| matches!(op, OpKind::Copy(_))),
+            "{cut:?}"
+        );
+    }
+
+    #[test]
+    fn a_piece_that_one_device_must_write_and_the_other_cannot_is_refused() {
+        let source = Limits::new(1 << 20);
+        let mut target = source;
+        target.max_transfer = 4096;
+        target.cluster = Some(8192);
+        target.fills_clusters = true;
+        let ends = Ends::check(source, target).unwrap();
+        let granularity = Granularity::from_bytes(512).unwrap();
+        let refused = Shape::new(&ends, granularity, 1 << 20, 1 << 20, 16, Unmap::Allowed);
+        let too_long = ShapeError::PieceTooLong {
+            piece: 8192,
+            max: 4096,
+        };
+        assert_eq!(refused.unwrap_err(), too_long);
+    }
+}

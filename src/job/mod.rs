@@ -690,8 +690,8 @@ impl Job {
             action = ErrorAction::Ignore;
         }
         if state.cancel == Some(Cancel::Force) {
-            // It ends anyway, with nothing to be said of errors on the way.
-            action = ErrorAction::Ignore;
+            // It ends anyway, and what is given up on the way is no news.
+            return ErrorAction::Ignore;
         }
         let is_no_space = is_no_space(&error);
         state.tell(Event::Error(ErrorEvent {

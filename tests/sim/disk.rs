@@ -308,6 +308,10 @@ impl Disk {
             len += BLOCK;
             count += 1;
         }
+        if seed % 61 == 0 {
+            // It does not know.
+            len = 0;
+        }
         Extent {
             len,
             content,
