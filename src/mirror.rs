@@ -864,11 +864,10 @@ impl Mirror {
         }
         match (self.job.device_failed(side, kind, error), claimed) {
             (ErrorAction::Ignore, Some(range)) => {
-                let until = now.saturating_add(self.backoff.delay());
-                self.engine.retry_at(range, until);
+                self.engine.retry_at(range, self.backoff.until(now));
             }
             (ErrorAction::Ignore, None) => {
-                self.retry_at = now.saturating_add(self.backoff.delay());
+                self.retry_at = self.backoff.until(now);
             }
             (ErrorAction::Report | ErrorAction::Stop, Some(range)) => self.engine.release(range),
             (ErrorAction::Report | ErrorAction::Stop, None) => {}
