@@ -124,8 +124,9 @@ impl Engine {
         self.claims.is_empty()
     }
 
+    /// Bytes in flight or planned. What waits to be tried again is dirty, and counted there.
     pub(crate) fn claimed_bytes(&self) -> u64 {
-        self.claims.bytes()
+        self.claims.bytes() - self.claims.parked_bytes()
     }
 
     /// Whether the target was written to since it was flushed. A flush that is still out has not
