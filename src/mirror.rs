@@ -307,7 +307,9 @@ enum End {
     /// The guest writes; the end was not asked for, or too much is left.
     Open,
     /// Flushing what was written until now, so that little is left to flush while the guest is held.
-    Flushing { flush: OpId },
+    /// `None` when that is over. It is not done again for what is copied meanwhile, or a guest that
+    /// never ceases to write would put off the end for ever.
+    Flushing { flush: Option<OpId> },
     /// The guest is held, and its writes in flight are to settle.
     Closing { quiesce: Quiesce, since: Duration },
     /// The guest is held. The rest is copied, then flushed.
@@ -719,9 +721,15 @@ impl Mirror {
             End::Open if may_close => {
                 if self.engine.has_unflushed() {
                     let op = self.engine.hand_out(OpKind::Flush);
-                    *end = End::Flushing { flush: op.id() };
+                    *end = End::Flushing {
+                        flush: Some(op.id()),
+                    };
                     return Turn::Step(Step::Op(op));
                 }
+                *end = End::Flushing { flush: None };
+                Turn::Again
+            }
+            End::Flushing { flush: None } if may_close => {
                 *end = End::Closing {
                     quiesce: self.node.quiesce(),
                     since: now,
@@ -846,7 +854,7 @@ impl Mirror {
                 self.job.become_ready(progress);
             }
             Phase::InSync(end) => match end {
-                End::Flushing { flush } if *flush == id => *end = End::Open,
+                End::Flushing { flush } if *flush == Some(id) => *flush = None,
                 End::Quiet { flush, .. } if *flush == Some(id) => *flush = None,
                 _ => {}
             },
