@@ -48,7 +48,7 @@ use rustix::time::{ClockId, clock_gettime};
 mod support;
 
 use support::clock::{TimerClock, block_on};
-use support::file::{self, FileDevice};
+use support::file::{self, FileDevice, KnownData};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
@@ -200,7 +200,7 @@ fn bare(files: &Files, threads: usize) -> Result<Cost> {
 }
 
 /// A file whose requests are done by whoever polls them.
-struct InPlace(File, Limits);
+struct InPlace(File, Limits, KnownData);
 
 impl InPlace {
     fn new(file: File) -> Result<Self> {
@@ -210,7 +210,7 @@ impl InPlace {
             max: 1 << 30,
         });
         limits.cheap_zeroes = true;
-        Ok(Self(file, limits))
+        Ok(Self(file, limits, KnownData::default()))
     }
 }
 
@@ -228,7 +228,10 @@ impl ReadAt for InPlace {
     }
 
     async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        file::status(&self.0, range)
+        match self.2.recall(range) {
+            Some(extent) => Ok(extent),
+            None => self.2.ask(&self.0, range),
+        }
     }
 }
 
