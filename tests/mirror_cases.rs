@@ -906,8 +906,8 @@ fn what_is_wrong_at_the_start_is_told_and_changes_nothing() {
             target.fills_clusters = true;
             target.max_transfer = 512 << 10;
         }),
-        MirrorError::Shape(ShapeError::ClusterTooLong {
-            cluster: MIB,
+        MirrorError::Shape(ShapeError::PieceTooLong {
+            piece: MIB,
             max: 512 << 10
         })
     );
