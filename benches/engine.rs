@@ -426,7 +426,7 @@ fn copy(len: u64, rounds: usize) {
         }),
         ("mirror", &mut || mirror_once(&copying, limits, limits)),
         ("mirror_by_handle", &mut || {
-            mirror_once(&lending, limits, limits)
+            mirror_once(&lending, limits, limits);
         }),
     ];
     let mut times = [const { Vec::new() }; 4];

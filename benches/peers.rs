@@ -48,7 +48,7 @@ use rustix::time::{ClockId, clock_gettime};
 mod support;
 
 use support::clock::{TimerClock, block_on};
-use support::file::{self, FileDevice};
+use support::file::{self, FileDevice, KnownData};
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Result<T> = std::result::Result<T, Error>;
@@ -200,7 +200,7 @@ fn bare(files: &Files, threads: usize) -> Result<Cost> {
 }
 
 /// A file whose requests are done by whoever polls them.
-struct InPlace(File, Limits);
+struct InPlace(File, Limits, KnownData);
 
 impl InPlace {
     fn new(file: File) -> Result<Self> {
@@ -210,7 +210,7 @@ impl InPlace {
             max: 1 << 30,
         });
         limits.cheap_zeroes = true;
-        Ok(Self(file, limits))
+        Ok(Self(file, limits, KnownData::default()))
     }
 }
 
@@ -228,7 +228,10 @@ impl ReadAt for InPlace {
     }
 
     async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        file::status(&self.0, range)
+        match self.2.recall(range) {
+            Some(extent) => Ok(extent),
+            None => self.2.ask(&self.0, range),
+        }
     }
 }
 
@@ -284,7 +287,11 @@ where
     loop {
         let mut run = pin!(driver.run(&mut mirror));
         let mut wait = None;
+        let mut patience = pin!(clock.sleep_until(clock.now() + PATIENCE));
         let driven = block_on(poll_fn(|cx| {
+            if patience.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err("the mirror does not come to its end"));
+            }
             while let Poll::Ready(event) = job.poll_event(cx.waker()) {
                 if matches!(event, Event::Ready { .. }) {
                     cost = Some(Cost {
@@ -300,9 +307,9 @@ where
                     job.complete().expect("it is ready");
                 }
             }
-            run.as_mut().poll(cx)
+            run.as_mut().poll(cx).map(Ok)
         }));
-        match driven {
+        match driven? {
             Driven::Switch(switch) => {
                 let since = switch.held_since();
                 switch.commit();

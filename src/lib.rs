@@ -172,6 +172,7 @@ pub mod driver;
 pub mod io;
 mod job;
 mod log;
+mod memory;
 mod mirror;
 mod node;
 pub mod queue;

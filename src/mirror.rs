@@ -52,6 +52,8 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// How much of the source is asked about at once while it is scanned.
 const SCAN_MAX: u64 = 8 << 30;
+/// How many zero writes are planned at once while the source is scanned.
+const SCAN_ZEROES: u64 = 64;
 /// While in step, a guest write wakes the job at most this often; what is written between is copied
 /// together.
 const BATCH: Duration = Duration::from_millis(10);
@@ -99,9 +101,12 @@ pub struct MirrorOptions {
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
-    /// How long the guest may be held while the last dirty data is copied, by the best rate seen so far.
-    /// The end of the job waits until it takes no longer. Default 50 ms.
+    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
+    /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
+    /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
+    /// long a time. Default 5 s.
+    pub hold_max: Duration,
 }
 
 impl Default for MirrorOptions {
@@ -115,6 +120,7 @@ impl Default for MirrorOptions {
             buf_size: 16 << 20,
             unmap: Unmap::Allowed,
             downtime_max: Duration::from_millis(50),
+            hold_max: Duration::from_secs(5),
         }
     }
 }
@@ -189,7 +195,8 @@ pub enum Step {
 /// The instant at which source and target are equal, for as long as this lives.
 ///
 /// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
-/// is flushed. Point the guest's path to the target, then [`commit`](Self::commit). If that does not
+/// is flushed. Point the guest's path to the target, its reads too, which pass no gate, then
+/// [`commit`](Self::commit). If that does not
 /// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
 /// completed again. Nothing is lost either way.
 #[must_use = "dropping the switch declines it"]
@@ -257,6 +264,7 @@ pub struct Mirror {
     node: Node,
     sync: MirrorSync,
     downtime_max: Duration,
+    hold_max: Duration,
     engine: Engine,
     rate: RateLimit,
     backoff: Backoff,
@@ -283,7 +291,7 @@ enum Phase {
     /// Not started, or not begun with.
     Created,
     /// The guest's writes in flight are to settle, so that recording starts at a sharp moment.
-    Attaching(Quiesce),
+    Attaching { quiesce: Quiesce, since: Duration },
     /// Asking what the source holds, from `next` on. `asked` is out.
     Scanning { next: u64, asked: Option<OpId> },
     /// Copying until nothing is left. `flush` is out.
@@ -307,27 +315,29 @@ enum End {
     /// The guest writes; the end was not asked for, or too much is left.
     Open,
     /// Flushing what was written until now, so that little is left to flush while the guest is held.
-    /// `None` when that is over. It is not done again for what is copied meanwhile, or a guest that
-    /// never ceases to write would put off the end for ever.
-    Flushing { flush: Option<OpId> },
+    Flushing,
+    /// That was done. What was copied meanwhile is not flushed, and is not to be: with a guest that never
+    /// stops there is always something, and the end would never come.
+    Flushed,
     /// The guest is held, and its writes in flight are to settle.
     Closing { quiesce: Quiesce, since: Duration },
     /// The guest is held. The rest is copied, then flushed.
     Quiet {
         guard: QuiesceGuard,
         since: Duration,
-        flush: Option<OpId>,
     },
     /// The caller has the switch.
     Switching,
 }
 
-/// The best rate of copying seen so far.
+/// How fast data was copied of late.
 #[derive(Debug, Default)]
 struct Pace {
     window_end: Duration,
+    /// Bytes copied in the current window.
     bytes: u64,
-    best: u64,
+    /// Bytes per window, the best of late.
+    rate: u64,
 }
 
 /// What one turn of the machine came to.
@@ -383,6 +393,7 @@ impl Mirror {
             granularity,
             options.chunk_max,
             options.buf_size,
+            options.workers,
             options.unmap,
         )?;
         // Tells now what would else come up at the start. The memory is not touched.
@@ -396,6 +407,7 @@ impl Mirror {
             node: node.clone(),
             sync: options.sync,
             downtime_max: options.downtime_max,
+            hold_max: options.hold_max,
             engine,
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
@@ -436,14 +448,14 @@ impl Mirror {
 
     /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
-        let id = op.id();
+        let (id, kind) = (op.id(), op.kind());
         let done = {
             let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
             self.engine.done(op, outcome, dirty.as_mut())
         };
         match done {
             None | Some(Done::Nothing) => {}
-            Some(Done::Range(range)) => self.range_done(now, range),
+            Some(Done::Range(range)) => self.range_done(now, kind, range),
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed { side, kind, error }) => self.failed(now, side, kind, error),
@@ -474,7 +486,7 @@ impl Mirror {
         }
         let asked = self.job.asked(waker);
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
-        if let Some(op) = self.settle() {
+        if let Some(op) = self.settle(now) {
             return Turn::Step(Step::Op(op));
         }
         match asked.switch {
@@ -519,10 +531,18 @@ impl Mirror {
         self.engine.unpark(now);
         match self.phase {
             Phase::Created => {
-                self.phase = Phase::Attaching(self.node.quiesce());
+                if now < self.retry_at {
+                    return Turn::Step(Step::Wait {
+                        until: Some(self.retry_at),
+                    });
+                }
+                self.phase = Phase::Attaching {
+                    quiesce: self.node.quiesce(),
+                    since: now,
+                };
                 Turn::Again
             }
-            Phase::Attaching(_) => self.attach(waker),
+            Phase::Attaching { .. } => self.attach(now, waker),
             Phase::Scanning { .. } => self.scan(now),
             Phase::Copying { .. } => self.copy(now, waker),
             Phase::InSync(_) => self.keep_in_sync(now, waker, asked),
@@ -530,8 +550,8 @@ impl Mirror {
         }
     }
 
-    fn settle(&mut self) -> Option<Op> {
-        if !self.engine.wants_settle() {
+    fn settle(&mut self, now: Duration) -> Option<Op> {
+        if !self.engine.wants_settle() || now < self.retry_at {
             return None;
         }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
@@ -539,17 +559,24 @@ impl Mirror {
     }
 
     /// Starts to record, with the guest held for that moment.
-    fn attach(&mut self, waker: &Waker) -> Turn {
+    fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
         if is_broken(Sabotage::AttachWithoutQuiesce) {
             self.bitmap = self.node.track_unquiesced(self.engine.shape().granularity);
             self.phase = self.first_look();
             return Turn::Again;
         }
-        let Phase::Attaching(quiesce) = &mut self.phase else {
+        let until = self.held_until();
+        let Phase::Attaching { quiesce, .. } = &mut self.phase else {
             unreachable!("called in this phase only");
         };
         let Poll::Ready(guard) = Pin::new(quiesce).poll(&mut Context::from_waker(waker)) else {
-            return Turn::Step(Step::Wait { until: None });
+            if until.is_some_and(|until| now >= until) {
+                // A guest write hangs. Others go on, and it is tried again later.
+                self.let_guest_go();
+                self.retry_at = now.saturating_add(self.hold_max);
+                return Turn::Again;
+            }
+            return Turn::Step(Step::Wait { until });
         };
         match self.node.track(&guard, self.engine.shape().granularity) {
             Ok(bitmap) => self.bitmap = Some(bitmap),
@@ -629,16 +656,30 @@ impl Mirror {
             return;
         };
         *asked = None;
-        let area = range
-            .split_at(range.start().saturating_add(extent.len.max(1)))
-            .0;
-        *next = area.end();
+        let extent = extent.or_data(range);
+        let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
         let is_zero = extent.content != Content::Data;
+        let shape = self.engine.shape();
+        let most = shape
+            .scan_zeroes()
+            .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
         let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => return,
-            MirrorSync::Full if is_zero => self.engine.shape().zeroable(area),
+            MirrorSync::Top if !extent.in_top => {
+                *next = area.end();
+                return;
+            }
+            MirrorSync::Full if is_zero => shape.zeroable(area),
             MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
         };
+        if let Some(zeroed) = zeroed {
+            // The rest is asked for again when these are written.
+            let end = zeroed.end().min(zeroed.start().saturating_add(most));
+            area = area
+                .split_at(if end < zeroed.end() { end } else { area.end() })
+                .0;
+        }
+        *next = area.end();
+        let zeroed = zeroed.map(|zeroed| zeroed.intersection(area));
         let bitmap = self
             .bitmap
             .as_ref()
@@ -684,12 +725,7 @@ impl Mirror {
     fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
         let is_pending = asked.status == Status::Pending;
-        if wants_end && !asked.auto_finalize && !is_pending {
-            if self.is_in_step() {
-                self.job.become_pending();
-                return Turn::Again;
-            }
-        }
+        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
         let may_end = match is_pending {
             true => asked.is_finalizing,
             false => wants_end && asked.auto_finalize,
@@ -709,37 +745,41 @@ impl Mirror {
         if let Some(op) = self.next_op(now, copying) {
             return Turn::Step(Step::Op(op));
         }
-        // The guest is not held while something that failed waits to be tried again.
-        let may_close = may_end
-            && self.next_retry(now).is_none()
-            && self.left() <= self.pace.bytes_in(self.downtime_max);
+        // The guest is not held while something that failed waits to be tried again, nor while more is left
+        // than can be copied in the time that it may be held.
+        let is_near =
+            self.next_retry(now).is_none() && self.left() <= self.pace.bytes_in(self.downtime_max);
+        if waits_to_be_finalized && is_near {
+            self.job.become_pending();
+            return Turn::Again;
+        }
+        if self.held_until().is_some_and(|until| now >= until) {
+            // Something hangs. The guest goes on, for at least as long as it was held.
+            self.let_guest_go();
+            self.retry_at = now.saturating_add(self.hold_max);
+            return Turn::Again;
+        }
         let is_in_step = self.is_in_step();
         let Phase::InSync(end) = &mut self.phase else {
             unreachable!("called in this phase only");
         };
         match end {
-            End::Open if may_close => {
-                if self.engine.has_unflushed() {
-                    let op = self.engine.hand_out(OpKind::Flush);
-                    *end = End::Flushing {
-                        flush: Some(op.id()),
-                    };
-                    return Turn::Step(Step::Op(op));
-                }
-                *end = End::Flushing { flush: None };
-                Turn::Again
+            // One from before a pause may still be out: another would only be in its way.
+            End::Open | End::Quiet { .. } if self.engine.is_flushing() => {
+                self.wait(now, waker, copying)
             }
-            End::Flushing { flush: None } if may_close => {
+            End::Open if may_end && is_near && self.engine.has_unflushed() => {
+                *end = End::Flushing;
+                Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)))
+            }
+            End::Open | End::Flushed if may_end && is_near => {
                 *end = End::Closing {
                     quiesce: self.node.quiesce(),
                     since: now,
                 };
                 Turn::Again
             }
-            End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
-                until: Some(self.batch_until),
-            }),
-            End::Open | End::Flushing { .. } => self.wait(now, waker, copying),
+            End::Open | End::Flushing | End::Flushed => self.wait(now, waker, copying),
             End::Closing { quiesce, since } => {
                 let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
                 let Poll::Ready(guard) = polled else {
@@ -748,23 +788,30 @@ impl Mirror {
                 *end = End::Quiet {
                     guard,
                     since: *since,
-                    flush: None,
                 };
                 Turn::Again
             }
-            End::Quiet { flush, .. } => {
-                let is_in_step = is_in_step || is_broken(Sabotage::SwitchWithoutRecheck);
-                if !is_in_step || flush.is_some() {
+            End::Quiet { .. } => {
+                if !is_in_step && !is_broken(Sabotage::SwitchWithoutRecheck) {
                     return self.wait(now, waker, copying);
                 }
                 if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
-                    let op = self.engine.hand_out(OpKind::Flush);
-                    *flush = Some(op.id());
-                    return Turn::Step(Step::Op(op));
+                    return Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)));
                 }
                 self.finish(asked)
             }
             End::Switching => unreachable!("handled before"),
+        }
+    }
+
+    /// Until when the guest is held at the most, if it is.
+    fn held_until(&self) -> Option<Duration> {
+        match self.phase {
+            Phase::Attaching { since, .. }
+            | Phase::InSync(End::Closing { since, .. } | End::Quiet { since, .. }) => {
+                Some(since.saturating_add(self.hold_max))
+            }
+            _ => None,
         }
     }
 
@@ -806,38 +853,47 @@ impl Mirror {
 
     /// What to wait for when nothing can be handed out.
     fn wait(&mut self, now: Duration, waker: &Waker, copying: Copying) -> Turn {
-        let mut until = self.next_retry(now);
         let bitmap = self
             .bitmap
             .as_ref()
             .expect("recording started before copying");
         let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
-        if has_work && copying == Copying::Limited && free_at > now {
-            until = Some(until.map_or(free_at, |until| until.min(free_at)));
-        } else if self.engine.running() == 0 {
-            // First armed, then looked once more: a guest write that came since the last look would
-            // wake nobody. What is dirty already and waits to be tried again keeps nobody from that.
-            bitmap.wake_at_write(waker);
-            if let Some(op) = self.next_op(now, copying) {
-                return Turn::Step(Step::Op(op));
+        let until = match copying {
+            Copying::No => Some(self.batch_until),
+            Copying::Limited if has_work && free_at > now => Some(free_at),
+            Copying::Limited | Copying::Unlimited if self.engine.has_free_worker() => {
+                // First armed, then looked once more: a guest write that came since the last look
+                // would wake nobody. What is in flight, or waits to be tried again, keeps nobody from
+                // that.
+                bitmap.wake_at_write(waker);
+                if let Some(op) = self.next_op(now, copying) {
+                    return Turn::Step(Step::Op(op));
+                }
+                if matches!(self.phase, Phase::InSync(End::Open)) {
+                    // The next guest write wakes us; those that follow it are left alone for a while.
+                    self.batch_until = now.saturating_add(BATCH);
+                }
+                None
             }
-            if matches!(self.phase, Phase::InSync(End::Open)) {
-                // Nothing to do. The next guest write wakes us; those that follow it are left alone
-                // for a while.
-                self.batch_until = now.saturating_add(BATCH);
-            }
-        }
-        Turn::Step(Step::Wait { until })
+            Copying::Limited | Copying::Unlimited => None,
+        };
+        let times = [until, self.next_retry(now), self.held_until()];
+        Turn::Step(Step::Wait {
+            until: times.into_iter().flatten().min(),
+        })
     }
 
-    fn range_done(&mut self, now: Duration, range: ByteRange) {
+    fn range_done(&mut self, now: Duration, kind: OpKind, range: ByteRange) {
         self.backoff.reset();
         if matches!(self.phase, Phase::Scanning { .. }) {
             return;
         }
         self.done_bytes = self.done_bytes.saturating_add(range.len());
-        self.pace.add(now, range.len());
+        // Zeroes go much faster, and say nothing of how long data takes.
+        if let OpKind::Copy(_) = kind {
+            self.pace.add(now, range.len());
+        }
     }
 
     fn flushed(&mut self, id: OpId) {
@@ -853,11 +909,7 @@ impl Mirror {
                 self.phase = Phase::InSync(End::Open);
                 self.job.become_ready(progress);
             }
-            Phase::InSync(end) => match end {
-                End::Flushing { flush } if *flush == Some(id) => *flush = None,
-                End::Quiet { flush, .. } if *flush == Some(id) => *flush = None,
-                _ => {}
-            },
+            Phase::InSync(end @ End::Flushing) => *end = End::Flushed,
             _ => {}
         }
     }
@@ -870,7 +922,8 @@ impl Mirror {
             Phase::Scanning { asked, .. } if claimed.is_none() => *asked = None,
             _ => self.let_guest_go(),
         }
-        match (self.job.device_failed(side, kind, error), claimed) {
+        let action = self.job.device_failed(side, kind, error);
+        match (action, claimed) {
             (ErrorAction::Ignore, Some(range)) => {
                 self.engine.retry_at(range, self.backoff.until(now));
             }
@@ -878,7 +931,16 @@ impl Mirror {
                 self.retry_at = self.backoff.until(now);
             }
             (ErrorAction::Report | ErrorAction::Stop, Some(range)) => self.engine.release(range),
+            // Whatever becomes of the job, that is needed.
+            (ErrorAction::Report | ErrorAction::Stop, None) if kind == OpKind::Settle => {
+                self.retry_at = self.backoff.until(now);
+            }
             (ErrorAction::Report | ErrorAction::Stop, None) => {}
+        }
+        let is_ending = matches!(self.phase, Phase::Ending { .. });
+        if action == ErrorAction::Report && !is_ending {
+            // Nothing is begun, and nothing told, after that.
+            self.begin_ending(now, None);
         }
     }
 
@@ -892,15 +954,22 @@ impl Mirror {
                 _ => {}
             }
         }
-        Turn::Step(Step::Wait { until: None })
+        Turn::Step(Step::Wait {
+            until: self.settle_at(),
+        })
+    }
+
+    /// When the target is asked again to settle, if it has failed to.
+    fn settle_at(&self) -> Option<Duration> {
+        self.engine.wants_settle().then_some(self.retry_at)
     }
 
     /// A job that does not get on does not hold the guest. What it was about to do starts anew.
     fn let_guest_go(&mut self) {
         match &mut self.phase {
-            Phase::Attaching(_) => self.phase = Phase::Created,
+            Phase::Attaching { .. } => self.phase = Phase::Created,
             Phase::InSync(
-                end @ (End::Flushing { .. } | End::Closing { .. } | End::Quiet { .. }),
+                end @ (End::Flushing | End::Flushed | End::Closing { .. } | End::Quiet { .. }),
             ) => *end = End::Open,
             _ => {}
         }
@@ -937,16 +1006,24 @@ impl Mirror {
                 return Turn::Step(Step::Op(self.engine.hand_out(OpKind::CancelInFlight)));
             }
             if self.grace_until.is_some_and(|until| now >= until) {
-                let abandoned = self.engine.running();
+                let abandoned = self.engine.unsettled();
                 return self.conclude(Some(abandoned));
             }
         }
+        let times = [self.grace_until, self.settle_at()];
         Turn::Step(Step::Wait {
-            until: self.grace_until,
+            until: times.into_iter().flatten().min(),
         })
     }
 
     fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
+        self.release();
+        let result = self.job.conclude(abandoned);
+        Turn::Step(Step::Done(result))
+    }
+
+    /// Gives back everything that is held, the guest first.
+    fn release(&mut self) {
         self.publish();
         if cfg!(debug_assertions) {
             self.left_at_end = self.left_dirty();
@@ -956,8 +1033,6 @@ impl Mirror {
         self.bitmap = None;
         self.claim = None;
         let _ = self.engine.lose_running();
-        let result = self.job.conclude(abandoned);
-        Turn::Step(Step::Done(result))
     }
 
     /// Whether nothing is dirty and nothing in flight.
@@ -1001,7 +1076,7 @@ impl Mirror {
     pub fn left_dirty(&self) -> Option<HBitmap> {
         match &self.phase {
             Phase::Created
-            | Phase::Attaching(_)
+            | Phase::Attaching { .. }
             | Phase::Scanning { .. }
             | Phase::Ending {
                 was_scanned: false, ..
@@ -1043,10 +1118,8 @@ impl Drop for Mirror {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
-        if !self.job.has_switched() {
-            self.job.fail(JobError::Dropped);
-        }
-        let _ = self.conclude(None);
+        self.release();
+        self.job.machine_dropped();
     }
 }
 
@@ -1064,7 +1137,6 @@ impl Switch {
     }
 
     /// The guard that holds the guest, for those who exchange a device under it.
-    #[must_use]
     pub fn guard(&self) -> &QuiesceGuard {
         &self.guard
     }
@@ -1094,16 +1166,18 @@ impl Pace {
 
     fn add(&mut self, now: Duration, bytes: u64) {
         if now >= self.window_end {
+            // A window with little to do says little of the speed, so the best is forgotten slowly.
+            self.rate = self.bytes.max(self.rate - self.rate / 4);
             self.bytes = 0;
             self.window_end = now.saturating_add(Self::WINDOW);
         }
         self.bytes = self.bytes.saturating_add(bytes);
-        self.best = self.best.max(self.bytes);
     }
 
-    /// What can be copied in that time, by the best rate seen.
+    /// What can be copied in that time.
     fn bytes_in(&self, time: Duration) -> u64 {
-        let bytes = u128::from(self.best) * time.as_nanos() / Self::WINDOW.as_nanos();
+        let rate = u128::from(self.rate.max(self.bytes));
+        let bytes = rate.saturating_mul(time.as_nanos()) / Self::WINDOW.as_nanos();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

@@ -43,6 +43,7 @@ pub(crate) struct FileDevice {
     pool: Arc<Pool>,
     threads: Vec<JoinHandle<()>>,
     limits: Limits,
+    known_data: Arc<KnownData>,
 }
 
 type Work = Box<dyn FnOnce(&File) + Send>;
@@ -96,6 +97,7 @@ impl FileDevice {
             }),
             threads: Vec::new(),
             limits,
+            known_data: Arc::default(),
         };
         for _ in 0..threads.max(1) {
             let pool = Arc::clone(&device.pool);
@@ -157,7 +159,11 @@ impl ReadAt for FileDevice {
     }
 
     async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
-        self.call(move |file| status(file, range)).await
+        if let Some(extent) = self.known_data.recall(range) {
+            return Ok(extent);
+        }
+        let known_data = Arc::clone(&self.known_data);
+        self.call(move |file| known_data.ask(file, range)).await
     }
 }
 
@@ -168,11 +174,13 @@ impl WriteAt for FileDevice {
     }
 
     async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+        self.known_data.forget();
         self.call(move |file| write_zeroes(file, range, unmap))
             .await
     }
 
     async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.known_data.forget();
         self.call(move |file| punch_hole(file, range)).await
     }
 
@@ -223,25 +231,51 @@ fn write_zeroes_by_hand(file: &File, range: ByteRange) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the file has data or a hole at the start of the range, and up to where.
-pub(crate) fn status(file: &File, range: ByteRange) -> io::Result<Extent> {
-    let extent = |end: u64, content| Extent {
+/// The last area of a file that was seen to hold data.
+///
+/// To tell where data ends, a file system walks over all of it, and a mirror asks about each part that
+/// it copies: without a memory, a large file costs more time for these walks than for its bytes. What
+/// became a hole since is still told as data, which is read as zeroes and thus copied rightly.
+#[derive(Debug, Default)]
+pub(crate) struct KnownData(Mutex<(u64, u64)>);
+
+impl KnownData {
+    /// What is at the start of the range, if that is known.
+    pub(crate) fn recall(&self, range: ByteRange) -> Option<Extent> {
+        let (start, end) = *self.0.lock();
+        (start..end)
+            .contains(&range.start())
+            .then(|| extent(range, end, Content::Data))
+    }
+
+    pub(crate) fn forget(&self) {
+        *self.0.lock() = (0, 0);
+    }
+
+    /// Whether the file has data or a hole at the start of the range, and up to where.
+    pub(crate) fn ask(&self, file: &File, range: ByteRange) -> io::Result<Extent> {
+        match seek(file, SeekFrom::Data(range.start())) {
+            Ok(data) if data > range.start() => return Ok(extent(range, data, Content::Zero)),
+            Ok(_) => {}
+            // No data from here to the end of the file.
+            Err(Errno::NXIO) => return Ok(extent(range, range.end(), Content::Zero)),
+            // This file system does not tell.
+            Err(Errno::INVAL) => return Ok(extent(range, range.end(), Content::Data)),
+            Err(error) => return Err(error.into()),
+        }
+        // A hole that was just made at the start must not give an extent of no bytes.
+        let hole = seek(file, SeekFrom::Hole(range.start()))?.max(range.start() + 1);
+        *self.0.lock() = (range.start(), hole);
+        Ok(extent(range, hole, Content::Data))
+    }
+}
+
+fn extent(range: ByteRange, end: u64, content: Content) -> Extent {
+    Extent {
         len: end.min(range.end()) - range.start(),
         content,
         in_top: true,
-    };
-    match seek(file, SeekFrom::Data(range.start())) {
-        Ok(data) if data > range.start() => return Ok(extent(data, Content::Zero)),
-        Ok(_) => {}
-        // No data from here to the end of the file.
-        Err(Errno::NXIO) => return Ok(extent(range.end(), Content::Zero)),
-        // This file system does not tell.
-        Err(Errno::INVAL) => return Ok(extent(range.end(), Content::Data)),
-        Err(error) => return Err(error.into()),
     }
-    // A hole that was just made at the start must not give an extent of no bytes.
-    let hole = seek(file, SeekFrom::Hole(range.start()))?.max(range.start() + 1);
-    Ok(extent(hole, Content::Data))
 }
 
 impl Pool {

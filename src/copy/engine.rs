@@ -28,10 +28,14 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
-use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::JobBitmapGuard;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
+
+/// Ranges that failed and wait to be tried again, at most: so many areas may be bad before others have to
+/// wait, and so often is a device asked in vain that is dead.
+const PARKED_MAX: usize = 64;
 
 /// See the module.
 #[derive(Debug)]
@@ -114,9 +118,10 @@ impl Engine {
         self.running.is_empty() && !self.has_lost()
     }
 
-    /// Operations that were not reported back.
-    pub(crate) fn running(&self) -> usize {
-        self.running.len()
+    /// Operations that may still change the target: not reported back, or lost.
+    pub(crate) fn unsettled(&self) -> usize {
+        let running = self.running.values().filter(|kind| kind.writes_target());
+        running.count() + self.claims.lost()
     }
 
     /// Whether no range is in flight, planned, or waiting to be tried again.
@@ -129,10 +134,18 @@ impl Engine {
         self.claims.bytes() - self.claims.parked_bytes()
     }
 
-    /// Whether the target was written to since it was flushed. A flush that is still out has not
-    /// flushed anything yet.
+    /// Whether the target was written to since the last flush was handed out. While one
+    /// [is out](Self::is_flushing), nothing is flushed yet.
     pub(crate) fn has_unflushed(&self) -> bool {
-        self.has_unflushed || self.running.values().any(|&kind| kind == OpKind::Flush)
+        self.has_unflushed
+    }
+
+    pub(crate) fn is_flushing(&self) -> bool {
+        self.running.values().any(|&kind| kind == OpKind::Flush)
+    }
+
+    pub(crate) fn has_free_worker(&self) -> bool {
+        self.running.len() < self.workers
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -181,6 +194,9 @@ impl Engine {
 
     /// When the first of what is to be tried again is due.
     pub(crate) fn next_retry(&self) -> Option<Duration> {
+        if self.claims.parked() == 0 {
+            return None;
+        }
         self.parked().map(|(_, until)| until).min()
     }
 
@@ -190,10 +206,9 @@ impl Engine {
         if self.running.len() >= self.workers {
             return None;
         }
-        if self.ready.is_empty() {
-            if !may_copy || self.claims.parked() >= self.workers || !self.claim(dirty) {
-                return None;
-            }
+        let may_claim = may_copy && self.claims.parked() < PARKED_MAX;
+        if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
+            return None;
         }
         let start = *self.ready.front().expect("claimed just now");
         let claim = self
@@ -271,11 +286,7 @@ impl Engine {
                 if self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
-                let extent = Extent {
-                    len: range.len(),
-                    content: Content::Data,
-                    in_top: true,
-                };
+                let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id())
             }
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
@@ -288,12 +299,24 @@ impl Engine {
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range),
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
-            (OpKind::Settle, _) => {
+            (OpKind::Settle, Outcome::Done) => {
                 let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                 self.settled(dirty);
                 Done::Nothing
             }
             (OpKind::CancelInFlight, _) => Done::Nothing,
+            (OpKind::Settle, outcome) => {
+                // Then it is not settled.
+                self.is_settling = false;
+                Done::Failed {
+                    side: Side::Target,
+                    kind,
+                    error: match outcome {
+                        Outcome::Failed { error, .. } => error,
+                        Outcome::Done | Outcome::Status(_) => wrong_answer(),
+                    },
+                }
+            }
             (kind, Outcome::Failed { side, error }) => {
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
@@ -318,10 +341,7 @@ impl Engine {
                         Side::Source
                     },
                     kind,
-                    error: io::Error::new(
-                        io::ErrorKind::InvalidInput,
-                        "the driver's answer does not belong to the operation",
-                    ),
+                    error: wrong_answer(),
                 }
             }
         })
@@ -442,11 +462,9 @@ impl Engine {
             return Done::Status(range, extent);
         }
         let Claim { align, .. } = self.claims.remove(range.start());
+        let extent = extent.or_data(range);
         let mut rest = range;
-        let known_end = range
-            .start()
-            .saturating_add(extent.len.max(1))
-            .min(range.end());
+        let known_end = range.start().saturating_add(extent.len).min(range.end());
         let mut pieces = Vec::new();
         while rest.start() < known_end {
             let extent = Extent {
@@ -569,6 +587,13 @@ impl Engine {
             .get(range.start())
             .is_some_and(|claim| claim.state == ClaimState::Running(id))
     }
+}
+
+fn wrong_answer() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "the answer does not belong to the operation",
+    )
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.

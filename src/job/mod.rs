@@ -9,7 +9,8 @@
 //! 1. Every change of status is a step of the table in [`Status::may_become`] and one event.
 //! 2. Only the machine changes the status, but for *start* and *dismiss*, which concern no work.
 //! 3. A verb that is refused changes nothing.
-//! 4. No event is handed out and no waker called under the lock: the receiver may ask for anything.
+//! 4. No event is handed out, and no waker called, cloned or dropped under the lock: the receiver may
+//!    ask for anything.
 //! 5. Exactly one of [`Event::Completed`] and [`Event::Cancelled`] is told of a job that was started,
 //!    after everything it held is released.
 
@@ -66,8 +67,9 @@ pub struct JobOptions {
     /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](Job::dismiss).
     /// Default yes.
     pub auto_dismiss: bool,
-    /// How long a cancelled job waits for operations in flight, before it ends without them. Default
-    /// for ever.
+    /// How long a job that is cancelled by force waits for operations in flight, before it ends without
+    /// them. What was abandoned may still reach the target: let it settle before it is used for anything
+    /// else. Default for ever.
     pub cancel_grace: Option<Duration>,
 }
 
@@ -307,6 +309,8 @@ struct State {
     is_finalizing: bool,
     retry_now: bool,
     switch: SwitchState,
+    /// Whether the machine was dropped while the switch was out.
+    is_machine_gone: bool,
     is_busy: bool,
     progress: Progress,
     /// The first fatal error.
@@ -361,6 +365,7 @@ impl Job {
             is_finalizing: false,
             retry_now: false,
             switch: SwitchState::None,
+            is_machine_gone: false,
             is_busy: false,
             progress: Progress::default(),
             error: None,
@@ -560,17 +565,18 @@ impl Job {
         self.shared.lock().events.pop()
     }
 
-    /// As [`next_event`](Self::next_event); if there is none, the waker is called when there is. The
+    /// As [`next_event`](Self::next_event); a job without an id tells none. If there is none, the waker is called when there is. The
     /// waker of the last call counts.
     pub fn poll_event(&self, waker: &Waker) -> Poll<Event> {
+        let waker = waker.clone();
         let mut state = self.shared.lock();
-        match state.events.pop() {
-            Some(event) => Poll::Ready(event),
-            None => {
-                state.events.set_waker(waker);
-                Poll::Pending
-            }
+        if let Some(event) = state.events.pop() {
+            return Poll::Ready(event);
         }
+        let before = state.events.set_waker(waker);
+        drop(state);
+        drop(before);
+        Poll::Pending
     }
 
     /// Checks the table, then the verb's own conditions, and wakes who must know.
@@ -595,11 +601,8 @@ impl Job {
 impl Job {
     /// What was asked; `waker` is called when something more is.
     pub(crate) fn asked(&self, waker: &Waker) -> Asked {
-        let mut state = self.shared.lock();
-        match &mut state.driver {
-            Some(known) if known.will_wake(waker) => {}
-            driver => *driver = Some(waker.clone()),
-        }
+        self.register(waker);
+        let state = self.shared.lock();
         Asked {
             status: state.status,
             is_paused: state.is_paused(),
@@ -612,6 +615,19 @@ impl Job {
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
         }
+    }
+
+    fn register(&self, waker: &Waker) {
+        let is_known = |state: &State| {
+            let known = state.driver.as_ref();
+            known.is_some_and(|known| known.will_wake(waker))
+        };
+        if is_known(&self.shared.lock()) {
+            return;
+        }
+        let waker = waker.clone();
+        let before = self.shared.lock().driver.replace(waker);
+        drop(before);
     }
 
     /// Nothing is delayed any more.
@@ -674,8 +690,8 @@ impl Job {
             action = ErrorAction::Ignore;
         }
         if state.cancel == Some(Cancel::Force) {
-            // It ends anyway, with nothing to be said of errors on the way.
-            action = ErrorAction::Ignore;
+            // It ends anyway, and what is given up on the way is no news.
+            return ErrorAction::Ignore;
         }
         let is_no_space = is_no_space(&error);
         state.tell(Event::Error(ErrorEvent {
@@ -728,9 +744,13 @@ impl Job {
         may_switch
     }
 
-    /// Whether the guest's disk is the target by now.
-    pub(crate) fn has_switched(&self) -> bool {
-        self.shared.lock().switch == SwitchState::Committed
+    /// The machine is dropped. A job whose switch is out is ended by whoever holds the switch.
+    pub(crate) fn machine_dropped(&self) {
+        self.change_state(|state| match state.switch {
+            SwitchState::Held => state.is_machine_gone = true,
+            SwitchState::Committed => drop(state.conclude(None)),
+            SwitchState::None | SwitchState::Declined => state.end_dropped(),
+        });
     }
 
     pub(crate) fn set_switch(&self, switch: SwitchState) {
@@ -741,6 +761,14 @@ impl Job {
                 state.is_completing = false;
                 state.is_finalizing = false;
             }
+            if state.is_machine_gone {
+                match switch {
+                    SwitchState::Committed => drop(state.conclude(None)),
+                    SwitchState::None | SwitchState::Held | SwitchState::Declined => {
+                        state.end_dropped();
+                    }
+                }
+            }
         });
     }
 
@@ -748,8 +776,10 @@ impl Job {
     pub(crate) fn conclude(&self, abandoned: Option<usize>) -> Result<(), JobError> {
         let mut state = self.shared.lock();
         let result = state.conclude(abandoned);
+        let driver = state.driver.take();
         let listener = state.events.take_waker();
         drop(state);
+        drop(driver);
         wake([None, listener]);
         result
     }
@@ -806,6 +836,11 @@ impl State {
         if self.options.id.is_some() {
             self.events.push(event);
         }
+    }
+
+    fn end_dropped(&mut self) {
+        self.error.get_or_insert(JobError::Dropped);
+        drop(self.conclude(None));
     }
 
     /// Success if there was no error and it was not cancelled by force.
@@ -871,7 +906,7 @@ impl State {
 
     /// Who must be told that something has changed, once the lock is released.
     fn wakers(&mut self) -> [Option<Waker>; 2] {
-        [self.driver.clone(), self.events.take_waker()]
+        [self.driver.take(), self.events.take_waker()]
     }
 }
 

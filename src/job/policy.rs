@@ -112,8 +112,7 @@ mod tests {
         let delays: Vec<u128> = (0..11)
             .map(|_| {
                 let until = backoff.until(now);
-                let delay = until - now;
-                now = until;
+                let delay = until - std::mem::replace(&mut now, until);
                 delay.as_millis()
             })
             .collect();
