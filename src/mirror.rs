@@ -736,7 +736,8 @@ impl Mirror {
         );
         // A job that waits to be finalized may do so for long.
         let is_ending = may_end || (wants_end && !is_pending);
-        let is_batching = !is_ending && now < self.batch_until;
+        // What was begun with goes on: only new ranges are left alone.
+        let is_batching = !is_ending && now < self.batch_until && self.engine.planned() == 0;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
             (false, true) => Copying::No,
