@@ -35,8 +35,8 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{
-    Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape,
-    ShapeError, Side, Unmap,
+    Budget, Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome,
+    Shape, ShapeError, Side, Unmap,
 };
 use crate::job::{
     Asked, Backoff, Cancel, ErrorAction, Job, JobError, JobOptions, JobOptionsError, Progress,
@@ -103,11 +103,12 @@ pub struct MirrorOptions {
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
-    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The end of the job waits until it takes no longer. Default 50 ms.
+    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The
+    /// end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
     /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
     /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
-    /// long a time. At least 1 ms. Default 5 s.
+    /// long a time. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
     pub hold_max: Duration,
 }
 
@@ -738,11 +739,10 @@ impl Mirror {
         );
         // A job that waits to be finalized may do so for long.
         let is_ending = may_end || (wants_end && !is_pending);
-        // What was begun with goes on: only new ranges are left alone.
-        let is_batching = !is_ending && now < self.batch_until && self.engine.planned() == 0;
+        let is_batching = !is_ending && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
-            (false, true) => Copying::No,
+            (false, true) => Copying::Claimed,
             (false, false) => Copying::Limited,
         };
         if let Some(op) = self.next_op(now, copying) {
@@ -812,7 +812,7 @@ impl Mirror {
         match self.phase {
             Phase::Attaching { since, .. }
             | Phase::InSync(End::Closing { since, .. } | End::Quiet { since, .. }) => {
-                Some(since.saturating_add(self.hold_max))
+                since.checked_add(self.hold_max)
             }
             _ => None,
         }
@@ -843,13 +843,15 @@ impl Mirror {
 
     /// The next operation of the copy machinery.
     fn next_op(&mut self, now: Duration, copying: Copying) -> Option<Op> {
-        let may_copy = match copying {
-            Copying::No => false,
-            Copying::Limited => self.rate.free_at(now) <= now,
-            Copying::Unlimited => true,
+        let budget = match copying {
+            Copying::Unlimited => Budget::Claim,
+            Copying::No => Budget::Free,
+            Copying::Claimed | Copying::Limited if self.rate.free_at(now) > now => Budget::Free,
+            Copying::Claimed => Budget::Copy,
+            Copying::Limited => Budget::Claim,
         };
         let bitmap = self.bitmap.as_ref()?;
-        let op = self.engine.next(&mut bitmap.lock(), may_copy)?;
+        let op = self.engine.next(&mut bitmap.lock(), budget)?;
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)
     }
@@ -863,7 +865,7 @@ impl Mirror {
         let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
         let until = match copying {
-            Copying::No => Some(self.batch_until),
+            Copying::No | Copying::Claimed => Some(self.batch_until),
             Copying::Limited if has_work && free_at > now => Some(free_at),
             Copying::Limited | Copying::Unlimited if self.engine.has_free_worker() => {
                 // First armed, then looked once more: a guest write that came since the last look
@@ -1108,6 +1110,8 @@ impl Mirror {
 enum Copying {
     /// Only what is planned already and costs nothing.
     No,
+    /// What is claimed already, as the speed limit allows.
+    Claimed,
     /// What the speed limit allows.
     Limited,
     /// Everything: the guest waits.

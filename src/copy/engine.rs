@@ -61,6 +61,17 @@ pub(crate) struct Engine {
     has_unflushed: bool,
 }
 
+/// What may be handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Budget {
+    /// What costs nothing against the speed limit, and is claimed already.
+    Free,
+    /// What is claimed already.
+    Copy,
+    /// Everything; what is dirty may be claimed.
+    Claim,
+}
+
 /// What became of an operation that was reported back.
 #[derive(Debug)]
 pub(crate) enum Done {
@@ -200,13 +211,12 @@ impl Engine {
         self.parked().map(|(_, until)| until).min()
     }
 
-    /// The next operation, if there is work and room for it. `may_copy` says no when the speed limit
-    /// does: then nothing goes out that counts against it.
-    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, may_copy: bool) -> Option<Op> {
+    /// The next operation, if there is work and room for it.
+    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, budget: Budget) -> Option<Op> {
         if self.running.len() >= self.workers {
             return None;
         }
-        let may_claim = may_copy && self.claims.parked() < PARKED_MAX;
+        let may_claim = budget == Budget::Claim && self.claims.parked() < PARKED_MAX;
         if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
             return None;
         }
@@ -224,7 +234,7 @@ impl Engine {
         };
         let is_free = self.cost(kind) == 0;
         let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
-        if !(fits && (may_copy || is_free)) {
+        if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
         self.ready.pop_front();

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::units::ByteRange;
 
-pub(crate) use engine::{Done, Engine};
+pub(crate) use engine::{Budget, Done, Engine};
 pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
