@@ -272,6 +272,8 @@ pub struct Mirror {
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
+    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start.
+    clean: Option<HBitmap>,
     /// Present from the moment that writes are recorded until the job is over.
     bitmap: Option<JobBitmap>,
     /// Given back when the job is over.
@@ -399,8 +401,7 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
-        // Tells now what would else come up at the start. The memory is not touched.
-        HBitmap::new(node.len(), granularity)?;
+        let clean = HBitmap::new(node.len(), granularity)?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let job = Job::new("mirror", options.job)?;
@@ -415,6 +416,7 @@ impl Mirror {
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
+            clean: Some(clean),
             bitmap: None,
             claim: Some(claim),
             done_bytes: 0,
@@ -442,20 +444,22 @@ impl Mirror {
     /// it is worth asking again after [`Step::Wait`].
     pub fn poll(&mut self, now: Duration, waker: &Waker) -> Step {
         loop {
-            if let Turn::Step(step) = self.turn(now, waker) {
+            let Turn::Step(step) = self.turn(now, waker) else {
+                continue;
+            };
+            if !matches!(step, Step::Op(_)) {
                 self.publish();
-                return step;
             }
+            return step;
         }
     }
 
     /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
-        let done = {
-            let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-            self.engine.done(op, outcome, dirty.as_mut())
-        };
+        let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
+        let done = self.engine.done(op, outcome, dirty.as_mut());
+        let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
             None | Some(Done::Nothing) => {}
             Some(Done::Range(range)) => self.range_done(now, kind, range),
@@ -463,7 +467,7 @@ impl Mirror {
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed { side, kind, error }) => self.failed(now, side, kind, error),
         }
-        self.publish();
+        self.publish_with(dirty_bytes);
     }
 
     /// Says that every operation handed out and not reported is lost, because what worked on them was
@@ -564,7 +568,8 @@ impl Mirror {
     /// Starts to record, with the guest held for that moment.
     fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
         if is_broken(Sabotage::AttachWithoutQuiesce) {
-            self.bitmap = self.node.track_unquiesced(self.engine.shape().granularity);
+            let clean = self.clean.take().expect("attached once");
+            self.bitmap = self.node.track_unquiesced(clean);
             self.phase = self.first_look();
             return Turn::Again;
         }
@@ -581,7 +586,8 @@ impl Mirror {
             }
             return Turn::Step(Step::Wait { until });
         };
-        match self.node.track(&guard, self.engine.shape().granularity) {
+        let clean = self.clean.take().expect("attached once");
+        match self.node.track_into(&guard, clean) {
             Ok(bitmap) => self.bitmap = Some(bitmap),
             Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
         }
@@ -1035,6 +1041,7 @@ impl Mirror {
         }
         // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
+        self.clean = None;
         self.bitmap = None;
         self.claim = None;
         let _ = self.engine.lose_running();
@@ -1052,21 +1059,28 @@ impl Mirror {
 
     /// Bytes that are dirty or in flight.
     fn left(&self) -> u64 {
-        let dirty = self
-            .bitmap
-            .as_ref()
-            .map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len());
-        dirty.saturating_add(self.engine.claimed_bytes())
+        self.dirty_bytes()
+            .saturating_add(self.engine.claimed_bytes())
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        let bitmap = self.bitmap.as_ref();
+        bitmap.map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len())
     }
 
     fn publish(&self) {
-        if matches!(self.phase, Phase::Concluded) {
-            return;
-        }
-        let left = match self.phase {
-            Phase::Scanning { .. } => self.left() - self.engine.claimed_bytes(),
-            _ => self.left(),
+        self.publish_with(self.dirty_bytes());
+    }
+
+    /// Tells how far the job is, for those who ask its handle.
+    fn publish_with(&self, dirty_bytes: u64) {
+        let claimed_bytes = match self.phase {
+            Phase::Concluded => return,
+            // The zeroes of the scan are no progress.
+            Phase::Scanning { .. } => 0,
+            _ => self.engine.claimed_bytes(),
         };
+        let left = dirty_bytes.saturating_add(claimed_bytes);
         let progress = Progress {
             current: self.done_bytes,
             total: self.done_bytes.saturating_add(left),

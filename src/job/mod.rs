@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::copy::{OpKind, Side};
 
@@ -601,8 +601,7 @@ impl Job {
 impl Job {
     /// What was asked; `waker` is called when something more is.
     pub(crate) fn asked(&self, waker: &Waker) -> Asked {
-        self.register(waker);
-        let state = self.shared.lock();
+        let state = self.lock_with_driver(waker);
         Asked {
             status: state.status,
             is_paused: state.is_paused(),
@@ -617,17 +616,18 @@ impl Job {
         }
     }
 
-    fn register(&self, waker: &Waker) {
-        let is_known = |state: &State| {
-            let known = state.driver.as_ref();
-            known.is_some_and(|known| known.will_wake(waker))
-        };
-        if is_known(&self.shared.lock()) {
-            return;
+    /// The state, with the waker in it. It is cloned, and the one before dropped, outside of the lock.
+    fn lock_with_driver(&self, waker: &Waker) -> MutexGuard<'_, State> {
+        let state = self.shared.lock();
+        let known = state.driver.as_ref();
+        if known.is_some_and(|known| known.will_wake(waker)) {
+            return state;
         }
+        drop(state);
         let waker = waker.clone();
         let before = self.shared.lock().driver.replace(waker);
         drop(before);
+        self.shared.lock()
     }
 
     /// Nothing is delayed any more.
