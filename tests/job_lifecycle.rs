@@ -972,10 +972,13 @@ fn the_first_of_several_errors_is_the_result_and_nothing_new_goes_out() {
         machine.new_names().join(" "),
         "ERROR ERROR aborting COMPLETED with an error concluded null"
     );
-    assert_eq!(machine.job.query().error.map(|error| error.to_string()), {
-        let query = machine.job.query().error.unwrap();
-        Some(query.to_string())
-    });
+    let told = machine
+        .job
+        .query()
+        .error
+        .expect("it can be read")
+        .to_string();
+    assert!(told.starts_with("target failed"), "{told}");
 }
 
 /// When the machine asks again by itself, with everything that is out answered.
@@ -1107,7 +1110,7 @@ fn a_delay_ends_with_a_resume_a_change_of_policy_and_a_soft_cancel() {
         ("change", |machine| {
             machine.job.change(Change::default()).unwrap();
         }),
-        ("complete needs no delay", |machine| {
+        ("change while completing", |machine| {
             machine.job.complete().unwrap();
             machine.job.change(Change::default()).unwrap();
         }),
@@ -1142,7 +1145,7 @@ fn error_events_are_merged_and_bounded() {
     let mut options = options();
     options.job.on_target_error = OnError::Ignore;
     options.job.on_source_error = OnError::Ignore;
-    let mut machine = many_copies(options.clone());
+    let mut machine = many_copies(options);
     machine.new_names();
     for _ in 0..16 {
         machine.fail(0, Side::Target, ErrorKind::Other);
