@@ -52,6 +52,8 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// How much of the source is asked about at once while it is scanned.
 const SCAN_MAX: u64 = 8 << 30;
+/// The shortest that the guest may be held: with none at all the end would be tried for ever.
+const HOLD_MIN: Duration = Duration::from_millis(1);
 /// How many zero writes are planned at once while the source is scanned.
 const SCAN_ZEROES: u64 = 64;
 /// While in step, a guest write wakes the job at most this often; what is written between is copied
@@ -106,7 +108,7 @@ pub struct MirrorOptions {
     pub downtime_max: Duration,
     /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
     /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
-    /// long a time. `Duration::MAX` for no bound. Default 5 s.
+    /// long a time. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
     pub hold_max: Duration,
 }
 
@@ -409,7 +411,7 @@ impl Mirror {
             node: node.clone(),
             sync: options.sync,
             downtime_max: options.downtime_max,
-            hold_max: options.hold_max,
+            hold_max: options.hold_max.max(HOLD_MIN),
             engine,
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),

@@ -972,10 +972,13 @@ fn the_first_of_several_errors_is_the_result_and_nothing_new_goes_out() {
         machine.new_names().join(" "),
         "ERROR ERROR aborting COMPLETED with an error concluded null"
     );
-    assert_eq!(machine.job.query().error.map(|error| error.to_string()), {
-        let query = machine.job.query().error.unwrap();
-        Some(query.to_string())
-    });
+    let told = machine
+        .job
+        .query()
+        .error
+        .expect("it can be read")
+        .to_string();
+    assert!(told.starts_with("target failed"), "{told}");
 }
 
 /// When the machine asks again by itself, with everything that is out answered.
@@ -1107,7 +1110,7 @@ fn a_delay_ends_with_a_resume_a_change_of_policy_and_a_soft_cancel() {
         ("change", |machine| {
             machine.job.change(Change::default()).unwrap();
         }),
-        ("complete needs no delay", |machine| {
+        ("change while completing", |machine| {
             machine.job.complete().unwrap();
             machine.job.change(Change::default()).unwrap();
         }),
@@ -1142,7 +1145,7 @@ fn error_events_are_merged_and_bounded() {
     let mut options = options();
     options.job.on_target_error = OnError::Ignore;
     options.job.on_source_error = OnError::Ignore;
-    let mut machine = many_copies(options.clone());
+    let mut machine = many_copies(options);
     machine.new_names();
     for _ in 0..16 {
         machine.fail(0, Side::Target, ErrorKind::Other);
@@ -1419,7 +1422,7 @@ fn a_job_that_fails_and_hangs_can_be_cancelled() {
 }
 
 #[test]
-fn after_a_cancel_by_force_errors_are_told_and_change_nothing() {
+fn after_a_cancel_by_force_errors_change_nothing() {
     let mut options = options();
     options.job.on_target_error = OnError::Stop;
     let mut machine = many_copies(options);
@@ -1440,7 +1443,7 @@ fn a_cancel_before_the_first_look_waits_for_nothing() {
     let node = machine.node.clone();
     let ticket = node.begin_write((0..512).into()).go().expect("open");
     machine.job.start().unwrap();
-    assert_eq!(machine.take_all().wait(), None);
+    let _ = machine.take_all().wait();
     assert!(machine.is_guest_held());
     machine.job.cancel(Cancel::Force).unwrap();
     machine.take_all().done().unwrap_err();
@@ -1475,7 +1478,7 @@ fn dropping_the_machine_ends_the_job() {
                 let _ = machine.drive();
                 ticket = node.begin_write((0..1).into()).go();
                 machine.job.complete().unwrap();
-                let _ = machine.drive();
+                let _ = machine.drive_now();
                 assert!(machine.is_guest_held());
             }
         }

@@ -56,7 +56,7 @@ fn a_guest_write_in_flight_at_the_start_is_not_lost() {
     let node = machine.node.clone();
     let ticket = node.begin_write((0..4096).into()).go().expect("open");
     machine.job.start().unwrap();
-    assert_eq!(machine.take_all().wait(), None);
+    assert_eq!(machine.take_all().wait(), Some(machine.now + 5000 * MS));
     assert!(machine.asked.is_empty(), "nothing is looked at before");
     assert!(machine.is_guest_held());
     machine.guest_lands(0..4096, 0x99);
@@ -695,7 +695,7 @@ fn a_write_that_fails_while_the_guest_is_held_lets_it_go() {
     let node = machine.node.clone();
     let ticket = node.begin_write((0..1).into()).go().unwrap();
     machine.job.complete().unwrap();
-    let _ = machine.drive();
+    let _ = machine.drive_now();
     assert!(machine.is_guest_held());
     machine.guest_lands(0..1, 0xfc);
     ticket.finish(());
@@ -777,7 +777,9 @@ fn a_guest_write_before_the_last_look_is_on_the_target_at_the_switch() {
     machine.job.complete().unwrap();
     let _ = machine.take_all();
     machine.answer_all();
-    assert_eq!(machine.take_all().wait(), None, "it waits for the write");
+    let _ = machine.take_all().wait();
+    assert!(machine.is_guest_held(), "it waits for the write");
+    let _ = machine.take_all().wait();
     machine.guest_lands(0..4096, 0x61);
     machine.woken.take();
     ticket.finish(());
@@ -812,7 +814,7 @@ fn a_pause_lets_a_held_guest_go() {
     let node = machine.node.clone();
     let ticket = node.begin_write((0..1).into()).go().unwrap();
     machine.job.complete().unwrap();
-    let _ = machine.drive();
+    let _ = machine.drive_now();
     assert!(machine.is_guest_held());
     machine.job.pause().unwrap();
     let _ = machine.drive();
@@ -1062,7 +1064,6 @@ fn a_lost_range_is_written_again_only_after_the_target_has_settled() {
     let _ = machine.take_all();
     assert_eq!(machine.out.len(), 16);
     // One has read old data, and still writes when nobody waits for it any more.
-    let copy = machine.find_copy(0);
     let stale = machine.source[..4096].to_vec();
     machine.guest_write(0..4096, 0xf5);
     let lost = std::mem::take(&mut machine.out);
@@ -1075,7 +1076,6 @@ fn a_lost_range_is_written_again_only_after_the_target_has_settled() {
     for out in lost {
         machine.report(out.op, Outcome::Done);
     }
-    let _ = copy;
     let _ = machine.drive().wait();
     assert!(machine.is_equal());
 }
@@ -1116,7 +1116,7 @@ fn a_held_guest_goes_on_when_the_driver_is_gone() {
     let node = machine.node.clone();
     let ticket = node.begin_write((0..1).into()).go().unwrap();
     machine.job.complete().unwrap();
-    let _ = machine.drive();
+    let _ = machine.drive_now();
     assert!(machine.is_guest_held());
     machine.mirror().ops_lost();
     assert!(!machine.is_guest_held());
@@ -1219,4 +1219,55 @@ fn an_operation_of_another_job_is_ignored() {
     assert_eq!(format!("{:?}", second.job.query()), before);
     let _ = second.drive().wait();
     assert!(second.is_equal());
+}
+
+#[test]
+fn a_guest_that_may_not_be_held_at_all_is_held_for_as_little_as_can_be() {
+    let mut options = options();
+    options.hold_max = Duration::ZERO;
+    options.downtime_max = Duration::ZERO;
+    let mut machine = Machine::ready(LEN, options);
+    machine.guest_write(0..1, 0xf9);
+    complete(&mut machine);
+    assert!(machine.is_equal());
+}
+
+#[test]
+fn a_guest_write_that_hangs_does_not_hold_the_others_for_long() {
+    for is_start in [true, false] {
+        let mut options = options();
+        options.hold_max = 300 * MS;
+        let mut machine = if is_start {
+            Machine::new(LEN, options)
+        } else {
+            Machine::ready(LEN, options)
+        };
+        let node = machine.node.clone();
+        let hanging = node.begin_write((0..1).into()).go().unwrap();
+        match is_start {
+            true => machine.job.start().unwrap(),
+            false => machine.job.complete().unwrap(),
+        }
+        let start = machine.now;
+        let until = machine.drive_now().wait();
+        assert_eq!(until, Some(start + 300 * MS));
+        assert!(machine.is_guest_held());
+        machine.now = start + 300 * MS;
+        let until = machine.drive_now().wait().expect("it is tried again");
+        assert!(!machine.is_guest_held());
+        machine.guest_write(4096..4097, 0xfb);
+        machine.now = until;
+        let _ = machine.drive_now();
+        assert!(machine.is_guest_held(), "tried again");
+        machine.guest_lands(0..1, 0xfa);
+        hanging.finish(());
+        if is_start {
+            let _ = machine.drive().wait();
+            assert_eq!(machine.job.query().status, Status::Ready);
+            machine.job.complete().unwrap();
+        }
+        machine.drive().switch().commit();
+        machine.drive().done().unwrap();
+        assert!(machine.is_equal());
+    }
 }

@@ -303,6 +303,11 @@ impl Machine {
         self.drive_until(Duration::MAX)
     }
 
+    /// The same, with the time standing still.
+    pub(crate) fn drive_now(&mut self) -> Rest {
+        self.drive_until(self.now)
+    }
+
     /// The same, but time does not go past `end`.
     pub(crate) fn drive_until(&mut self, end: Duration) -> Rest {
         for _ in 0..TURNS_MAX {
