@@ -294,12 +294,12 @@ impl Node {
         if !guard.is_of(self) {
             return Err(TrackError::OtherNode);
         }
-        self.inner().track(granularity)
+        Inner::track(self.inner(), granularity)
     }
 
     /// For sabotage: records from now on, whatever is in flight.
     pub(crate) fn track_unquiesced(&self, granularity: Granularity) -> Option<JobBitmap> {
-        self.inner().track(granularity).ok()
+        Inner::track(self.inner(), granularity).ok()
     }
 
     /// Takes the node for a job, unless another has it.
@@ -327,24 +327,24 @@ impl fmt::Debug for Node {
 }
 
 impl Inner {
-    fn track(self: &Arc<Self>, granularity: Granularity) -> Result<JobBitmap, TrackError> {
+    fn track(node: &Arc<Self>, granularity: Granularity) -> Result<JobBitmap, TrackError> {
         let exponent = granularity.exponent();
         if !(LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&exponent) {
             return Err(TrackError::Granularity(granularity));
         }
-        let bitmap = HBitmap::new(self.len, granularity)?;
+        let bitmap = HBitmap::new(node.len, granularity)?;
 
-        let mut bitmaps = self.bitmaps.lock();
+        let mut bitmaps = node.bitmaps.lock();
         // What is in a log now was written before: it is not for the new bitmap.
-        self.drain_into(&mut bitmaps);
+        node.drain_into(&mut bitmaps);
         let finest = bitmaps
             .by_id
             .values()
             .map(HBitmap::granularity)
             .fold(granularity, Granularity::min);
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
-        self.log_or_new(log, finest)?;
-        self.gate.record_in(Some(log));
+        node.log_or_new(log, finest)?;
+        node.gate.record_in(Some(log));
         bitmaps.recording = Some(log);
 
         bitmaps.next_id += 1;
@@ -352,9 +352,9 @@ impl Inner {
         bitmaps.by_id.insert(id, bitmap);
         drop(bitmaps);
         Ok(JobBitmap {
-            node: Arc::clone(self),
+            node: Arc::clone(node),
             id,
-            waiter: self.gate.new_waiter(),
+            waiter: node.gate.new_waiter(),
         })
     }
 
