@@ -180,7 +180,9 @@ fn tracked() -> (Node, JobBitmap) {
     let node = Node::new(GRANULES * GRANULE);
     let guard = node.quiesce().try_guard().expect("nobody writes");
     let granularity = Granularity::from_bytes(GRANULE).expect("a power of two");
-    let bitmap = node.track(&guard, granularity).expect("a legal granularity");
+    let bitmap = node
+        .track(&guard, granularity)
+        .expect("a legal granularity");
     drop(guard);
     (node, bitmap)
 }

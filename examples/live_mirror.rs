@@ -337,26 +337,26 @@ fn watch(
 ) -> Option<Ready> {
     let bar = progress_bar(options);
     let mut ready = None;
-    while !is_over() {
+    loop {
+        // Asked first: what was told before the end is still to be taken after it.
+        let is_last = is_over();
         while let Some(event) = job.next_event() {
-            match event {
-                Event::Ready { progress, .. } => {
-                    let after = machine.clock.now() - start;
-                    bar.suspend(|| {
-                        if !options.json {
-                            println!("ready after {after:.2?}: guest writes keep being copied");
-                        }
-                    });
-                    ready = Some(Ready {
-                        after,
-                        copied: progress.current,
-                    });
-                }
-                Event::Error(error) => bar.suspend(|| {
-                    eprintln!("live_mirror: {} failed: {}", error.side, error.error);
-                }),
-                _ => {}
+            let Event::Ready { progress, .. } = event else {
+                continue;
+            };
+            let after = machine.clock.now() - start;
+            if !options.json {
+                bar.suspend(|| {
+                    println!("ready after {after:.2?}: guest writes keep being copied");
+                });
             }
+            ready = Some(Ready {
+                after,
+                copied: progress.current,
+            });
+        }
+        if is_last {
+            break;
         }
         let info = job.query();
         bar.set_prefix(info.status.to_string());

@@ -1,6 +1,7 @@
 //! Runs a machine over the caller's devices and clock. Decides nothing.
 
 use std::future::{Future, poll_fn};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -104,6 +105,7 @@ where
     /// devices, or cancelled.
     pub async fn run(&self, mirror: &mut Mirror) -> Driven {
         let machine = DropSafe(mirror);
+        let gives_up = AtomicBool::new(false);
         let mut running = FuturesUnordered::new();
         let mut sleep = None;
         poll_fn(|cx| {
@@ -112,7 +114,7 @@ where
                     machine.0.op_done(self.clock.now(), op, outcome);
                 }
                 match machine.0.poll(self.clock.now(), cx.waker()) {
-                    Step::Op(op) => running.push(self.perform(op)),
+                    Step::Op(op) => running.push(self.perform(op, &gives_up)),
                     Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
                     Step::Done(result) => return Poll::Ready(Driven::Done(result)),
                     Step::Wait { until: None } => return Poll::Pending,
@@ -134,7 +136,7 @@ where
         .await
     }
 
-    async fn perform(&self, op: Op) -> (Op, Outcome) {
+    async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
         let target = |result: std::io::Result<()>| match result {
             Ok(()) => Outcome::Done,
             Err(error) => Outcome::Failed {
@@ -143,7 +145,7 @@ where
             },
         };
         let outcome = match op.kind() {
-            OpKind::Copy(range) => self.copy(range).await,
+            OpKind::Copy(range) => self.copy(range, gives_up).await,
             OpKind::Zero(range, unmap) => target(self.target.write_zeroes(range, unmap).await),
             OpKind::Discard(range) => target(self.target.discard(range).await),
             OpKind::Flush => target(self.target.flush().await),
@@ -152,6 +154,7 @@ where
                 Outcome::Done
             }
             OpKind::CancelInFlight => {
+                gives_up.store(true, Ordering::Relaxed);
                 self.target.cancel_in_flight();
                 Outcome::Done
             }
@@ -166,7 +169,7 @@ where
         (op, outcome)
     }
 
-    async fn copy(&self, range: ByteRange) -> Outcome {
+    async fn copy(&self, range: ByteRange, gives_up: &AtomicBool) -> Outcome {
         let failed = |side, error| Outcome::Failed { side, error };
         let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
         let buf = match self.pool.take(len) {
@@ -177,6 +180,11 @@ where
         if let Err(error) = read {
             self.pool.put(buf);
             return failed(Side::Source, error);
+        }
+        if gives_up.load(Ordering::Relaxed) {
+            // The target was told to give up what it has: it gets nothing more.
+            self.pool.put(buf);
+            return failed(Side::Target, std::io::ErrorKind::Interrupted.into());
         }
         let (written, buf) = self.target.write_at(range.start(), buf).await;
         self.pool.put(buf);

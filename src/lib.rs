@@ -1,4 +1,169 @@
-//! Front door.
+//! Live mirror of a disk under guest writes, and the dirty bitmaps under it, for virtual machine
+//! monitors to link.
+//!
+//! A VMM that migrates a machine, or moves a disk, must copy the disk while the guest keeps writing to
+//! it, and switch to the copy at an instant at which both are equal. One dirty bit lost on the way is a
+//! disk silently corrupted. This crate does that part, and leaves everything else to the VMM: it opens no
+//! file, starts no thread, reads no clock, makes no system call and knows no runtime. The caller brings
+//! the devices, the time and the guest's writes; the crate decides what is copied, when, and in what
+//! order, so that no write is lost.
+//!
+//! ```text
+//!  guest ──▶ Node: the gate that every guest write passes ──▶ the VMM's own write to the source
+//!             │ records what was written, without a lock
+//!             ▼
+//!  Mirror ─▶ Step::Op(copy 64 KiB at 4 MiB) ──▶ Driver, or Queue, or your own loop ──▶ source, target
+//!     ▲                                              │
+//!     └────────────── op_done ◀──────────────────────┘
+//!     │
+//!     └─▶ Step::Switch: the guest is held, both disks are equal and flushed. Commit, or drop it.
+//! ```
+//!
+//! # Layers
+//!
+//! Each knows only those below it, and those below are of use without it.
+//!
+//! | layer | what | |
+//! |---|---|---|
+//! | 3 | [`driver`] | an async loop over a machine and the caller's devices ([`io`]) and clock; decides nothing |
+//! | | [`queue`] | the same for completion queues, without any future |
+//! | 2 | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
+//! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
+//! | 1 | [`Node`] | one disk: the gate for guest writes, and the bitmaps that record them |
+//! | 0 | [`HBitmap`] | a hierarchical bitmap, as a plain value ([`bitmap`] has its rules) |
+//! | | [`DirtyLog`] | marking by many threads without a lock, drained into bitmaps |
+//! | | [`ByteRange`], [`Granularity`] | bytes and granules, and all rounding between them |
+//!
+//! # Example
+//!
+//! A disk of 1 MiB in memory, mirrored while a guest writes, with the async driver. `examples/` has the
+//! same on real files, over completion queues, and on several runtimes.
+//!
+//! ```
+//! use std::sync::{Arc, Mutex};
+//! use std::time::Duration;
+//! use blockjob::driver::{Clock, Driven, Driver};
+//! use blockjob::io::{AlignedBuf, BlockDevice, BufResult, GuestDisk, ReadAt, WriteAt};
+//! use blockjob::{ByteRange, Content, Extent, Limits, Mirror, MirrorOptions, Node, Status, Unmap};
+//!
+//! /// Bytes in memory. Each request is over when it returns.
+//! struct Memory(Mutex<Vec<u8>>);
+//!
+//! impl BlockDevice for Memory {
+//!     type Buf = AlignedBuf;
+//!     fn limits(&self) -> Limits {
+//!         Limits::new(self.0.lock().unwrap().len() as u64)
+//!     }
+//! }
+//!
+//! impl ReadAt for Memory {
+//!     async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
+//!         let at = offset as usize..offset as usize + buf.as_ref().len();
+//!         buf.as_mut().copy_from_slice(&self.0.lock().unwrap()[at]);
+//!         (Ok(()), buf)
+//!     }
+//!     async fn block_status(&self, range: ByteRange) -> std::io::Result<Extent> {
+//!         Ok(Extent { len: range.len(), content: Content::Data, in_top: true })
+//!     }
+//! }
+//!
+//! impl WriteAt for Memory {
+//!     async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+//!         let at = offset as usize..offset as usize + buf.as_ref().len();
+//!         self.0.lock().unwrap()[at].copy_from_slice(buf.as_ref());
+//!         (Ok(()), buf)
+//!     }
+//!     // `limits` offers neither of these two.
+//!     async fn write_zeroes(&self, _: ByteRange, _: Unmap) -> std::io::Result<()> {
+//!         Err(std::io::ErrorKind::Unsupported.into())
+//!     }
+//!     async fn discard(&self, _: ByteRange) -> std::io::Result<()> {
+//!         Err(std::io::ErrorKind::Unsupported.into())
+//!     }
+//!     async fn flush(&self) -> std::io::Result<()> {
+//!         Ok(())
+//!     }
+//!     async fn settle(&self) {}
+//! }
+//!
+//! struct NoTime;
+//! impl Clock for NoTime {
+//!     fn now(&self) -> Duration {
+//!         Duration::ZERO
+//!     }
+//!     async fn sleep_until(&self, _: Duration) {
+//!         std::future::pending().await
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let node = Node::new(1 << 20);
+//! let source = Arc::new(Memory(Mutex::new(vec![1; 1 << 20])));
+//! let target = Arc::new(Memory(Mutex::new(vec![0; 1 << 20])));
+//! let disk = GuestDisk::new(node.clone(), Arc::clone(&source));
+//!
+//! let mut mirror = Mirror::new(&node, source.limits(), target.limits(), MirrorOptions::default())?;
+//! let job = mirror.job().clone();
+//! job.start()?;
+//! let driver = Driver::new(Arc::clone(&source), Arc::clone(&target), NoTime);
+//!
+//! let guest = async {
+//!     let mut buf = AlignedBuf::new(5000, 1).unwrap();
+//!     buf.as_mut().fill(2);
+//!     disk.write_at(70_000, buf).await.0.unwrap();
+//!     while job.query().status != Status::Ready {
+//!         tokio::task::yield_now().await;
+//!     }
+//!     job.complete().unwrap();
+//! };
+//! let (driven, ()) = tokio::join!(driver.run(&mut mirror), guest);
+//! let Driven::Switch(switch) = driven else { panic!("the job ended before its time") };
+//!
+//! // The guest is held: exchange the device under it.
+//! assert!(*source.0.lock().unwrap() == *target.0.lock().unwrap());
+//! disk.replace(switch.guard(), Arc::clone(&target)).ok().expect("it is this node's guard");
+//! switch.commit();
+//! assert!(matches!(driver.run(&mut mirror).await, Driven::Done(Ok(()))));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What a VMM must see to
+//!
+//! 1. Every write, write-zeroes and discard of the guest passes the node's gate, and its ticket is
+//!    finished after the device has settled it and before the guest is told.
+//! 2. The device that a write goes to is chosen after the gate has let it in: a write that waited for a
+//!    switch goes to the new disk.
+//! 3. Nobody else writes to the target, and neither disk changes its length, while the job lives.
+//! 4. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
+//!    after it.
+//!
+//! # Memory
+//!
+//! A mirror holds at most [`buf_size`](MirrorOptions::buf_size) bytes of data in buffers (16 MiB unless
+//! told otherwise), a record of about 100 bytes per operation planned or in flight, and two bits per
+//! granule: its bitmap and the node's log. That is 4 MiB for 1 TiB at 64 KiB, of which pages never
+//! touched cost nothing.
+//!
+//! # Glossary
+//!
+//! | word | meaning |
+//! |---|---|
+//! | granularity | how many bytes one bit stands for; a *granule* is such a piece of the disk |
+//! | dirty | written to, or not known to be on the target |
+//! | claim | a range that a job is working on; no two overlap |
+//! | in flight | handed to a device and not answered |
+//! | settled | can no longer change the device, whether it succeeded or not |
+//! | extent | a run of bytes of which the same is known: data, zeroes, or undefined |
+//! | in top, allocated | held by the topmost layer of a disk that has several |
+//! | cluster | the unit in which an image hands out storage |
+//! | sync mode | what a mirror copies at first: everything, the top layer, or nothing |
+//! | ready, in step | there was a moment with nothing left to copy; guest writes keep being copied |
+//! | quiesce | hold new guest writes and wait for those in flight |
+//! | switch | the instant at which the guest's disk becomes the target |
+//! | soft cancel | end at such an instant without switching: the target is a copy of it |
+//! | drain | move what the log has recorded into the bitmaps |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod bitmap;
@@ -7,6 +172,7 @@ pub mod driver;
 pub mod io;
 mod job;
 mod log;
+mod memory;
 mod mirror;
 mod node;
 pub mod queue;

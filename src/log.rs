@@ -62,6 +62,7 @@
 use std::fmt;
 use std::ops::Range;
 
+use crate::memory::zeroed_words;
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::units::{ByteRange, Granularity};
 
@@ -141,6 +142,12 @@ pub enum DirtyLogError {
         /// Granules of the disk.
         granules: u64,
     },
+    /// The allocator has no memory for the bits.
+    #[error("no memory for a dirty log of {granules} granules")]
+    OutOfMemory {
+        /// Granules of the disk.
+        granules: u64,
+    },
 }
 
 impl DirtyLog {
@@ -148,8 +155,8 @@ impl DirtyLog {
     ///
     /// # Errors
     ///
-    /// When `len` is above 2^63 - 1, or is more than 2^41 granules. Both are checked before memory is
-    /// asked for.
+    /// When `len` is above 2^63 - 1, or is more than 2^41 granules, both checked before memory is asked
+    /// for; and when there is none.
     ///
     /// # Examples
     ///
@@ -187,7 +194,7 @@ impl DirtyLog {
         Ok(Self {
             len,
             granularity,
-            words: zeroed(starts[top + 1]),
+            words: zeroed(starts[top + 1]).ok_or(DirtyLogError::OutOfMemory { granules })?,
             starts,
             top,
             #[cfg(loom)]
@@ -622,9 +629,14 @@ fn mask(index: u64, bits: &Range<u64>) -> u64 {
 }
 
 /// Zeroed words. The detour makes the allocator provide the zeros, where storing them one by one would
-/// touch every page; the conversion is in place and compiles to nothing.
-fn zeroed(count: usize) -> Box<[AtomicU64]> {
-    vec![0; count].into_iter().map(AtomicU64::new).collect()
+/// touch every page; the conversion is in place and compiles to nothing, as long as the compiler sees all
+/// of it at once: collected into a box right away, it becomes a call with a loop in it that does.
+fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
+    let words: Vec<AtomicU64> = zeroed_words(count)?
+        .into_iter()
+        .map(AtomicU64::new)
+        .collect();
+    Some(words.into_boxed_slice())
 }
 
 /// The invariants of this module, in their order, for loom tests to break one by one.

@@ -35,8 +35,8 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{
-    Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape,
-    ShapeError, Side, Unmap,
+    Budget, Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome,
+    Shape, ShapeError, Side, Unmap,
 };
 use crate::job::{
     Asked, Backoff, Cancel, ErrorAction, Job, JobError, JobOptions, JobOptionsError, Progress,
@@ -52,6 +52,8 @@ const GRANULARITY_MIN: u64 = 512;
 const GRANULARITY_MAX: u64 = 64 << 20;
 /// How much of the source is asked about at once while it is scanned.
 const SCAN_MAX: u64 = 8 << 30;
+/// How many zero writes are planned at once while the source is scanned.
+const SCAN_ZEROES: u64 = 64;
 /// While in step, a guest write wakes the job at most this often; what is written between is copied
 /// together.
 const BATCH: Duration = Duration::from_millis(10);
@@ -99,9 +101,13 @@ pub struct MirrorOptions {
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
-    /// How long the guest may be held while the last dirty data is copied, by the best rate seen so far.
-    /// The end of the job waits until it takes no longer. Default 50 ms.
+    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The
+    /// end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
+    /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
+    /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
+    /// long a time. `Duration::MAX` for no bound. Default 5 s.
+    pub hold_max: Duration,
 }
 
 impl Default for MirrorOptions {
@@ -115,6 +121,7 @@ impl Default for MirrorOptions {
             buf_size: 16 << 20,
             unmap: Unmap::Allowed,
             downtime_max: Duration::from_millis(50),
+            hold_max: Duration::from_secs(5),
         }
     }
 }
@@ -189,7 +196,8 @@ pub enum Step {
 /// The instant at which source and target are equal, for as long as this lives.
 ///
 /// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
-/// is flushed. Point the guest's path to the target, then [`commit`](Self::commit). If that does not
+/// is flushed. Point the guest's path to the target, its reads too, which pass no gate, then
+/// [`commit`](Self::commit). If that does not
 /// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
 /// completed again. Nothing is lost either way.
 #[must_use = "dropping the switch declines it"]
@@ -257,10 +265,13 @@ pub struct Mirror {
     node: Node,
     sync: MirrorSync,
     downtime_max: Duration,
+    hold_max: Duration,
     engine: Engine,
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
+    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start.
+    clean: Option<HBitmap>,
     /// Present from the moment that writes are recorded until the job is over.
     bitmap: Option<JobBitmap>,
     /// Given back when the job is over.
@@ -283,7 +294,7 @@ enum Phase {
     /// Not started, or not begun with.
     Created,
     /// The guest's writes in flight are to settle, so that recording starts at a sharp moment.
-    Attaching(Quiesce),
+    Attaching { quiesce: Quiesce, since: Duration },
     /// Asking what the source holds, from `next` on. `asked` is out.
     Scanning { next: u64, asked: Option<OpId> },
     /// Copying until nothing is left. `flush` is out.
@@ -307,25 +318,29 @@ enum End {
     /// The guest writes; the end was not asked for, or too much is left.
     Open,
     /// Flushing what was written until now, so that little is left to flush while the guest is held.
-    Flushing { flush: OpId },
+    Flushing,
+    /// That was done. What was copied meanwhile is not flushed, and is not to be: with a guest that never
+    /// stops there is always something, and the end would never come.
+    Flushed,
     /// The guest is held, and its writes in flight are to settle.
     Closing { quiesce: Quiesce, since: Duration },
     /// The guest is held. The rest is copied, then flushed.
     Quiet {
         guard: QuiesceGuard,
         since: Duration,
-        flush: Option<OpId>,
     },
     /// The caller has the switch.
     Switching,
 }
 
-/// The best rate of copying seen so far.
+/// How fast data was copied of late.
 #[derive(Debug, Default)]
 struct Pace {
     window_end: Duration,
+    /// Bytes copied in the current window.
     bytes: u64,
-    best: u64,
+    /// Bytes per window, the best of late.
+    rate: u64,
 }
 
 /// What one turn of the machine came to.
@@ -381,10 +396,10 @@ impl Mirror {
             granularity,
             options.chunk_max,
             options.buf_size,
+            options.workers,
             options.unmap,
         )?;
-        // Tells now what would else come up at the start. The memory is not touched.
-        HBitmap::new(node.len(), granularity)?;
+        let clean = HBitmap::new(node.len(), granularity)?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let job = Job::new("mirror", options.job)?;
@@ -394,10 +409,12 @@ impl Mirror {
             node: node.clone(),
             sync: options.sync,
             downtime_max: options.downtime_max,
+            hold_max: options.hold_max,
             engine,
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
+            clean: Some(clean),
             bitmap: None,
             claim: Some(claim),
             done_bytes: 0,
@@ -425,28 +442,30 @@ impl Mirror {
     /// it is worth asking again after [`Step::Wait`].
     pub fn poll(&mut self, now: Duration, waker: &Waker) -> Step {
         loop {
-            if let Turn::Step(step) = self.turn(now, waker) {
+            let Turn::Step(step) = self.turn(now, waker) else {
+                continue;
+            };
+            if !matches!(step, Step::Op(_)) {
                 self.publish();
-                return step;
             }
+            return step;
         }
     }
 
     /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
-        let id = op.id();
-        let done = {
-            let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-            self.engine.done(op, outcome, dirty.as_mut())
-        };
+        let (id, kind) = (op.id(), op.kind());
+        let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
+        let done = self.engine.done(op, outcome, dirty.as_mut());
+        let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
             None | Some(Done::Nothing) => {}
-            Some(Done::Range(range)) => self.range_done(now, range),
+            Some(Done::Range(range)) => self.range_done(now, kind, range),
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed { side, kind, error }) => self.failed(now, side, kind, error),
         }
-        self.publish();
+        self.publish_with(dirty_bytes);
     }
 
     /// Says that every operation handed out and not reported is lost, because what worked on them was
@@ -472,7 +491,7 @@ impl Mirror {
         }
         let asked = self.job.asked(waker);
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
-        if let Some(op) = self.settle() {
+        if let Some(op) = self.settle(now) {
             return Turn::Step(Step::Op(op));
         }
         match asked.switch {
@@ -509,6 +528,7 @@ impl Mirror {
             self.rate.set_speed(now, asked.speed);
         }
         if asked.retry_now {
+            self.job.retries_made();
             self.engine.unpark(Duration::MAX);
             self.backoff.reset();
             self.retry_at = now;
@@ -516,10 +536,18 @@ impl Mirror {
         self.engine.unpark(now);
         match self.phase {
             Phase::Created => {
-                self.phase = Phase::Attaching(self.node.quiesce());
+                if now < self.retry_at {
+                    return Turn::Step(Step::Wait {
+                        until: Some(self.retry_at),
+                    });
+                }
+                self.phase = Phase::Attaching {
+                    quiesce: self.node.quiesce(),
+                    since: now,
+                };
                 Turn::Again
             }
-            Phase::Attaching(_) => self.attach(waker),
+            Phase::Attaching { .. } => self.attach(now, waker),
             Phase::Scanning { .. } => self.scan(now),
             Phase::Copying { .. } => self.copy(now, waker),
             Phase::InSync(_) => self.keep_in_sync(now, waker, asked),
@@ -527,25 +555,37 @@ impl Mirror {
         }
     }
 
-    fn settle(&mut self) -> Option<Op> {
+    fn settle(&mut self, now: Duration) -> Option<Op> {
+        if !self.engine.wants_settle() || now < self.retry_at {
+            return None;
+        }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         self.engine.settle(dirty.as_mut())
     }
 
     /// Starts to record, with the guest held for that moment.
-    fn attach(&mut self, waker: &Waker) -> Turn {
+    fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
         if is_broken(Sabotage::AttachWithoutQuiesce) {
-            self.bitmap = self.node.track_unquiesced(self.engine.shape().granularity);
+            let clean = self.clean.take().expect("attached once");
+            self.bitmap = self.node.track_unquiesced(clean);
             self.phase = self.first_look();
             return Turn::Again;
         }
-        let Phase::Attaching(quiesce) = &mut self.phase else {
+        let until = self.held_until();
+        let Phase::Attaching { quiesce, .. } = &mut self.phase else {
             unreachable!("called in this phase only");
         };
         let Poll::Ready(guard) = Pin::new(quiesce).poll(&mut Context::from_waker(waker)) else {
-            return Turn::Step(Step::Wait { until: None });
+            if until.is_some_and(|until| now >= until) {
+                // A guest write hangs. Others go on, and it is tried again later.
+                self.let_guest_go();
+                self.retry_at = now.saturating_add(self.hold_max);
+                return Turn::Again;
+            }
+            return Turn::Step(Step::Wait { until });
         };
-        match self.node.track(&guard, self.engine.shape().granularity) {
+        let clean = self.clean.take().expect("attached once");
+        match self.node.track_into(&guard, clean) {
             Ok(bitmap) => self.bitmap = Some(bitmap),
             Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
         }
@@ -558,10 +598,12 @@ impl Mirror {
         match self.sync {
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.zero_max() > 0 => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
+            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+                Phase::Scanning {
+                    next: 0,
+                    asked: None,
+                }
+            }
             // The zeroes must be written anyway: the copying does that on its way.
             MirrorSync::Full => {
                 if let Some(bitmap) = &self.bitmap {
@@ -621,16 +663,30 @@ impl Mirror {
             return;
         };
         *asked = None;
-        let area = range
-            .split_at(range.start().saturating_add(extent.len.max(1)))
-            .0;
-        *next = area.end();
+        let extent = extent.or_data(range);
+        let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
         let is_zero = extent.content != Content::Data;
+        let shape = self.engine.shape();
+        let most = shape
+            .scan_zeroes()
+            .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
         let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => return,
-            MirrorSync::Full if is_zero => self.engine.shape().zeroable(area),
+            MirrorSync::Top if !extent.in_top => {
+                *next = area.end();
+                return;
+            }
+            MirrorSync::Full if is_zero => shape.zeroable(area),
             MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
         };
+        if let Some(zeroed) = zeroed {
+            // The rest is asked for again when these are written.
+            let end = zeroed.end().min(zeroed.start().saturating_add(most));
+            area = area
+                .split_at(if end < zeroed.end() { end } else { area.end() })
+                .0;
+        }
+        *next = area.end();
+        let zeroed = zeroed.map(|zeroed| zeroed.intersection(area));
         let bitmap = self
             .bitmap
             .as_ref()
@@ -669,19 +725,14 @@ impl Mirror {
             *flush = Some(op.id());
             return Turn::Step(Step::Op(op));
         }
-        self.wait(now, waker)
+        self.wait(now, waker, Copying::Limited)
     }
 
     /// Keeps the target in step, and comes to the end when that is asked for.
     fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
         let is_pending = asked.status == Status::Pending;
-        if wants_end && !asked.auto_finalize && !is_pending {
-            if self.is_in_step() {
-                self.job.become_pending();
-                return Turn::Again;
-            }
-        }
+        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
         let may_end = match is_pending {
             true => asked.is_finalizing,
             false => wants_end && asked.auto_finalize,
@@ -690,61 +741,69 @@ impl Mirror {
             self.phase,
             Phase::InSync(End::Closing { .. } | End::Quiet { .. })
         );
-        let is_batching = !wants_end && !may_end && now < self.batch_until;
+        // A job that waits to be finalized may do so for long.
+        let is_ending = may_end || (wants_end && !is_pending);
+        let is_batching = !is_ending && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
-            (false, true) => Copying::No,
+            (false, true) => Copying::Claimed,
             (false, false) => Copying::Limited,
         };
         if let Some(op) = self.next_op(now, copying) {
             return Turn::Step(Step::Op(op));
         }
-        // The guest is not held while something that failed waits to be tried again.
-        let may_close = may_end
-            && self.next_retry(now).is_none()
-            && self.left() <= self.pace.bytes_in(self.downtime_max);
+        // The guest is not held while something that failed waits to be tried again, nor while more is left
+        // than can be copied in the time that it may be held.
+        let is_near =
+            self.next_retry(now).is_none() && self.left() <= self.pace.bytes_in(self.downtime_max);
+        if waits_to_be_finalized && is_near {
+            self.job.become_pending();
+            return Turn::Again;
+        }
+        if self.held_until().is_some_and(|until| now >= until) {
+            // Something hangs. The guest goes on, for at least as long as it was held.
+            self.let_guest_go();
+            self.retry_at = now.saturating_add(self.hold_max);
+            return Turn::Again;
+        }
         let is_in_step = self.is_in_step();
         let Phase::InSync(end) = &mut self.phase else {
             unreachable!("called in this phase only");
         };
         match end {
-            End::Open if may_close => {
-                if self.engine.has_unflushed() {
-                    let op = self.engine.hand_out(OpKind::Flush);
-                    *end = End::Flushing { flush: op.id() };
-                    return Turn::Step(Step::Op(op));
-                }
+            // One from before a pause may still be out: another would only be in its way.
+            End::Open | End::Quiet { .. } if self.engine.is_flushing() => {
+                self.wait(now, waker, copying)
+            }
+            End::Open if may_end && is_near && self.engine.has_unflushed() => {
+                *end = End::Flushing;
+                Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)))
+            }
+            End::Open | End::Flushed if may_end && is_near => {
                 *end = End::Closing {
                     quiesce: self.node.quiesce(),
                     since: now,
                 };
                 Turn::Again
             }
-            End::Open if is_batching && self.engine.running() == 0 => Turn::Step(Step::Wait {
-                until: Some(self.batch_until),
-            }),
-            End::Open | End::Flushing { .. } => self.wait(now, waker),
+            End::Open | End::Flushing | End::Flushed => self.wait(now, waker, copying),
             End::Closing { quiesce, since } => {
                 let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
                 let Poll::Ready(guard) = polled else {
-                    return self.wait(now, waker);
+                    return self.wait(now, waker, copying);
                 };
                 *end = End::Quiet {
                     guard,
                     since: *since,
-                    flush: None,
                 };
                 Turn::Again
             }
-            End::Quiet { flush, .. } => {
-                let is_in_step = is_in_step || is_broken(Sabotage::SwitchWithoutRecheck);
-                if !is_in_step || flush.is_some() {
-                    return self.wait(now, waker);
+            End::Quiet { .. } => {
+                if !is_in_step && !is_broken(Sabotage::SwitchWithoutRecheck) {
+                    return self.wait(now, waker, copying);
                 }
                 if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
-                    let op = self.engine.hand_out(OpKind::Flush);
-                    *flush = Some(op.id());
-                    return Turn::Step(Step::Op(op));
+                    return Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)));
                 }
                 self.finish(asked)
             }
@@ -752,19 +811,32 @@ impl Mirror {
         }
     }
 
+    /// Until when the guest is held at the most, if it is.
+    fn held_until(&self) -> Option<Duration> {
+        match self.phase {
+            Phase::Attaching { since, .. }
+            | Phase::InSync(End::Closing { since, .. } | End::Quiet { since, .. }) => {
+                since.checked_add(self.hold_max)
+            }
+            _ => None,
+        }
+    }
+
     /// The guest is held, both disks are equal and flushed.
     fn finish(&mut self, asked: Asked) -> Turn {
+        if asked.cancel.is_some() {
+            // A soft cancel: the target is a copy of this instant, and the guest stays where it is. It
+            // goes on before the end is told.
+            return self.conclude(None);
+        }
+        if !self.job.hold_switch() {
+            // Cancelled or paused since we asked: no switch is handed out after that was accepted.
+            return Turn::Again;
+        }
         let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
         let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
             unreachable!("called in this phase only");
         };
-        if asked.cancel.is_some() {
-            // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
-            let turn = self.conclude(None);
-            drop(guard);
-            return turn;
-        }
-        self.job.set_switch(SwitchState::Held);
         Turn::Step(Step::Switch(Switch {
             job: self.job.clone(),
             held_since: since,
@@ -775,48 +847,62 @@ impl Mirror {
 
     /// The next operation of the copy machinery.
     fn next_op(&mut self, now: Duration, copying: Copying) -> Option<Op> {
-        let may_copy = match copying {
-            Copying::No => false,
-            Copying::Limited => self.rate.free_at(now) <= now,
-            Copying::Unlimited => true,
+        let budget = match copying {
+            Copying::Unlimited => Budget::Claim,
+            Copying::No => Budget::Free,
+            Copying::Claimed | Copying::Limited if self.rate.free_at(now) > now => Budget::Free,
+            Copying::Claimed => Budget::Copy,
+            Copying::Limited => Budget::Claim,
         };
         let bitmap = self.bitmap.as_ref()?;
-        let op = self.engine.next(&mut bitmap.lock(), may_copy)?;
+        let op = self.engine.next(&mut bitmap.lock(), budget)?;
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)
     }
 
     /// What to wait for when nothing can be handed out.
-    fn wait(&mut self, now: Duration, waker: &Waker) -> Turn {
-        let mut until = self.next_retry(now);
+    fn wait(&mut self, now: Duration, waker: &Waker, copying: Copying) -> Turn {
         let bitmap = self
             .bitmap
             .as_ref()
             .expect("recording started before copying");
         let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
-        if has_work && free_at > now {
-            until = Some(until.map_or(free_at, |until| until.min(free_at)));
-        } else if self.engine.running() == 0 && bitmap.poll_dirty(waker).is_ready() {
-            if !has_work {
-                // Written to just now.
-                return Turn::Again;
+        let until = match copying {
+            Copying::No | Copying::Claimed => Some(self.batch_until),
+            Copying::Limited if has_work && free_at > now => Some(free_at),
+            Copying::Limited | Copying::Unlimited if self.engine.has_free_worker() => {
+                // First armed, then looked once more: a guest write that came since the last look
+                // would wake nobody. What is in flight, or waits to be tried again, keeps nobody from
+                // that.
+                bitmap.wake_at_write(waker);
+                if let Some(op) = self.next_op(now, copying) {
+                    return Turn::Step(Step::Op(op));
+                }
+                if matches!(self.phase, Phase::InSync(End::Open)) {
+                    // The next guest write wakes us; those that follow it are left alone for a while.
+                    self.batch_until = now.saturating_add(BATCH);
+                }
+                None
             }
-        } else if self.engine.running() == 0 && matches!(self.phase, Phase::InSync(End::Open)) {
-            // Nothing to do. The next guest write wakes us; those that follow it are left alone for a
-            // while.
-            self.batch_until = now.saturating_add(BATCH);
-        }
-        Turn::Step(Step::Wait { until })
+            Copying::Limited | Copying::Unlimited => None,
+        };
+        let times = [until, self.next_retry(now), self.held_until()];
+        Turn::Step(Step::Wait {
+            until: times.into_iter().flatten().min(),
+        })
     }
 
-    fn range_done(&mut self, now: Duration, range: ByteRange) {
+    fn range_done(&mut self, now: Duration, kind: OpKind, range: ByteRange) {
         self.backoff.reset();
         if matches!(self.phase, Phase::Scanning { .. }) {
             return;
         }
         self.done_bytes = self.done_bytes.saturating_add(range.len());
-        self.pace.add(now, range.len());
+        // Zeroes go much faster, and say nothing of how long data takes.
+        if let OpKind::Copy(_) = kind {
+            self.pace.add(now, range.len());
+        }
     }
 
     fn flushed(&mut self, id: OpId) {
@@ -832,11 +918,7 @@ impl Mirror {
                 self.phase = Phase::InSync(End::Open);
                 self.job.become_ready(progress);
             }
-            Phase::InSync(end) => match end {
-                End::Flushing { flush } if *flush == id => *end = End::Open,
-                End::Quiet { flush, .. } if *flush == Some(id) => *flush = None,
-                _ => {}
-            },
+            Phase::InSync(end @ End::Flushing) => *end = End::Flushed,
             _ => {}
         }
     }
@@ -849,16 +931,25 @@ impl Mirror {
             Phase::Scanning { asked, .. } if claimed.is_none() => *asked = None,
             _ => self.let_guest_go(),
         }
-        match (self.job.device_failed(side, kind, error), claimed) {
+        let action = self.job.device_failed(side, kind, error);
+        match (action, claimed) {
             (ErrorAction::Ignore, Some(range)) => {
-                let until = now.saturating_add(self.backoff.delay());
-                self.engine.retry_at(range, until);
+                self.engine.retry_at(range, self.backoff.until(now));
             }
             (ErrorAction::Ignore, None) => {
-                self.retry_at = now.saturating_add(self.backoff.delay());
+                self.retry_at = self.backoff.until(now);
             }
             (ErrorAction::Report | ErrorAction::Stop, Some(range)) => self.engine.release(range),
+            // Whatever becomes of the job, that is needed.
+            (ErrorAction::Report | ErrorAction::Stop, None) if kind == OpKind::Settle => {
+                self.retry_at = self.backoff.until(now);
+            }
             (ErrorAction::Report | ErrorAction::Stop, None) => {}
+        }
+        let is_ending = matches!(self.phase, Phase::Ending { .. });
+        if action == ErrorAction::Report && !is_ending {
+            // Nothing is begun, and nothing told, after that.
+            self.begin_ending(now, None);
         }
     }
 
@@ -872,15 +963,22 @@ impl Mirror {
                 _ => {}
             }
         }
-        Turn::Step(Step::Wait { until: None })
+        Turn::Step(Step::Wait {
+            until: self.settle_at(),
+        })
+    }
+
+    /// When the target is asked again to settle, if it has failed to.
+    fn settle_at(&self) -> Option<Duration> {
+        self.engine.wants_settle().then_some(self.retry_at)
     }
 
     /// A job that does not get on does not hold the guest. What it was about to do starts anew.
     fn let_guest_go(&mut self) {
         match &mut self.phase {
-            Phase::Attaching(_) => self.phase = Phase::Created,
+            Phase::Attaching { .. } => self.phase = Phase::Created,
             Phase::InSync(
-                end @ (End::Flushing { .. } | End::Closing { .. } | End::Quiet { .. }),
+                end @ (End::Flushing | End::Flushed | End::Closing { .. } | End::Quiet { .. }),
             ) => *end = End::Open,
             _ => {}
         }
@@ -917,26 +1015,34 @@ impl Mirror {
                 return Turn::Step(Step::Op(self.engine.hand_out(OpKind::CancelInFlight)));
             }
             if self.grace_until.is_some_and(|until| now >= until) {
-                let abandoned = self.engine.running();
+                let abandoned = self.engine.unsettled();
                 return self.conclude(Some(abandoned));
             }
         }
+        let times = [self.grace_until, self.settle_at()];
         Turn::Step(Step::Wait {
-            until: self.grace_until,
+            until: times.into_iter().flatten().min(),
         })
     }
 
     fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
+        self.release();
+        let result = self.job.conclude(abandoned);
+        Turn::Step(Step::Done(result))
+    }
+
+    /// Gives back everything that is held, the guest first.
+    fn release(&mut self) {
         self.publish();
         if cfg!(debug_assertions) {
             self.left_at_end = self.left_dirty();
         }
+        // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
+        self.clean = None;
         self.bitmap = None;
         self.claim = None;
         let _ = self.engine.lose_running();
-        let result = self.job.conclude(abandoned);
-        Turn::Step(Step::Done(result))
     }
 
     /// Whether nothing is dirty and nothing in flight.
@@ -951,21 +1057,28 @@ impl Mirror {
 
     /// Bytes that are dirty or in flight.
     fn left(&self) -> u64 {
-        let dirty = self
-            .bitmap
-            .as_ref()
-            .map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len());
-        dirty.saturating_add(self.engine.claimed_bytes())
+        self.dirty_bytes()
+            .saturating_add(self.engine.claimed_bytes())
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        let bitmap = self.bitmap.as_ref();
+        bitmap.map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len())
     }
 
     fn publish(&self) {
-        if matches!(self.phase, Phase::Concluded) {
-            return;
-        }
-        let left = match self.phase {
-            Phase::Scanning { .. } => self.left() - self.engine.claimed_bytes(),
-            _ => self.left(),
+        self.publish_with(self.dirty_bytes());
+    }
+
+    /// Tells how far the job is, for those who ask its handle.
+    fn publish_with(&self, dirty_bytes: u64) {
+        let claimed_bytes = match self.phase {
+            Phase::Concluded => return,
+            // The zeroes of the scan are no progress.
+            Phase::Scanning { .. } => 0,
+            _ => self.engine.claimed_bytes(),
         };
+        let left = dirty_bytes.saturating_add(claimed_bytes);
         let progress = Progress {
             current: self.done_bytes,
             total: self.done_bytes.saturating_add(left),
@@ -980,7 +1093,7 @@ impl Mirror {
     pub fn left_dirty(&self) -> Option<HBitmap> {
         match &self.phase {
             Phase::Created
-            | Phase::Attaching(_)
+            | Phase::Attaching { .. }
             | Phase::Scanning { .. }
             | Phase::Ending {
                 was_scanned: false, ..
@@ -1009,20 +1122,23 @@ impl Mirror {
 enum Copying {
     /// Only what is planned already and costs nothing.
     No,
+    /// What is claimed already, as the speed limit allows.
+    Claimed,
     /// What the speed limit allows.
     Limited,
     /// Everything: the guest waits.
     Unlimited,
 }
 
-/// A machine that is dropped cancels its job.
+/// A machine that is dropped ends its job: with success if the switch was used, else with
+/// [`JobError::Dropped`].
 impl Drop for Mirror {
     fn drop(&mut self) {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
-        self.job.fail(JobError::Dropped);
-        let _ = self.conclude(None);
+        self.release();
+        self.job.machine_dropped();
     }
 }
 
@@ -1040,7 +1156,6 @@ impl Switch {
     }
 
     /// The guard that holds the guest, for those who exchange a device under it.
-    #[must_use]
     pub fn guard(&self) -> &QuiesceGuard {
         &self.guard
     }
@@ -1070,16 +1185,18 @@ impl Pace {
 
     fn add(&mut self, now: Duration, bytes: u64) {
         if now >= self.window_end {
+            // A window with little to do says little of the speed, so the best is forgotten slowly.
+            self.rate = self.bytes.max(self.rate - self.rate / 4);
             self.bytes = 0;
             self.window_end = now.saturating_add(Self::WINDOW);
         }
         self.bytes = self.bytes.saturating_add(bytes);
-        self.best = self.best.max(self.bytes);
     }
 
-    /// What can be copied in that time, by the best rate seen.
+    /// What can be copied in that time.
     fn bytes_in(&self, time: Duration) -> u64 {
-        let bytes = u128::from(self.best) * time.as_nanos() / Self::WINDOW.as_nanos();
+        let rate = u128::from(self.rate.max(self.bytes));
+        let bytes = rate.saturating_mul(time.as_nanos()) / Self::WINDOW.as_nanos();
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 }

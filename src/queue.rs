@@ -37,6 +37,8 @@ pub struct Queue<P: BufferPool> {
     /// Second halves of copies, to be submitted before anything new.
     halves: VecDeque<Request<P::Buf>>,
     next_id: u64,
+    /// Whether the target was told to give up what it has: it gets nothing more.
+    gives_up: bool,
 }
 
 /// What comes next.
@@ -132,6 +134,7 @@ impl<P: BufferPool> Queue<P> {
             out: BTreeMap::new(),
             halves: VecDeque::new(),
             next_id: 0,
+            gives_up: false,
         }
     }
 
@@ -139,6 +142,13 @@ impl<P: BufferPool> Queue<P> {
     #[must_use]
     pub fn mirror(&self) -> &Mirror {
         &self.mirror
+    }
+
+    /// The machine back; what is out is lost, as with [`requests_lost`](Self::requests_lost).
+    #[must_use]
+    pub fn into_mirror(mut self) -> Mirror {
+        self.requests_lost();
+        self.mirror
     }
 
     /// How many requests are out.
@@ -175,11 +185,19 @@ impl<P: BufferPool> Queue<P> {
             }
             return;
         };
-        let other_side = |error| Outcome::Failed {
+        let side = match op.kind() {
+            OpKind::Status(_) => Side::Source,
+            _ => Side::Target,
+        };
+        let target_failed = |error| Outcome::Failed {
             side: Side::Target,
             error,
         };
         let outcome = match (step, answer) {
+            (OutStep::Read, Answer::Transfer(Ok(()), buf)) if self.gives_up => {
+                self.pool.put(buf);
+                target_failed(io::ErrorKind::Interrupted.into())
+            }
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
                 self.second_half(op, buf);
                 return;
@@ -193,22 +211,22 @@ impl<P: BufferPool> Queue<P> {
             }
             (OutStep::Write, Answer::Transfer(result, buf)) => {
                 self.pool.put(buf);
-                result.map_or_else(other_side, |()| Outcome::Done)
+                result.map_or_else(target_failed, |()| Outcome::Done)
             }
             (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
-            (OutStep::Other, Answer::Status(Err(error))) => Outcome::Failed {
-                side: Side::Source,
-                error,
-            },
-            (OutStep::Other, Answer::Plain(result)) => {
-                result.map_or_else(other_side, |()| Outcome::Done)
+            (OutStep::Other, Answer::Plain(Ok(()))) => Outcome::Done,
+            (OutStep::Other, Answer::Status(Err(error)) | Answer::Plain(Err(error))) => {
+                Outcome::Failed { side, error }
             }
             (OutStep::Other, Answer::Transfer(_, buf)) => {
                 self.pool.put(buf);
-                other_side(mismatch())
+                Outcome::Failed {
+                    side,
+                    error: mismatch(),
+                }
             }
             (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
-                other_side(mismatch())
+                target_failed(mismatch())
             }
         };
         self.mirror.op_done(now, op, outcome);
@@ -248,13 +266,27 @@ impl<P: BufferPool> Queue<P> {
             OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
             OpKind::Flush => (Side::Target, Work::Flush),
             OpKind::Settle => (Side::Target, Work::Settle),
-            OpKind::CancelInFlight => (Side::Target, Work::CancelInFlight),
+            OpKind::CancelInFlight => {
+                self.give_up(now);
+                (Side::Target, Work::CancelInFlight)
+            }
         };
         let step = match work {
             Work::Read { .. } => OutStep::Read,
             _ => OutStep::Other,
         };
         Some(self.put_out(op, step, side, work))
+    }
+
+    /// What is read and not yet written stays that way.
+    fn give_up(&mut self, now: Duration) {
+        self.gives_up = true;
+        for half in std::mem::take(&mut self.halves) {
+            if let Work::Write { buf, .. } = half.work {
+                let answer = Answer::Transfer(Err(io::ErrorKind::Interrupted.into()), buf);
+                self.completed(now, half.id, answer);
+            }
+        }
     }
 
     fn second_half(&mut self, op: Op, buf: P::Buf) {

@@ -137,7 +137,7 @@ fn dropping_the_device_finishes_what_was_asked_for() {
 fn a_request_that_panics_panics_where_it_is_awaited_and_the_device_lives_on() {
     let device = device();
     let quiet = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        block_on(device.call(|_| -> () { std::panic::resume_unwind(Box::new("on purpose")) }))
+        block_on(device.call(|_| -> () { std::panic::resume_unwind(Box::new("on purpose")) }));
     }));
     assert_eq!(quiet.unwrap_err().downcast_ref(), Some(&"on purpose"));
     block_on(async {

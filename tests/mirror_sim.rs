@@ -630,7 +630,8 @@ fn run(seed: u64) -> Report {
         rng.pick(&[0, 20, 200]),
         rng.pick(&[200, 1_000, 5_000]),
         rng.pick(&[512, 4096, 20_000]),
-        rng.pick(&[2_000, 20_000, 100_000]),
+        // Some guests never stop before the peace.
+        rng.pick(&[2_000, 20_000, 100_000, PEACE]),
     );
     let starts_early = plan.options.sync != MirrorSync::None;
     let start_at = if starts_early {
@@ -739,6 +740,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
     // (disk, request of the world) → request of the queue
     let ids: RefCell<std::collections::BTreeMap<(usize, u64), u64>> = RefCell::default();
     let mut settling: Vec<u64> = Vec::new();
+    let mut timer = u64::MAX;
     loop {
         while flag.take() {
             let now = sim.world.borrow().time();
@@ -779,7 +781,10 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 Next::Wait { until: Some(at) } => {
                     let mut world = sim.world.borrow_mut();
                     let micros = at.saturating_sub(now).as_nanos().div_ceil(1000) as u64;
-                    world.after(micros, Happening::Wake(waker.clone()));
+                    // One timer per time, or they breed.
+                    if std::mem::replace(&mut timer, world.now + micros) != world.now + micros {
+                        world.after(micros, Happening::Wake(waker.clone()));
+                    }
                 }
                 Next::Switch(switch) => {
                     sim.take_events();
@@ -819,7 +824,12 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
             .all(|request| matches!(request.owner, Owner::Guest(_)));
         if is_settled {
             for id in settling.drain(..) {
-                queue.completed(now, id, Answer::Plain(Ok(())));
+                let fails = sim.plan.may_fail && sim.world.borrow_mut().rng.one_in(3);
+                let result = match fails {
+                    true => Err(std::io::ErrorKind::TimedOut.into()),
+                    false => Ok(()),
+                };
+                queue.completed(now, id, Answer::Plain(result));
                 flag.clone().wake_it();
             }
         }
@@ -831,7 +841,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
             flag.clone().wake_it();
         }
         let steps = sim.world.borrow().steps;
-        if steps.is_multiple_of(8) {
+        if steps % 8 == 0 {
             sim.check_coverage(queue.mirror());
         }
     }

@@ -54,6 +54,7 @@
 
 use std::fmt;
 
+use crate::memory::zeroed_words;
 use crate::units::Granularity;
 
 mod iter;
@@ -177,7 +178,7 @@ impl HBitmap {
             // On a 32-bit host a level can be longer than a `usize` says.
             let words = usize::try_from(words).ok();
             words
-                .and_then(zeroed)
+                .and_then(zeroed_words)
                 .ok_or(CreateError::OutOfMemory { granules })
         });
         Ok(Self {
@@ -309,18 +310,6 @@ fn level_lens(granules: u64) -> impl Iterator<Item = u64> {
         (*below > 1).then(|| word::words_for(*below))
     });
     std::iter::once(lowest).chain(summaries)
-}
-
-/// So many zero words, in memory that nobody has touched yet (rule 10); `None` if there is none.
-///
-/// `vec![0; n]` alone gets zeroed pages without writing them, but it ends the process when they are
-/// refused. So a reservation of the same size asks first.
-fn zeroed(words: usize) -> Option<Vec<u64>> {
-    let mut probe = Vec::<u64>::new();
-    probe.try_reserve_exact(words).ok()?;
-    // Without this the compiler may drop the probe, and assume that it worked.
-    drop(std::hint::black_box(probe));
-    Some(vec![0; words])
 }
 
 /// Breaks each invariant in turn and sees to it that the check notices.

@@ -96,6 +96,17 @@ impl Claims {
         self.parked
     }
 
+    /// Sum of the lengths of those that wait to be tried again.
+    pub(crate) fn parked_bytes(&self) -> u64 {
+        if self.parked == 0 {
+            return 0;
+        }
+        self.iter()
+            .filter(|claim| matches!(claim.state, ClaimState::Parked { .. }))
+            .map(|claim| claim.range.len())
+            .sum()
+    }
+
     /// How many wait for the target to settle.
     pub(crate) fn lost(&self) -> usize {
         self.lost

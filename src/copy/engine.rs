@@ -28,10 +28,14 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
-use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::JobBitmapGuard;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
+
+/// Ranges that failed and wait to be tried again, at most: so many areas may be bad before others have to
+/// wait, and so often is a device asked in vain that is dead.
+const PARKED_MAX: usize = 64;
 
 /// See the module.
 #[derive(Debug)]
@@ -55,6 +59,17 @@ pub(crate) struct Engine {
     is_settling: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
     has_unflushed: bool,
+}
+
+/// What may be handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Budget {
+    /// What costs nothing against the speed limit, and is claimed already.
+    Free,
+    /// What is claimed already.
+    Copy,
+    /// Everything; what is dirty may be claimed.
+    Claim,
 }
 
 /// What became of an operation that was reported back.
@@ -114,9 +129,10 @@ impl Engine {
         self.running.is_empty() && !self.has_lost()
     }
 
-    /// Operations that were not reported back.
-    pub(crate) fn running(&self) -> usize {
-        self.running.len()
+    /// Operations that may still change the target: not reported back, or lost.
+    pub(crate) fn unsettled(&self) -> usize {
+        let running = self.running.values().filter(|kind| kind.writes_target());
+        running.count() + self.claims.lost()
     }
 
     /// Whether no range is in flight, planned, or waiting to be tried again.
@@ -124,14 +140,23 @@ impl Engine {
         self.claims.is_empty()
     }
 
+    /// Bytes in flight or planned. What waits to be tried again is dirty, and counted there.
     pub(crate) fn claimed_bytes(&self) -> u64 {
-        self.claims.bytes()
+        self.claims.bytes() - self.claims.parked_bytes()
     }
 
-    /// Whether the target was written to since it was flushed. A flush that is still out has not
-    /// flushed anything yet.
+    /// Whether the target was written to since the last flush was handed out. While one
+    /// [is out](Self::is_flushing), nothing is flushed yet.
     pub(crate) fn has_unflushed(&self) -> bool {
-        self.has_unflushed || self.running.values().any(|&kind| kind == OpKind::Flush)
+        self.has_unflushed
+    }
+
+    pub(crate) fn is_flushing(&self) -> bool {
+        self.running.values().any(|&kind| kind == OpKind::Flush)
+    }
+
+    pub(crate) fn has_free_worker(&self) -> bool {
+        self.running.len() < self.workers
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -146,12 +171,17 @@ impl Engine {
         op
     }
 
+    /// Whether ranges wait for the target to settle, and it was not asked to.
+    pub(crate) fn wants_settle(&self) -> bool {
+        !self.is_settling && self.has_lost()
+    }
+
     /// The request to settle, if ranges wait for one.
     pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
-        if self.is_settling || !self.has_lost() {
+        if !self.wants_settle() {
             return None;
         }
         self.is_settling = true;
@@ -175,19 +205,20 @@ impl Engine {
 
     /// When the first of what is to be tried again is due.
     pub(crate) fn next_retry(&self) -> Option<Duration> {
+        if self.claims.parked() == 0 {
+            return None;
+        }
         self.parked().map(|(_, until)| until).min()
     }
 
-    /// The next operation, if there is work and room for it. `may_copy` says no when the speed limit
-    /// does: then nothing goes out that counts against it.
-    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, may_copy: bool) -> Option<Op> {
+    /// The next operation, if there is work and room for it.
+    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, budget: Budget) -> Option<Op> {
         if self.running.len() >= self.workers {
             return None;
         }
-        if self.ready.is_empty() {
-            if !may_copy || self.claims.parked() >= self.workers || !self.claim(dirty) {
-                return None;
-            }
+        let may_claim = budget == Budget::Claim && self.claims.parked() < PARKED_MAX;
+        if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
+            return None;
         }
         let start = *self.ready.front().expect("claimed just now");
         let claim = self
@@ -203,7 +234,7 @@ impl Engine {
         };
         let is_free = self.cost(kind) == 0;
         let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
-        if !(fits && (may_copy || is_free)) {
+        if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
         self.ready.pop_front();
@@ -229,7 +260,7 @@ impl Engine {
     /// Claims an area that is not dirty and makes the target read as zeroes there. Nothing may be in
     /// flight in it.
     pub(crate) fn plan_zeroes(&mut self, area: ByteRange) {
-        let max = self.shape.zero_max();
+        let (_, max) = self.shape.scan_zeroes().expect("asked before");
         let mut rest = area;
         while !rest.is_empty() {
             let (range, behind) = rest.split_at(rest.start().saturating_add(max));
@@ -265,11 +296,7 @@ impl Engine {
                 if self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
-                let extent = Extent {
-                    len: range.len(),
-                    content: Content::Data,
-                    in_top: true,
-                };
+                let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id())
             }
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
@@ -282,12 +309,24 @@ impl Engine {
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range),
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
-            (OpKind::Settle, _) => {
+            (OpKind::Settle, Outcome::Done) => {
                 let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                 self.settled(dirty);
                 Done::Nothing
             }
             (OpKind::CancelInFlight, _) => Done::Nothing,
+            (OpKind::Settle, outcome) => {
+                // Then it is not settled.
+                self.is_settling = false;
+                Done::Failed {
+                    side: Side::Target,
+                    kind,
+                    error: match outcome {
+                        Outcome::Failed { error, .. } => error,
+                        Outcome::Done | Outcome::Status(_) => wrong_answer(),
+                    },
+                }
+            }
             (kind, Outcome::Failed { side, error }) => {
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
@@ -312,10 +351,7 @@ impl Engine {
                         Side::Source
                     },
                     kind,
-                    error: io::Error::new(
-                        io::ErrorKind::InvalidInput,
-                        "the driver's answer does not belong to the operation",
-                    ),
+                    error: wrong_answer(),
                 }
             }
         })
@@ -436,11 +472,9 @@ impl Engine {
             return Done::Status(range, extent);
         }
         let Claim { align, .. } = self.claims.remove(range.start());
+        let extent = extent.or_data(range);
         let mut rest = range;
-        let known_end = range
-            .start()
-            .saturating_add(extent.len.max(1))
-            .min(range.end());
+        let known_end = range.start().saturating_add(extent.len).min(range.end());
         let mut pieces = Vec::new();
         while rest.start() < known_end {
             let extent = Extent {
@@ -563,6 +597,13 @@ impl Engine {
             .get(range.start())
             .is_some_and(|claim| claim.state == ClaimState::Running(id))
     }
+}
+
+fn wrong_answer() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidInput,
+        "the answer does not belong to the operation",
+    )
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.

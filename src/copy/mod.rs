@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::units::ByteRange;
 
-pub(crate) use engine::{Done, Engine};
+pub(crate) use engine::{Budget, Done, Engine};
 pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
@@ -61,13 +61,34 @@ pub enum Content {
 /// The answer to "what is at the start of this range, and how far does it go on like that?".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Bytes from the start of the range asked for; at least 1. What goes past the end of that range
-    /// is ignored.
+    /// Bytes from the start of the range asked for. What goes past the end of that range is ignored; 0
+    /// says that nothing is known, and all of the range is taken for data.
     pub len: u64,
     /// What reading gives there, through all layers of the disk.
     pub content: Content,
     /// Whether the topmost layer holds it. For a disk of one layer: `true`.
     pub in_top: bool,
+}
+
+impl Extent {
+    /// `len` bytes to be read.
+    #[must_use]
+    pub fn data(len: u64) -> Self {
+        Self {
+            len,
+            content: Content::Data,
+            in_top: true,
+        }
+    }
+
+    /// As it is, unless it says nothing: then all of the range asked for is data.
+    pub(crate) fn or_data(self, range: ByteRange) -> Self {
+        if self.len == 0 {
+            Self::data(range.len())
+        } else {
+            self
+        }
+    }
 }
 
 /// A thing to do, handed out by a job and handed back to it.

@@ -43,11 +43,12 @@ pub(crate) struct Shape {
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ShapeError {
-    /// The first write to each cluster of the target must cover it, and is too long for one of the devices.
-    #[error("a cluster of {cluster} bytes must be written at once, but {max} bytes is the most")]
-    ClusterTooLong {
-        /// Length of a cluster.
-        cluster: u64,
+    /// The shortest transfer that one device takes, or a cluster of the target that must be written whole,
+    /// is longer than the longest that the other takes.
+    #[error("{piece} bytes must be transferred at once, but {max} bytes is the most")]
+    PieceTooLong {
+        /// What must be transferred at once.
+        piece: u64,
         /// The longest transfer.
         max: u64,
     },
@@ -59,6 +60,7 @@ impl Shape {
         granularity: Granularity,
         chunk_max: u64,
         buf_size: u64,
+        workers: usize,
         unmap: Unmap,
     ) -> Result<Self, ShapeError> {
         let align = ends.request_align();
@@ -76,14 +78,14 @@ impl Shape {
         // Both a cluster and one aligned request go out in one piece, whatever the buffer size says.
         let piece = cluster.unwrap_or(align);
         if piece > most {
-            return Err(ShapeError::ClusterTooLong {
-                cluster: piece,
-                max: most,
-            });
+            return Err(ShapeError::PieceTooLong { piece, max: most });
         }
         let chunk_max = align_down(chunk_max.min(buf_size).min(most), piece).max(piece);
         let claim_unit = cluster.unwrap_or(block);
-        let run_max = align_down(buf_size, claim_unit).max(claim_unit);
+        // No more than what keeps all workers busy: what is claimed early is copied again if the guest
+        // writes to it meanwhile.
+        let run_max = buf_size.min(chunk_max.saturating_mul(workers as u64));
+        let run_max = align_down(run_max, claim_unit).max(claim_unit);
         let limits = |limits: crate::copy::RangeLimits| {
             let align = u64::from(limits.align).max(align);
             (align, align_down(limits.max, align))
@@ -123,7 +125,7 @@ impl Shape {
 
     /// The first piece of a claimed range, which is aligned to `align`, when this is at its start.
     pub(crate) fn piece(&self, claimed: ByteRange, align: u64, extent: Extent) -> OpKind {
-        let known = claimed.start().saturating_add(extent.len.max(1));
+        let known = claimed.start().saturating_add(extent.len);
         let wish = match extent.content {
             Content::Data => None,
             Content::Zero => self.zeroes.map(|limits| (limits, false)),
@@ -175,27 +177,26 @@ impl Shape {
         OpKind::Copy((claimed.start()..end).into())
     }
 
-    /// How much of a zero area of the whole disk can be zeroed at once, from its start on: what lies
-    /// before and behind it must be copied. `None` if the target cannot.
+    /// How much of a zero area can be zeroed, from its start on: what lies before and behind it must be
+    /// copied. `None` if the target cannot.
     pub(crate) fn zeroable(&self, area: ByteRange) -> Option<ByteRange> {
-        let (align, _) = self.zeroes?;
-        let align = align.max(self.cluster.unwrap_or(1));
+        let (align, _) = self.scan_zeroes()?;
         let start = align_up(area.start(), align);
-        let end = if area.end() == self.len {
-            area.end()
-        } else {
-            align_down(area.end(), align)
+        let end = match area.end() == self.len {
+            true => area.end(),
+            false => align_down(area.end(), align),
         };
         let inner = ByteRange::from(start..end);
         (!inner.is_empty()).then_some(inner)
     }
 
-    /// The longest zero write.
-    pub(crate) fn zero_max(&self) -> u64 {
-        self.zeroes.map_or(0, |(align, max)| {
-            let align = align.max(self.cluster.unwrap_or(1));
-            align_down(max, align).max(align)
-        })
+    /// What zero writes of the scan are aligned to and how long they may be, if the target can write
+    /// them: whole clusters, for none was written yet.
+    pub(crate) fn scan_zeroes(&self) -> Option<(u64, u64)> {
+        let (align, max) = self.zeroes?;
+        let align = align.max(self.cluster.unwrap_or(1));
+        let max = align_down(max, align);
+        (max > 0).then_some((align, max))
     }
 }
 
@@ -207,5 +208,126 @@ fn align_up(offset: u64, align: u64) -> u64 {
     match offset.checked_add(align - 1) {
         Some(sum) => align_down(sum, align),
         None => u64::MAX,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::copy::{Limits, RangeLimits};
+
+    const KIB: u64 = 1024;
+
+    fn shape(target: impl FnOnce(&mut Limits)) -> Shape {
+        let source = Limits::new(1000 * KIB + 1);
+        let mut limits = source;
+        target(&mut limits);
+        let ends = Ends::check(source, limits).unwrap();
+        let granularity = Granularity::from_bytes(4 * KIB).unwrap();
+        Shape::new(&ends, granularity, 64 * KIB, 1 << 20, 4, Unmap::Allowed).unwrap()
+    }
+
+    fn zeroes(align: u32, max: u64) -> Option<RangeLimits> {
+        Some(RangeLimits { align, max })
+    }
+
+    /// All pieces of a claim, when the source says the same of all of it.
+    fn pieces(shape: &Shape, claim: ByteRange, align: u64, content: Content) -> Vec<OpKind> {
+        let mut rest = claim;
+        let mut pieces = Vec::new();
+        while !rest.is_empty() {
+            let extent = Extent {
+                len: rest.len(),
+                content,
+                in_top: true,
+            };
+            let piece = shape.piece(rest, align, extent);
+            rest = rest.split_at(piece.range().unwrap().end()).1;
+            pieces.push(piece);
+        }
+        pieces
+    }
+
+    #[test]
+    fn data_is_cut_at_the_longest_copy() {
+        let shape = shape(|_| {});
+        assert_eq!(shape.run_max, 256 * KIB, "what keeps four workers busy");
+        let cut = pieces(&shape, (0..130 * KIB).into(), 4 * KIB, Content::Data);
+        let lens: Vec<u64> = cut
+            .iter()
+            .map(|op| op.range().unwrap().len() / KIB)
+            .collect();
+        assert_eq!(lens, [64, 64, 2]);
+    }
+
+    #[test]
+    fn zeroes_go_as_zeroes_where_they_are_aligned_and_as_data_elsewhere() {
+        let shape = shape(|limits| limits.write_zeroes = zeroes(16 << 10, 1 << 30));
+        let claim = (8 * KIB..72 * KIB).into();
+        let cut = pieces(&shape, claim, 4 * KIB, Content::Zero);
+        assert_eq!(
+            cut,
+            [
+                OpKind::Copy((8 * KIB..16 * KIB).into()),
+                OpKind::Zero((16 * KIB..64 * KIB).into(), Unmap::Allowed),
+                OpKind::Copy((64 * KIB..72 * KIB).into()),
+            ]
+        );
+        let end = ByteRange::from(992 * KIB..1000 * KIB + 1);
+        let cut = pieces(&shape, end, 4 * KIB, Content::Zero);
+        assert_eq!(
+            cut,
+            [OpKind::Zero(end, Unmap::Allowed)],
+            "the end of the disk is aligned"
+        );
+    }
+
+    #[test]
+    fn what_is_undefined_is_discarded_or_zeroed_or_copied() {
+        let claim = ByteRange::from(0..8 * KIB);
+        let none = shape(|_| {});
+        let zeroing = shape(|limits| limits.write_zeroes = zeroes(512, 1 << 30));
+        let discarding = shape(|limits| limits.discard = zeroes(512, 1 << 30));
+        let cut = |shape| pieces(shape, claim, 4 * KIB, Content::Undefined);
+        assert_eq!(cut(&none), [OpKind::Copy(claim)]);
+        assert_eq!(cut(&zeroing), [OpKind::Zero(claim, Unmap::Allowed)]);
+        assert_eq!(cut(&discarding), [OpKind::Discard(claim)]);
+    }
+
+    #[test]
+    fn zeroes_are_never_longer_than_the_target_takes() {
+        let short = shape(|limits| limits.write_zeroes = zeroes(512, 10_000));
+        for op in pieces(&short, (0..200 * KIB).into(), 4 * KIB, Content::Zero) {
+            assert!(op.range().unwrap().len() <= 10_000 && !matches!(op, OpKind::Copy(_)));
+        }
+        // Whole clusters must be written at first, and one is longer than a zero write may be.
+        let clustered = shape(|limits| {
+            limits.write_zeroes = zeroes(512, 4096);
+            limits.cluster = Some(16 << 10);
+            limits.fills_clusters = true;
+        });
+        assert_eq!(clustered.scan_zeroes(), None);
+        let cut = pieces(&clustered, (0..32 * KIB).into(), 16 * KIB, Content::Zero);
+        assert!(
+            cut.iter().all(|op| matches!(op, OpKind::Copy(_))),
+            "{cut:?}"
+        );
+    }
+
+    #[test]
+    fn a_piece_that_one_device_must_write_and_the_other_cannot_is_refused() {
+        let source = Limits::new(1 << 20);
+        let mut target = source;
+        target.max_transfer = 4096;
+        target.cluster = Some(8192);
+        target.fills_clusters = true;
+        let ends = Ends::check(source, target).unwrap();
+        let granularity = Granularity::from_bytes(512).unwrap();
+        let refused = Shape::new(&ends, granularity, 1 << 20, 1 << 20, 16, Unmap::Allowed);
+        let too_long = ShapeError::PieceTooLong {
+            piece: 8192,
+            max: 4096,
+        };
+        assert_eq!(refused.unwrap_err(), too_long);
     }
 }

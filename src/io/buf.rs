@@ -117,7 +117,8 @@ impl fmt::Debug for AlignedBuf {
 /// A pool of [`AlignedBuf`]s on the heap. The last one given back is the next one given out, for it is
 /// the one that the processor's caches still know.
 ///
-/// It holds at most as many bytes as were out at the same time.
+/// It holds at most as many buffers as were out at the same time; a buffer that is too small for what is
+/// asked for is let go. So a mirror leaves no more behind than its workers times its longest copy.
 pub struct HeapPool {
     align: usize,
     free: Mutex<Vec<AlignedBuf>>,

@@ -93,8 +93,10 @@ impl EventQueue {
         Some(event)
     }
 
-    pub(super) fn set_waker(&mut self, waker: &Waker) {
-        self.waker = Some(waker.clone());
+    /// Returns the waker of before, to be dropped outside of any lock: that, too, is foreign code.
+    #[must_use]
+    pub(super) fn set_waker(&mut self, waker: Waker) -> Option<Waker> {
+        self.waker.replace(waker)
     }
 
     /// The waker to call, outside of any lock, if there is something to take.

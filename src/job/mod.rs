@@ -9,7 +9,8 @@
 //! 1. Every change of status is a step of the table in [`Status::may_become`] and one event.
 //! 2. Only the machine changes the status, but for *start* and *dismiss*, which concern no work.
 //! 3. A verb that is refused changes nothing.
-//! 4. No event is handed out and no waker called under the lock: the receiver may ask for anything.
+//! 4. No event is handed out, and no waker called, cloned or dropped under the lock: the receiver may
+//!    ask for anything.
 //! 5. Exactly one of [`Event::Completed`] and [`Event::Cancelled`] is told of a job that was started,
 //!    after everything it held is released.
 
@@ -24,7 +25,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::copy::{OpKind, Side};
 
@@ -66,8 +67,9 @@ pub struct JobOptions {
     /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](Job::dismiss).
     /// Default yes.
     pub auto_dismiss: bool,
-    /// How long a cancelled job waits for operations in flight, before it ends without them. Default
-    /// for ever.
+    /// How long a job that is cancelled by force waits for operations in flight, before it ends without
+    /// them. What was abandoned may still reach the target: let it settle before it is used for anything
+    /// else. Default for ever.
     pub cancel_grace: Option<Duration>,
 }
 
@@ -267,6 +269,16 @@ pub(crate) enum SwitchState {
     Declined,
 }
 
+impl SwitchState {
+    /// Whether the job can no longer be kept from its end.
+    fn is_decided(self) -> bool {
+        match self {
+            SwitchState::Held | SwitchState::Committed => true,
+            SwitchState::None | SwitchState::Declined => false,
+        }
+    }
+}
+
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asked {
@@ -279,7 +291,8 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     pub(crate) switch: SwitchState,
     pub(crate) has_failed: bool,
-    /// Whether delayed tries are to be made at once: the user has resumed, or changed a policy.
+    /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
+    /// changed a policy. Stays until [`Job::retries_made`], for the job may be held meanwhile.
     pub(crate) retry_now: bool,
 }
 
@@ -296,6 +309,8 @@ struct State {
     is_finalizing: bool,
     retry_now: bool,
     switch: SwitchState,
+    /// Whether the machine was dropped while the switch was out.
+    is_machine_gone: bool,
     is_busy: bool,
     progress: Progress,
     /// The first fatal error.
@@ -350,6 +365,7 @@ impl Job {
             is_finalizing: false,
             retry_now: false,
             switch: SwitchState::None,
+            is_machine_gone: false,
             is_busy: false,
             progress: Progress::default(),
             error: None,
@@ -470,7 +486,7 @@ impl Job {
     /// [`VerbError::Finalizing`] once its end cannot be stopped, or if it is over.
     pub fn cancel(&self, how: Cancel) -> Result<(), VerbError> {
         self.ask(Verb::Cancel, |state| {
-            if state.switch != SwitchState::None {
+            if state.switch.is_decided() {
                 return Err(VerbError::Finalizing);
             }
             let how = if state.status.is_ready() {
@@ -480,6 +496,7 @@ impl Job {
             };
             state.cancel = state.cancel.max(Some(how));
             state.drop_user_pause();
+            state.retry_now = true;
             Ok(())
         })
     }
@@ -535,7 +552,7 @@ impl Job {
             io_status: state.io_status,
             cancel: state.cancel,
             is_completing: state.is_completing,
-            is_finalizing: state.is_finalizing || state.switch != SwitchState::None,
+            is_finalizing: state.is_finalizing || state.switch.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
             error: state.error.clone(),
@@ -548,17 +565,18 @@ impl Job {
         self.shared.lock().events.pop()
     }
 
-    /// As [`next_event`](Self::next_event); if there is none, the waker is called when there is. The
+    /// As [`next_event`](Self::next_event); a job without an id tells none. If there is none, the waker is called when there is. The
     /// waker of the last call counts.
     pub fn poll_event(&self, waker: &Waker) -> Poll<Event> {
+        let waker = waker.clone();
         let mut state = self.shared.lock();
-        match state.events.pop() {
-            Some(event) => Poll::Ready(event),
-            None => {
-                state.events.set_waker(waker);
-                Poll::Pending
-            }
+        if let Some(event) = state.events.pop() {
+            return Poll::Ready(event);
         }
+        let before = state.events.set_waker(waker);
+        drop(state);
+        drop(before);
+        Poll::Pending
     }
 
     /// Checks the table, then the verb's own conditions, and wakes who must know.
@@ -583,11 +601,7 @@ impl Job {
 impl Job {
     /// What was asked; `waker` is called when something more is.
     pub(crate) fn asked(&self, waker: &Waker) -> Asked {
-        let mut state = self.shared.lock();
-        match &mut state.driver {
-            Some(known) if known.will_wake(waker) => {}
-            driver => *driver = Some(waker.clone()),
-        }
+        let state = self.lock_with_driver(waker);
         Asked {
             status: state.status,
             is_paused: state.is_paused(),
@@ -598,8 +612,27 @@ impl Job {
             speed: state.options.speed,
             switch: state.switch,
             has_failed: state.error.is_some(),
-            retry_now: std::mem::take(&mut state.retry_now),
+            retry_now: state.retry_now,
         }
+    }
+
+    /// The state, with the waker in it. It is cloned, and the one before dropped, outside of the lock.
+    fn lock_with_driver(&self, waker: &Waker) -> MutexGuard<'_, State> {
+        let state = self.shared.lock();
+        let known = state.driver.as_ref();
+        if known.is_some_and(|known| known.will_wake(waker)) {
+            return state;
+        }
+        drop(state);
+        let waker = waker.clone();
+        let before = self.shared.lock().driver.replace(waker);
+        drop(before);
+        self.shared.lock()
+    }
+
+    /// Nothing is delayed any more.
+    pub(crate) fn retries_made(&self) {
+        self.shared.lock().retry_now = false;
     }
 
     pub(crate) fn cancel_grace(&self) -> Option<Duration> {
@@ -657,8 +690,8 @@ impl Job {
             action = ErrorAction::Ignore;
         }
         if state.cancel == Some(Cancel::Force) {
-            // It ends anyway, with nothing to be said of errors on the way.
-            action = ErrorAction::Ignore;
+            // It ends anyway, and what is given up on the way is no news.
+            return ErrorAction::Ignore;
         }
         let is_no_space = is_no_space(&error);
         state.tell(Event::Error(ErrorEvent {
@@ -700,6 +733,26 @@ impl Job {
         self.shared.lock().error.get_or_insert(error);
     }
 
+    /// From here on the switch is out, and nothing stops the job. Not if it was cancelled or paused
+    /// before: both are decided under one lock, so that one that was accepted has its effect.
+    pub(crate) fn hold_switch(&self) -> bool {
+        let mut state = self.shared.lock();
+        let may_switch = state.cancel.is_none() && !state.is_paused();
+        if may_switch {
+            state.switch = SwitchState::Held;
+        }
+        may_switch
+    }
+
+    /// The machine is dropped. A job whose switch is out is ended by whoever holds the switch.
+    pub(crate) fn machine_dropped(&self) {
+        self.change_state(|state| match state.switch {
+            SwitchState::Held => state.is_machine_gone = true,
+            SwitchState::Committed => drop(state.conclude(None)),
+            SwitchState::None | SwitchState::Declined => state.end_dropped(),
+        });
+    }
+
     pub(crate) fn set_switch(&self, switch: SwitchState) {
         self.change_from_outside(|state| {
             state.switch = switch;
@@ -708,6 +761,14 @@ impl Job {
                 state.is_completing = false;
                 state.is_finalizing = false;
             }
+            if state.is_machine_gone {
+                match switch {
+                    SwitchState::Committed => drop(state.conclude(None)),
+                    SwitchState::None | SwitchState::Held | SwitchState::Declined => {
+                        state.end_dropped();
+                    }
+                }
+            }
         });
     }
 
@@ -715,8 +776,10 @@ impl Job {
     pub(crate) fn conclude(&self, abandoned: Option<usize>) -> Result<(), JobError> {
         let mut state = self.shared.lock();
         let result = state.conclude(abandoned);
+        let driver = state.driver.take();
         let listener = state.events.take_waker();
         drop(state);
+        drop(driver);
         wake([None, listener]);
         result
     }
@@ -773,6 +836,11 @@ impl State {
         if self.options.id.is_some() {
             self.events.push(event);
         }
+    }
+
+    fn end_dropped(&mut self) {
+        self.error.get_or_insert(JobError::Dropped);
+        drop(self.conclude(None));
     }
 
     /// Success if there was no error and it was not cancelled by force.
@@ -838,7 +906,7 @@ impl State {
 
     /// Who must be told that something has changed, once the lock is released.
     fn wakers(&mut self) -> [Option<Waker>; 2] {
-        [self.driver.clone(), self.events.take_waker()]
+        [self.driver.take(), self.events.take_waker()]
     }
 }
 

@@ -61,6 +61,8 @@ pub(crate) fn is_no_space(error: &io::Error) -> bool {
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     next: Duration,
+    /// When the current delay ends.
+    until: Duration,
 }
 
 impl Backoff {
@@ -68,18 +70,24 @@ impl Backoff {
     const LAST: Duration = Duration::from_secs(5);
 
     pub(crate) fn new() -> Self {
-        Self { next: Self::FIRST }
+        Self {
+            next: Self::FIRST,
+            until: Duration::ZERO,
+        }
     }
 
-    /// How long to wait after one more failure.
-    pub(crate) fn delay(&mut self) -> Duration {
-        let delay = self.next;
-        self.next = (delay * 2).min(Self::LAST);
-        delay
+    /// When to try again what has just failed. What fails before that time is tried again then, too:
+    /// one bad moment that hits many requests counts once.
+    pub(crate) fn until(&mut self, now: Duration) -> Duration {
+        if now >= self.until {
+            self.until = now.saturating_add(self.next);
+            self.next = (self.next * 2).min(Self::LAST);
+        }
+        self.until
     }
 
     pub(crate) fn reset(&mut self) {
-        self.next = Self::FIRST;
+        *self = Self::new();
     }
 }
 
@@ -100,12 +108,30 @@ mod tests {
     #[test]
     fn delays_double_up_to_five_seconds() {
         let mut backoff = Backoff::new();
-        let delays: Vec<u128> = (0..11).map(|_| backoff.delay().as_millis()).collect();
+        let mut now = Duration::ZERO;
+        let delays: Vec<u128> = (0..11)
+            .map(|_| {
+                let until = backoff.until(now);
+                let delay = until - std::mem::replace(&mut now, until);
+                delay.as_millis()
+            })
+            .collect();
         assert_eq!(
             delays,
             [10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5000, 5000]
         );
         backoff.reset();
-        assert_eq!(backoff.delay().as_millis(), 10);
+        assert_eq!((backoff.until(now) - now).as_millis(), 10);
+    }
+
+    #[test]
+    fn failures_at_about_the_same_time_share_a_delay() {
+        let mut backoff = Backoff::new();
+        let now = Duration::from_secs(1);
+        let until = backoff.until(now);
+        for _ in 0..16 {
+            assert_eq!(backoff.until(now + Duration::from_millis(9)), until);
+        }
+        assert_eq!((backoff.until(until) - until).as_millis(), 20);
     }
 }

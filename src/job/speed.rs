@@ -51,9 +51,9 @@ impl RateLimit {
         // A full slice that ends when the debt is paid.
         self.accounted = if owed.is_zero() { 0 } else { self.quota() };
         self.slice_end = if owed.is_zero() {
-            now + SLICE
+            now.saturating_add(SLICE)
         } else {
-            now + owed
+            now.saturating_add(owed)
         };
     }
 
@@ -65,7 +65,7 @@ impl RateLimit {
         let end = self.stretched_end();
         if now >= end {
             self.accounted = 0;
-            self.slice_end = now + SLICE;
+            self.slice_end = now.saturating_add(SLICE);
             return now;
         }
         if self.accounted < self.quota() {
@@ -160,13 +160,18 @@ mod tests {
         let mut limit = RateLimit::new(1);
         limit.free_at(MS);
         limit.account(1_000_000);
-        assert!(limit.free_at(MS) > Duration::from_secs(1_000_000 / 2));
+        assert!(limit.free_at(MS) > Duration::from_secs(90_000));
         limit.set_speed(MS, 1_000_000_000);
         assert!(limit.free_at(MS) <= 101 * MS);
     }
 
     #[test]
     fn absurd_numbers_do_not_overflow() {
+        let mut late = RateLimit::new(1);
+        late.free_at(Duration::MAX);
+        late.account(1 << 40);
+        late.set_speed(Duration::MAX, 2);
+        assert_eq!(late.free_at(Duration::MAX), Duration::MAX);
         let mut limit = RateLimit::new(1);
         limit.free_at(MS);
         limit.account(u64::MAX);

@@ -104,6 +104,8 @@ struct Bitmaps {
     next_id: u64,
     /// The log that writes are recorded in, if any.
     recording: Option<usize>,
+    /// The logs there are, so that draining does not look for them in every place.
+    logs: Vec<usize>,
     /// Whether a job has taken the node.
     is_claimed: bool,
 }
@@ -241,6 +243,7 @@ impl Node {
                 by_id: BTreeMap::new(),
                 next_id: 0,
                 recording: None,
+                logs: Vec::new(),
                 is_claimed: false,
             }),
         });
@@ -312,12 +315,25 @@ impl Node {
         if !guard.is_of(self) {
             return Err(TrackError::OtherNode);
         }
-        Inner::track(self.inner(), granularity)
+        if !(LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&granularity.exponent()) {
+            return Err(TrackError::Granularity(granularity));
+        }
+        Inner::track(self.inner(), HBitmap::new(self.len(), granularity)?)
+    }
+
+    /// As [`track`](Self::track), into a clean bitmap that was made for this node before.
+    pub(crate) fn track_into(
+        &self,
+        guard: &QuiesceGuard,
+        bitmap: HBitmap,
+    ) -> Result<JobBitmap, TrackError> {
+        assert!(guard.is_of(self), "a job quiesces its own node");
+        Inner::track(self.inner(), bitmap)
     }
 
     /// For sabotage: records from now on, whatever is in flight.
-    pub(crate) fn track_unquiesced(&self, granularity: Granularity) -> Option<JobBitmap> {
-        Inner::track(self.inner(), granularity).ok()
+    pub(crate) fn track_unquiesced(&self, bitmap: HBitmap) -> Option<JobBitmap> {
+        Inner::track(self.inner(), bitmap).ok()
     }
 
     /// Takes the node for a job, unless another has it.
@@ -345,13 +361,7 @@ impl fmt::Debug for Node {
 }
 
 impl Inner {
-    fn track(node: &Arc<Self>, granularity: Granularity) -> Result<JobBitmap, TrackError> {
-        let exponent = granularity.exponent();
-        if !(LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&exponent) {
-            return Err(TrackError::Granularity(granularity));
-        }
-        let bitmap = HBitmap::new(node.len, granularity)?;
-
+    fn track(node: &Arc<Self>, bitmap: HBitmap) -> Result<JobBitmap, TrackError> {
         let mut bitmaps = node.bitmaps.lock();
         // What is in a log now was written before: it is not for the new bitmap.
         node.drain_into(&mut bitmaps);
@@ -359,9 +369,9 @@ impl Inner {
             .by_id
             .values()
             .map(HBitmap::granularity)
-            .fold(granularity, Granularity::min);
+            .fold(bitmap.granularity(), Granularity::min);
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
-        node.log_or_new(log, finest)?;
+        node.log_or_new(&mut bitmaps, log, finest)?;
         node.gate.record_in(Some(log));
         bitmaps.recording = Some(log);
 
@@ -376,11 +386,17 @@ impl Inner {
         })
     }
 
-    fn log_or_new(&self, log: usize, granularity: Granularity) -> Result<(), DirtyLogError> {
+    fn log_or_new(
+        &self,
+        bitmaps: &mut Bitmaps,
+        log: usize,
+        granularity: Granularity,
+    ) -> Result<(), DirtyLogError> {
         if self.logs[log].get().is_none() {
             let made = DirtyLog::new(self.len, granularity)?;
             // Under the lock of the bitmaps, so nobody was faster.
             assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
+            bitmaps.logs.push(log);
         }
         Ok(())
     }
@@ -398,7 +414,7 @@ impl Inner {
     fn drain_into(&self, bitmaps: &mut Bitmaps) {
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
-        for log in self.logs.iter().filter_map(OnceLock::get) {
+        for log in bitmaps.logs.iter().filter_map(|&log| self.logs[log].get()) {
             if log.is_clean() {
                 continue;
             }
@@ -744,6 +760,12 @@ impl JobBitmap {
         }
     }
 
+    /// Has `waker` called by the next write that settles. What settled before must be looked for
+    /// afterwards.
+    pub(crate) fn wake_at_write(&self, waker: &Waker) {
+        self.node.gate.arm(self.waiter, waker);
+    }
+
     /// Whether something is dirty. If not, `waker` is called when something was written.
     pub fn poll_dirty(&self, waker: &Waker) -> Poll<()> {
         let gate = &self.node.gate;
@@ -779,9 +801,12 @@ impl Drop for JobBitmap {
     }
 }
 
+/// Does not look into the bitmap: that takes the node's lock.
 impl fmt::Debug for JobBitmap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.lock().fmt(f)
+        f.debug_struct("JobBitmap")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
