@@ -194,6 +194,9 @@ pub use crate::job::{
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
 pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch};
+#[cfg(loom)]
+#[doc(hidden)]
+pub use crate::node::GateRule;
 pub use crate::node::{
     Begin, BeginFuture, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
     PendingWrite, Quiesce, QuiesceGuard, Ticket, TrackError, Way,

@@ -11,7 +11,9 @@
 //! Invariants:
 //!
 //! 1. A write that was let in is counted in `begun` of exactly one lane before it may start, and in
-//!    `finished` of the same lane after everything it had to record is recorded.
+//!    `finished` of the same lane after everything it had to record is recorded. One that had to wait
+//!    is counted apart: the plain store of a queue's `begun` is for one thread at a time, and a write
+//!    that waits is polled on any.
 //! 2. Whoever closes the gate raises the flag first and looks at the counters afterwards; a writer
 //!    counts itself first and looks at the flag afterwards. Between the two steps both have a full
 //!    barrier. So either the writer sees the flag, or the closer sees the writer.
@@ -19,7 +21,8 @@
 //!    a newcomer sees the flag and takes back its count without having written.
 //! 4. A writer that leaves looks at the flags after it has counted itself out, for the same reason:
 //!    either it sees that somebody waits and wakes him, or he saw the counter.
-//! 5. No waker is called under the lock: it is foreign code.
+//! 5. No waker is called or dropped under the lock: it is foreign code. One may be the last to know a
+//!    task, which then goes with all it owns, tickets and guards of this gate among it.
 //!
 //! Counting is per lane, that is per guest queue, each on its own cache lines, so that queues do not
 //! slow each other down. Only [`Gate::close`], waiting and waking take the lock.
@@ -45,9 +48,13 @@ struct Padded<T>(T);
 /// How many writes of one lane were let in, and how many of them have left.
 pub(super) struct Counter {
     begun: AtomicU64,
+    /// Writes, beside those in `begun`, that had to wait first. They begin on whatever thread polls
+    /// them, while the queue they came through may be in use on another.
+    begun_late: AtomicU64,
     finished: AtomicU64,
     /// Whether several threads begin writes on this lane at the same time.
     shared: bool,
+    rules: Rules,
 }
 
 impl Counter {
@@ -58,14 +65,24 @@ impl Counter {
             self.begun.fetch_add(1, Ordering::SeqCst);
             // Loom takes `SeqCst` accesses for `AcqRel` and must be told.
             #[cfg(loom)]
-            fence(Ordering::SeqCst);
+            self.rules.fence_for(GateRule::BarrierAfterCount);
         } else {
             // One thread at a time begins here, so a load and a store do what an atomic add does, and
             // the barrier is all that it costs.
             let begun = self.begun.load(Ordering::Relaxed);
             self.begun.store(begun + 1, Ordering::Relaxed);
-            fence(Ordering::SeqCst);
+            self.rules.fence_for(GateRule::BarrierAfterCount);
         }
+    }
+
+    /// As [`enter`](Self::enter), for a write that waited.
+    fn enter_late(&self) {
+        if !self.rules.keeps(GateRule::LateApart) {
+            return self.enter();
+        }
+        self.begun_late.fetch_add(1, Ordering::SeqCst);
+        #[cfg(loom)]
+        self.rules.fence_for(GateRule::BarrierAfterCount);
     }
 
     #[inline]
@@ -74,14 +91,22 @@ impl Counter {
         // `SeqCst` for the flags looked at next.
         self.finished.fetch_add(1, Ordering::SeqCst);
         #[cfg(loom)]
-        fence(Ordering::SeqCst);
+        self.rules.fence_for(GateRule::BarrierAfterLeave);
     }
 
-    /// Whether nobody is inside. `finished` is read first: if it was equal to a `begun` read later,
-    /// it was equal at some moment between.
+    /// Whether nobody is inside. `finished` is read first: if it was equal to the sum of what is read
+    /// later, it was equal at some moment between.
     fn is_quiet(&self) -> bool {
+        if !self.rules.keeps(GateRule::FinishedFirst) {
+            let begun = self.begun();
+            return self.finished.load(Ordering::SeqCst) == begun;
+        }
         let finished = self.finished.load(Ordering::SeqCst);
-        finished == self.begun.load(Ordering::SeqCst)
+        finished == self.begun()
+    }
+
+    fn begun(&self) -> u64 {
+        self.begun.load(Ordering::SeqCst) + self.begun_late.load(Ordering::SeqCst)
     }
 }
 
@@ -92,17 +117,19 @@ struct Waiters {
 }
 
 impl Waiters {
-    fn set(&mut self, id: WaiterId, waker: &Waker) {
-        match self.by_ticket.get_mut(&id.0) {
-            Some(known) => known.clone_from(waker),
-            None => {
-                self.by_ticket.insert(id.0, waker.clone());
-            }
+    /// Gives back the waker that is not needed any more, for the caller to drop outside of the lock.
+    #[must_use]
+    fn set(&mut self, id: WaiterId, waker: &Waker) -> Option<Waker> {
+        match self.by_ticket.get(&id.0) {
+            Some(known) if known.will_wake(waker) => None,
+            _ => self.by_ticket.insert(id.0, waker.clone()),
         }
     }
 
-    fn remove(&mut self, id: WaiterId) {
-        self.by_ticket.remove(&id.0);
+    /// As [`set`](Self::set).
+    #[must_use]
+    fn remove(&mut self, id: WaiterId) -> Option<Waker> {
+        self.by_ticket.remove(&id.0)
     }
 
     fn take(&mut self) -> Vec<Waker> {
@@ -132,6 +159,7 @@ pub(super) struct Gate {
     /// Read by every write, written only by the few who close, arm or start tracking.
     flags: Padded<AtomicU64>,
     state: Mutex<State>,
+    pub(super) rules: Rules,
 }
 
 /// One lane's counter, as its queue and its tickets hold it.
@@ -145,8 +173,9 @@ pub(super) struct Entry {
 }
 
 impl Gate {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(rules: Rules) -> Self {
         Self {
+            rules,
             flags: Padded(AtomicU64::new(0)),
             state: Mutex::new(State {
                 lanes: Vec::new(),
@@ -162,8 +191,10 @@ impl Gate {
     pub(super) fn add_lane(&self, shared: bool) -> LaneCounter {
         let counter = Arc::new(Padded(Counter {
             begun: AtomicU64::new(0),
+            begun_late: AtomicU64::new(0),
             finished: AtomicU64::new(0),
             shared,
+            rules: self.rules,
         }));
         self.state.lock().lanes.push(Arc::clone(&counter));
         LaneCounter(counter)
@@ -186,8 +217,17 @@ impl Gate {
     /// Lets a write in, unless the gate is closed.
     #[inline]
     pub(super) fn try_enter(&self, lane: &LaneCounter) -> Option<Entry> {
-        lane.0.0.enter();
-        let flags = self.flags.0.load(Ordering::SeqCst);
+        self.enter_by(lane, Counter::enter)
+    }
+
+    /// As [`try_enter`](Self::try_enter), for a write that had to wait: on any thread.
+    pub(super) fn try_enter_late(&self, lane: &LaneCounter) -> Option<Entry> {
+        self.enter_by(lane, Counter::enter_late)
+    }
+
+    #[inline]
+    fn enter_by(&self, lane: &LaneCounter, count: impl FnOnce(&Counter)) -> Option<Entry> {
+        let flags = self.look_after(GateRule::CountThenLook, || count(&lane.0.0));
         if flags & CLOSED == 0 {
             return Some(Entry {
                 log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
@@ -195,6 +235,19 @@ impl Gate {
         }
         self.leave(lane);
         None
+    }
+
+    /// The flags as they are after `count` was called; before, if that `rule` is broken.
+    #[inline]
+    fn look_after(&self, rule: GateRule, count: impl FnOnce()) -> u64 {
+        let look = || self.flags.0.load(Ordering::SeqCst);
+        if !self.rules.keeps(rule) {
+            let flags = look();
+            count();
+            return flags;
+        }
+        count();
+        look()
     }
 
     /// Lets a write in, or has `waker` called when it is worth asking again.
@@ -206,15 +259,23 @@ impl Gate {
         waker: &Waker,
     ) -> Option<Entry> {
         // The waker goes in while the gate is known to be closed, so that whoever opens finds it.
-        {
-            let mut state = self.state.lock();
-            if state.closers > 0 {
-                state.writers.set(id, waker);
-                return None;
-            }
-            state.writers.remove(id);
+        let mut state = self.state.lock();
+        let is_closed = state.closers > 0;
+        if !self.rules.keeps(GateRule::WaitWhileClosed) {
+            drop(state);
+            state = self.state.lock();
         }
-        let entry = self.try_enter(lane);
+        let unused = if is_closed {
+            state.writers.set(id, waker)
+        } else {
+            state.writers.remove(id)
+        };
+        drop(state);
+        drop(unused);
+        if is_closed {
+            return None;
+        }
+        let entry = self.try_enter_late(lane);
         if entry.is_none() {
             // Closed again in between: the next poll registers.
             waker.wake_by_ref();
@@ -223,14 +284,14 @@ impl Gate {
     }
 
     pub(super) fn forget_writer(&self, id: WaiterId) {
-        self.state.lock().writers.remove(id);
+        let _unused = self.state.lock().writers.remove(id);
     }
 
     /// A write that was let in has settled and is recorded.
     #[inline]
     pub(super) fn leave(&self, lane: &LaneCounter) {
-        lane.0.0.leave();
-        if self.flags.0.load(Ordering::SeqCst) & (CLOSED | ARMED) != 0 {
+        let flags = self.look_after(GateRule::LeaveThenLook, || lane.0.0.leave());
+        if flags & (CLOSED | ARMED) != 0 {
             self.wake_after_leave();
         }
     }
@@ -270,38 +331,43 @@ impl Gate {
     /// a waker is given, it is called when a write leaves.
     pub(super) fn is_quiet(&self, id: WaiterId, waker: Option<&Waker>) -> bool {
         let mut state = self.state.lock();
-        if let Some(waker) = waker {
-            state.quiescers.set(id, waker);
-        }
-        fence(Ordering::SeqCst);
+        let replaced = waker.and_then(|waker| state.quiescers.set(id, waker));
+        self.rules.fence_for(GateRule::BarrierBeforeSum);
         let quiet = state.lanes.iter().all(|lane| lane.0.is_quiet())
             || is_broken(Sabotage::DoNotWaitForWriters);
-        if quiet {
-            state.quiescers.remove(id);
-        }
+        let removed = if quiet {
+            state.quiescers.remove(id)
+        } else {
+            None
+        };
+        drop(state);
+        drop((replaced, removed));
         quiet
     }
 
     pub(super) fn forget_quiescer(&self, id: WaiterId) {
-        self.state.lock().quiescers.remove(id);
+        let _unused = self.state.lock().quiescers.remove(id);
     }
 
     /// Has `waker` called by the next recorded write. The caller must look once more, afterwards,
     /// whether something was recorded already.
     pub(super) fn arm(&self, id: WaiterId, waker: &Waker) {
         let mut state = self.state.lock();
-        state.watchers.set(id, waker);
+        let replaced = state.watchers.set(id, waker);
         self.flags.0.fetch_or(ARMED, Ordering::SeqCst);
         drop(state);
-        fence(Ordering::SeqCst);
+        drop(replaced);
+        self.rules.fence_for(GateRule::BarrierAfterArm);
     }
 
     pub(super) fn disarm(&self, id: WaiterId) {
         let mut state = self.state.lock();
-        state.watchers.remove(id);
+        let removed = state.watchers.remove(id);
         if state.watchers.by_ticket.is_empty() {
             self.flags.0.fetch_and(!ARMED, Ordering::SeqCst);
         }
+        drop(state);
+        drop(removed);
     }
 
     /// Which log writes are recorded in from now on. Going to another log while writes are inside
@@ -313,5 +379,62 @@ impl Gate {
         let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED);
         // Every change of the flags is made under the lock, so nothing is lost by a plain store.
         self.flags.0.store(rest | bits, Ordering::SeqCst);
+    }
+}
+
+/// The invariants of the gate and of those who use it, for loom tests to break one by one.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(loom), expect(unreachable_pub, reason = "only loom tests name it"))]
+#[cfg_attr(not(loom), allow(dead_code, reason = "only loom tests break some"))]
+pub enum GateRule {
+    /// Broken, a write is recorded after it has left.
+    RecordThenLeave,
+    /// Broken, a writer looks at the flags before it counts itself.
+    CountThenLook,
+    /// Broken, there is no barrier between the two.
+    BarrierAfterCount,
+    /// Broken, there is no barrier between raising the flag and looking at the counters.
+    BarrierBeforeSum,
+    /// Broken, writes that waited are counted with those that did not.
+    LateApart,
+    /// Broken, a closer looks at `begun` before `finished`.
+    FinishedFirst,
+    /// Broken, a writer that leaves looks at the flags before it counts itself out.
+    LeaveThenLook,
+    /// Broken, there is no barrier between the two.
+    BarrierAfterLeave,
+    /// Broken, a writer that waits has its waker put down after the gate may have been opened.
+    WaitWhileClosed,
+    /// Broken, a watcher looks for marks before it is armed, and not again.
+    ArmThenLook,
+    /// Broken, there is no barrier between the two.
+    BarrierAfterArm,
+}
+
+/// Which of them are kept: all, unless a loom test says otherwise.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Rules {
+    #[cfg(loom)]
+    pub(super) broken: Option<GateRule>,
+}
+
+impl Rules {
+    #[cfg(not(loom))]
+    #[inline]
+    pub(super) const fn keeps(self, _rule: GateRule) -> bool {
+        true
+    }
+
+    #[cfg(loom)]
+    pub(super) fn keeps(self, rule: GateRule) -> bool {
+        self.broken != Some(rule)
+    }
+
+    #[inline]
+    fn fence_for(self, rule: GateRule) {
+        if self.keeps(rule) {
+            fence(Ordering::SeqCst);
+        }
     }
 }

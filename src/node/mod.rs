@@ -38,7 +38,12 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::{Arc, Mutex, MutexGuard};
 use crate::units::{ByteRange, Granularity};
 
-use gate::{Entry, Gate, LaneCounter, WaiterId};
+#[cfg(loom)]
+#[doc(hidden)]
+pub use gate::GateRule;
+#[cfg(not(loom))]
+use gate::GateRule;
+use gate::{Entry, Gate, LaneCounter, Rules, WaiterId};
 
 /// The finest granularity that a node records in: 512 bytes.
 const LOG_EXPONENT_MIN: u8 = 9;
@@ -152,7 +157,7 @@ pub struct BeginFuture<L: Way>(Option<Begin<L>>);
 /// The way into a [`Node`] of one guest queue, which has its own cache lines to count its writes on.
 ///
 /// Two queues do not slow each other down. A queue may move between threads but is used by one at a
-/// time; its tickets may finish on any thread.
+/// time; its tickets may finish, and its writes that wait may begin, on any thread.
 pub struct GuestQueue {
     lane: Arc<Lane>,
     _used_by_one_thread: PhantomData<std::cell::Cell<()>>,
@@ -217,9 +222,22 @@ impl Node {
     /// A disk of `len` bytes. The length need not be a multiple of anything.
     #[must_use]
     pub fn new(len: u64) -> Self {
+        Self::with_rules(len, Rules::default())
+    }
+
+    /// As [`new`](Self::new), with one invariant of the gate broken.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    #[must_use]
+    pub fn breaking(len: u64, rule: GateRule) -> Self {
+        let broken = Some(rule);
+        Self::with_rules(len, Rules { broken })
+    }
+
+    fn with_rules(len: u64, rules: Rules) -> Self {
         let node = Arc::new(Inner {
             len,
-            gate: Gate::new(),
+            gate: Gate::new(rules),
             logs: std::array::from_fn(|_| OnceLock::new()),
             bitmaps: Mutex::new(Bitmaps {
                 by_id: BTreeMap::new(),
@@ -429,10 +447,16 @@ impl Lane {
     /// Records a write and counts it out.
     #[inline]
     fn settle(&self, range: ByteRange, entry: Entry) {
+        let leaves_early = !self.node.gate.rules.keeps(GateRule::RecordThenLeave);
+        if leaves_early {
+            self.node.gate.leave(&self.counter);
+        }
         if let Some(log) = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
             self.node.record(log, range);
         }
-        self.node.gate.leave(&self.counter);
+        if !leaves_early {
+            self.node.gate.leave(&self.counter);
+        }
     }
 }
 
@@ -611,7 +635,7 @@ impl<L: Way> PendingWrite<L> {
 
     /// The ticket, if the node is open by now.
     pub fn try_begin(&mut self) -> Option<Ticket<L>> {
-        let entry = self.lane.node.gate.try_enter(&self.lane.counter)?;
+        let entry = self.lane.node.gate.try_enter_late(&self.lane.counter)?;
         Some(Ticket::new(self.lane.clone(), self.range, entry))
     }
 
@@ -744,13 +768,24 @@ impl JobBitmap {
 
     /// Whether something is dirty. If not, `waker` is called when something was written.
     pub fn poll_dirty(&self, waker: &Waker) -> Poll<()> {
-        self.node.gate.arm(self.waiter, waker);
-        let is_dirty = self.node.has_recorded() || !self.lock().is_clean();
+        let gate = &self.node.gate;
+        let is_dirty = if gate.rules.keeps(GateRule::ArmThenLook) {
+            gate.arm(self.waiter, waker);
+            self.is_dirty()
+        } else {
+            let is_dirty = self.is_dirty();
+            gate.arm(self.waiter, waker);
+            is_dirty
+        };
         if is_dirty {
-            self.node.gate.disarm(self.waiter);
+            gate.disarm(self.waiter);
             return Poll::Ready(());
         }
         Poll::Pending
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.node.has_recorded() || !self.lock().is_clean()
     }
 }
 

@@ -1,0 +1,527 @@
+//! Guest writes against whoever closes the gate, watches for writes or starts to record them, in every
+//! interleaving and with every stale load the memory model allows.
+//!
+//! `RUSTFLAGS="--cfg loom" cargo test --release --test loom_gate`
+//!
+//! What is judged is what jobs rely on:
+//!
+//! ```text
+//! under the guard   no write is half done, each is there or has not begun, and what is there is
+//!                   recorded
+//! waiting           nobody sleeps on when what he waits for has come: such a model deadlocks
+//! track             a write is on the disk when recording starts, or is recorded
+//! ```
+//!
+//! Each rule of the gate is also broken on purpose, in a scenario that passes when it is kept.
+#![cfg(loom)]
+
+use std::future::poll_fn;
+use std::sync::atomic::AtomicBool;
+use std::task::{Poll, Wake, Waker};
+
+use blockjob::{Begin, ByteRange, GateRule, Granularity, JobBitmap, Node, QuiesceGuard, Way};
+use loom::future::block_on;
+use loom::sync::Arc;
+use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use loom::thread;
+
+/// Nothing is written yet.
+const OLD: u64 = 0;
+/// A write is on its way to the disk.
+const TORN: u64 = 1;
+/// A write has settled.
+const NEW: u64 = 2;
+
+/// The finest granularity that a node records in.
+const GRANULE: u64 = 512;
+
+/// A disk of a few granules behind the gate of a node.
+struct Disk {
+    node: Node,
+    /// One per granule.
+    data: Vec<AtomicU64>,
+}
+
+impl Disk {
+    fn new(granules: u64, broken: Option<GateRule>) -> Arc<Self> {
+        let len = granules * GRANULE;
+        Arc::new(Self {
+            node: match broken {
+                Some(rule) => Node::breaking(len, rule),
+                None => Node::new(len),
+            },
+            data: (0..granules).map(|_| AtomicU64::new(OLD)).collect(),
+        })
+    }
+
+    /// Records from the start on.
+    fn track(&self) -> JobBitmap {
+        let guard = self.node.quiesce().try_guard().expect("nobody writes yet");
+        self.track_under(&guard)
+    }
+
+    fn track_under(&self, guard: &QuiesceGuard) -> JobBitmap {
+        let granularity = Granularity::from_bytes(GRANULE).unwrap();
+        self.node.track(guard, granularity).unwrap()
+    }
+
+    /// What a guest does: waits to be let in, writes and says so.
+    fn write<L: Way>(&self, begin: Begin<L>) {
+        let ticket = block_on(begin.into_future());
+        let granule = &self.data[(ticket.range().start() / GRANULE) as usize];
+        granule.store(TORN, Relaxed);
+        granule.store(NEW, Relaxed);
+        ticket.finish(());
+    }
+
+    fn read(&self) -> Vec<u64> {
+        self.data
+            .iter()
+            .map(|granule| granule.load(Relaxed))
+            .collect()
+    }
+
+    /// What the owner of a guard relies on.
+    fn check_quiet(&self, bitmap: Option<&JobBitmap>) {
+        let data = self.read();
+        assert!(!data.contains(&TORN), "a write was in flight");
+        if let Some(bitmap) = bitmap {
+            assert_recorded(&data, bitmap);
+        }
+        assert_eq!(data, self.read(), "a write was in flight");
+    }
+}
+
+/// That exactly the granules written are recorded.
+fn assert_recorded(data: &[u64], bitmap: &JobBitmap) {
+    let is_dirty = |granule| bitmap.lock().any_dirty_in(at(granule));
+    let recorded: Vec<_> = (0..data.len() as u64).map(is_dirty).collect();
+    let written: Vec<_> = data.iter().map(|data| *data == NEW).collect();
+    assert_eq!(recorded, written, "what is written is what is recorded");
+}
+
+/// One granule.
+fn at(granule: u64) -> ByteRange {
+    (granule * GRANULE..(granule + 1) * GRANULE).into()
+}
+
+/// Every schedule with at most three switches away from a thread that could have gone on, or two where
+/// three threads meet, unless `LOOM_MAX_PREEMPTIONS` says otherwise. The broken gates below are found out
+/// with two.
+fn explore(threads: usize, scenario: impl Fn() + Sync + Send + 'static) {
+    let mut model = loom::model::Builder::new();
+    let preemptions = if threads > 2 { 2 } else { 3 };
+    model.preemption_bound = model.preemption_bound.or(Some(preemptions));
+    model.check(scenario);
+}
+
+/// How a guest comes to the gate.
+#[derive(Clone, Copy)]
+enum Path {
+    /// By the node's own lane, which all share.
+    Node,
+    /// By a queue of its own.
+    Queue,
+}
+
+/// Starts guests that write one granule each.
+fn start_guests(disk: &Arc<Disk>, guests: &[Path]) -> Vec<thread::JoinHandle<()>> {
+    let start = |(granule, path): (usize, &Path)| {
+        let range = at(granule as u64);
+        let disk = disk.clone();
+        match path {
+            Path::Node => thread::spawn(move || disk.write(disk.node.begin_write(range))),
+            Path::Queue => {
+                let queue = disk.node.queue();
+                thread::spawn(move || disk.write(queue.begin_write(range)))
+            }
+        }
+    };
+    guests.iter().enumerate().map(start).collect()
+}
+
+fn join(threads: Vec<thread::JoinHandle<()>>) {
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+/// The gate is closed while guests write. Somebody who sleeps for ever is a deadlock of the model: the
+/// closer waits for the guests inside, guests that come late wait for the guard to go.
+fn quiesce(guests: &'static [Path], broken: Option<GateRule>) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(guests.len() as u64, broken);
+        let guests = start_guests(&disk, guests);
+        let guard = block_on(disk.node.quiesce());
+        disk.check_quiet(None);
+        drop(guard);
+        join(guests);
+        assert!(disk.read().iter().all(|data| *data == NEW));
+    });
+}
+
+/// As [`quiesce`], and the guest's writes are recorded.
+fn quiesce_recording(guests: &'static [Path], broken: Option<GateRule>) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, broken);
+        let bitmap = disk.track();
+        let guests = start_guests(&disk, guests);
+        let guard = block_on(disk.node.quiesce());
+        disk.check_quiet(Some(&bitmap));
+        drop(guard);
+        join(guests);
+        disk.check_quiet(Some(&bitmap));
+    });
+}
+
+/// Recording starts while a guest writes. The guest's write is seen by who reads the disk after that,
+/// or recorded, or both.
+fn track(guests: &'static [Path], broken: Option<GateRule>) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, broken);
+        let guests = start_guests(&disk, guests);
+        let guard = block_on(disk.node.quiesce());
+        let bitmap = disk.track_under(&guard);
+        drop(guard);
+        let copied = disk.read();
+        join(guests);
+        let is_recorded = !bitmap.lock().is_clean();
+        assert!(copied == [NEW] || is_recorded, "lost a write");
+    });
+}
+
+/// A job sleeps until something is dirty while a guest writes.
+fn watch(guests: &'static [Path], broken: Option<GateRule>) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, broken);
+        let bitmap = disk.track();
+        let guests = start_guests(&disk, guests);
+        block_on(poll_fn(|cx| {
+            if bitmap.poll_dirty(cx.waker()).is_pending() {
+                return Poll::Pending;
+            }
+            // It may be a false alarm, if a mark met a drain.
+            match bitmap.lock().is_clean() {
+                true => bitmap.poll_dirty(cx.waker()),
+                false => Poll::Ready(()),
+            }
+        }));
+        join(guests);
+        assert_recorded(&disk.read(), &bitmap);
+    });
+}
+
+/// A write that was asked for under the guard waits while the guard goes.
+fn wait() {
+    explore(2, move || {
+        let disk = Disk::new(1, None);
+        let guard = disk.node.quiesce().try_guard().expect("nobody writes yet");
+        let begin = disk.node.begin_write_owned(at(0));
+        assert!(matches!(begin, Begin::Wait(_)));
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || disk.write(begin))
+        };
+        disk.check_quiet(None);
+        drop(guard);
+        guest.join().unwrap();
+    });
+}
+
+/// Whether it was woken. Looked at when all threads are joined, so loom need not see it.
+#[derive(Default)]
+struct Alarm(AtomicBool);
+
+impl Wake for Alarm {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.store(true, Relaxed);
+    }
+}
+
+/// As [`wait`], but the write asks once only: it is let in or woken. Loom cannot take down a model in
+/// which the last to fall asleep has destructors that lock, so this one does not deadlock.
+fn ask_once(broken: Option<GateRule>) {
+    explore(2, move || {
+        let disk = Disk::new(1, broken);
+        let guard = disk.node.quiesce().try_guard().expect("nobody writes yet");
+        let Begin::Wait(mut pending) = disk.node.begin_write_owned(at(0)) else {
+            unreachable!("the gate is closed");
+        };
+        let alarm = std::sync::Arc::new(Alarm::default());
+        let waker = Waker::from(alarm.clone());
+        let guest = thread::spawn(move || {
+            let is_in = pending.poll_begin(&waker).is_ready();
+            (is_in, pending)
+        });
+        drop(guard);
+        let (is_in, pending) = guest.join().unwrap();
+        drop(pending);
+        assert!(is_in || alarm.0.load(Relaxed), "nobody woke the write");
+    });
+}
+
+#[test]
+fn under_the_guard_no_write_of_the_node_is_in_flight() {
+    quiesce(&[Path::Node], None);
+}
+
+#[test]
+fn under_the_guard_no_write_of_a_queue_is_in_flight() {
+    quiesce(&[Path::Queue], None);
+}
+
+#[test]
+fn under_the_guard_no_write_of_two_is_in_flight() {
+    quiesce(&[Path::Node, Path::Node], None);
+}
+
+#[test]
+fn under_the_guard_no_write_of_two_lanes_is_in_flight() {
+    quiesce(&[Path::Node, Path::Queue], None);
+}
+
+#[test]
+fn what_is_written_under_the_guard_is_recorded() {
+    quiesce_recording(&[Path::Node], None);
+}
+
+#[test]
+fn what_a_queue_has_written_under_the_guard_is_recorded() {
+    quiesce_recording(&[Path::Queue], None);
+}
+
+#[test]
+fn a_write_is_there_when_recording_starts_or_is_recorded() {
+    track(&[Path::Node], None);
+}
+
+#[test]
+fn a_write_of_a_queue_is_there_when_recording_starts_or_is_recorded() {
+    track(&[Path::Queue], None);
+}
+
+#[test]
+fn a_write_that_waits_is_woken_when_the_guard_goes() {
+    wait();
+    ask_once(None);
+}
+
+#[test]
+fn who_watches_is_woken_by_a_write_of_the_node() {
+    watch(&[Path::Node], None);
+}
+
+#[test]
+fn who_watches_is_woken_by_a_write_of_a_queue() {
+    watch(&[Path::Queue], None);
+}
+
+#[test]
+fn who_watches_is_not_kept_from_waking_by_another_who_looks() {
+    explore(3, || {
+        let disk = Disk::new(1, None);
+        let (sleeper, other) = (disk.track(), disk.track());
+        let looking = thread::spawn(move || other.lock().is_clean());
+        let guests = start_guests(&disk, &[Path::Queue]);
+        block_on(poll_fn(|cx| sleeper.poll_dirty(cx.waker())));
+        looking.join().unwrap();
+        join(guests);
+        assert_recorded(&disk.read(), &sleeper);
+    });
+}
+
+#[test]
+fn two_who_close_the_gate_hold_it_together() {
+    explore(3, || {
+        let disk = Disk::new(1, None);
+        let guests = start_guests(&disk, &[Path::Queue]);
+        let other = {
+            let disk = disk.clone();
+            thread::spawn(move || {
+                let guard = block_on(disk.node.quiesce());
+                disk.check_quiet(None);
+                drop(guard);
+            })
+        };
+        let guard = block_on(disk.node.quiesce());
+        disk.check_quiet(None);
+        drop(guard);
+        other.join().unwrap();
+        join(guests);
+        assert_eq!(disk.read(), [NEW]);
+    });
+}
+
+#[test]
+fn a_closer_that_gives_up_lets_waiting_writes_in() {
+    explore(2, || {
+        let disk = Disk::new(1, None);
+        let guests = start_guests(&disk, &[Path::Queue]);
+        if let Ok(guard) = disk.node.quiesce().try_guard() {
+            disk.check_quiet(None);
+            drop(guard);
+        }
+        join(guests);
+        assert_eq!(disk.read(), [NEW]);
+    });
+}
+
+#[test]
+fn a_waiting_write_dropped_while_the_gate_opens_is_nowhere() {
+    explore(3, || {
+        let disk = Disk::new(2, None);
+        let guard = disk.node.quiesce().try_guard().expect("nobody writes yet");
+        let Begin::Wait(mut dropped) = disk.node.begin_write_owned(at(0)) else {
+            unreachable!("the gate is closed");
+        };
+        let kept = disk.node.begin_write_owned(at(1));
+        let dropper = thread::spawn(move || {
+            block_on(poll_fn(|cx| {
+                // Whether it is let in or not, the ticket goes, and the one who waits with it.
+                if let Poll::Ready(ticket) = dropped.poll_begin(cx.waker()) {
+                    ticket.cancel();
+                }
+                Poll::Ready(())
+            }));
+            drop(dropped);
+        });
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || disk.write(kept))
+        };
+        drop(guard);
+        dropper.join().unwrap();
+        guest.join().unwrap();
+        assert_eq!(disk.read(), [OLD, NEW]);
+        assert!(disk.node.quiesce().try_guard().is_ok(), "nobody is inside");
+    });
+}
+
+/// A write of a queue that had to wait begins on whatever thread polls it, while the queue is in use on
+/// another. Whoever closes the gate then must find the one that is still inside.
+fn late_write_of_a_queue(broken: Option<GateRule>) {
+    explore(2, move || {
+        let disk = Disk::new(2, broken);
+        let queue = disk.node.queue();
+        let guard = disk.node.quiesce().try_guard().expect("nobody writes yet");
+        let late = queue.begin_write_owned(at(0));
+        assert!(matches!(late, Begin::Wait(_)));
+        drop(guard);
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || disk.write(late))
+        };
+        let ticket = queue.begin_write(at(1)).go().expect("the gate is open");
+        guest.join().unwrap();
+        assert!(
+            disk.node.quiesce().try_guard().is_err(),
+            "a write was in flight"
+        );
+        ticket.finish(());
+        assert!(disk.node.quiesce().try_guard().is_ok(), "nobody is inside");
+    });
+}
+
+/// Somebody is turned away while the counters are looked at, and somebody else is inside.
+fn turned_away(broken: Option<GateRule>) {
+    explore(2, move || {
+        let disk = Disk::new(1, broken);
+        let inside = disk.node.begin_write(at(0)).go().expect("the gate is open");
+        let quiesce = disk.node.quiesce();
+        let newcomer = {
+            let disk = disk.clone();
+            thread::spawn(move || assert!(disk.node.begin_write(at(0)).go().is_none()))
+        };
+        let quiesce = quiesce.try_guard().expect_err("a write was in flight");
+        newcomer.join().unwrap();
+        inside.finish(());
+        assert!(quiesce.try_guard().is_ok(), "nobody is inside");
+    });
+}
+
+#[test]
+fn who_is_turned_away_hides_nobody_who_is_inside() {
+    turned_away(None);
+}
+
+#[test]
+fn a_late_write_of_a_queue_begins_on_another_thread() {
+    late_write_of_a_queue(None);
+}
+
+/// Every rule broken, in their order.
+mod sabotage {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "what is written is what is recorded")]
+    fn recorded_after_leaving() {
+        quiesce_recording(&[Path::Node], Some(GateRule::RecordThenLeave));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was in flight")]
+    fn looked_at_the_flag_before_counting() {
+        quiesce(&[Path::Queue], Some(GateRule::CountThenLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "lost a write")]
+    fn looked_at_the_flag_before_counting_when_recording_starts() {
+        track(&[Path::Node], Some(GateRule::CountThenLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was in flight")]
+    fn no_barrier_after_the_plain_store() {
+        quiesce(&[Path::Queue], Some(GateRule::BarrierAfterCount));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was in flight")]
+    fn no_barrier_before_the_counters_are_summed() {
+        quiesce(&[Path::Queue], Some(GateRule::BarrierBeforeSum));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was in flight")]
+    fn late_writes_counted_with_the_others() {
+        late_write_of_a_queue(Some(GateRule::LateApart));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was in flight")]
+    fn begun_looked_at_before_finished() {
+        turned_away(Some(GateRule::FinishedFirst));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn no_look_after_leaving() {
+        quiesce(&[Path::Queue], Some(GateRule::LeaveThenLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn no_barrier_after_leaving() {
+        quiesce(&[Path::Queue], Some(GateRule::BarrierAfterLeave));
+    }
+
+    #[test]
+    #[should_panic(expected = "nobody woke the write")]
+    fn waker_put_down_when_the_gate_is_open_again() {
+        ask_once(Some(GateRule::WaitWhileClosed));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn armed_without_looking_again() {
+        watch(&[Path::Queue], Some(GateRule::ArmThenLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "deadlock")]
+    fn no_barrier_after_arming() {
+        watch(&[Path::Queue], Some(GateRule::BarrierAfterArm));
+    }
+}
