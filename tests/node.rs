@@ -6,6 +6,11 @@
     clippy::disallowed_types,
     reason = "a test brings the threads"
 )]
+#![allow(
+    clippy::single_range_in_vec_init,
+    clippy::type_complexity,
+    reason = "a list of one range is meant, and a table of ways says what it holds"
+)]
 
 use std::io;
 use std::pin::{Pin, pin};

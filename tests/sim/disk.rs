@@ -295,19 +295,15 @@ impl Disk {
             _ => first.content,
         };
         let most = match seed / 8 % 4 {
-            0 => 1 + seed / 32 % 4,
-            _ => u64::MAX,
+            0 => 1 + (seed / 32 % 4) as usize,
+            _ => usize::MAX,
         };
         let mut len = BLOCK - range.start() % BLOCK;
-        let mut count = 1;
-        for index in blocks {
+        let others = blocks.take_while(|&index| {
             let block = self.blocks[index];
-            if block.content != first.content || block.in_top != first.in_top || count >= most {
-                break;
-            }
-            len += BLOCK;
-            count += 1;
-        }
+            block.content == first.content && block.in_top == first.in_top
+        });
+        len += BLOCK * others.count().min(most - 1) as u64;
         if seed % 61 == 0 {
             // It does not know.
             len = 0;
