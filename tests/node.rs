@@ -492,9 +492,9 @@ mod quiesce {
     fn clones_are_the_same_node_and_others_are_not() {
         let (node, other) = (Node::new(LEN), Node::new(LEN));
         let guard = quiesced(&node);
-        assert!(guard.is_of(&node) && guard.is_of(&node.clone()));
+        assert!(guard.is_of(&node));
         assert!(!guard.is_of(&other));
-        let _pending = wait(node.clone().begin_write_owned((0..512).into()));
+        let _pending = wait(node.begin_write_owned((0..512).into()));
         go(other.begin_write((0..512).into())).finish(());
     }
 }
