@@ -23,6 +23,7 @@ use crate::units::ByteRange;
 /// A write whose future is dropped may still reach the device. It counts as in flight until the device
 /// has settled: the next write through this disk sees to that, or [`settle`](WriteAt::settle). Until
 /// then the node cannot be quiesced.
+/// Let the disk [`settle`](WriteAt::settle) before it is dropped: dropping it says that all has settled.
 #[derive(Debug)]
 pub struct GuestDisk<D> {
     node: Node,

@@ -328,6 +328,11 @@ impl Node {
         bitmap: HBitmap,
     ) -> Result<JobBitmap, TrackError> {
         assert!(guard.is_of(self), "a job quiesces its own node");
+        let exponent = bitmap.granularity().exponent();
+        assert!(
+            (LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&exponent),
+            "a job has checked its granularity"
+        );
         Inner::track(self.inner(), bitmap)
     }
 
