@@ -1,13 +1,25 @@
 //! Memory for bits: asked for with a way to be told no.
 
-/// So many zero words, in memory that nobody has touched yet (rule 10); `None` if there is none.
+/// What the allocator is asked for without asking first. It is refused to nobody, and asking would cost
+/// more than it is worth: memory that was just given back is no longer known to be zero.
+const SURE: usize = 64 << 20;
+
+/// Whether there is memory for so many words.
 ///
-/// `vec![0; n]` alone gets zeroed pages without writing them, but it ends the process when they are
-/// refused. So a reservation of the same size asks first.
-pub(crate) fn zeroed_words(words: usize) -> Option<Vec<u64>> {
+/// `vec![0; n]` gets zeroed pages without writing them, but it ends the process when they are refused. So
+/// for a large one a reservation of the same size asks before.
+pub(crate) fn has_room_for(words: usize) -> bool {
+    if words <= SURE / size_of::<u64>() {
+        return true;
+    }
     let mut probe = Vec::<u64>::new();
-    probe.try_reserve_exact(words).ok()?;
+    let answer = probe.try_reserve_exact(words);
     // Without this the compiler may drop the probe, and assume that it worked.
     drop(std::hint::black_box(probe));
-    Some(vec![0; words])
+    answer.is_ok()
+}
+
+/// So many zero words, in memory that nobody has touched yet; `None` if there is none.
+pub(crate) fn zeroed_words(words: usize) -> Option<Vec<u64>> {
+    has_room_for(words).then(|| vec![0; words])
 }
