@@ -12,7 +12,7 @@
 //!    nothing that came after it.
 //! 2. The target holds what was acknowledged to the guest until the end, block by block.
 //! 3. Where the guest did not write after the switch, both are equal, byte by byte: they were equal
-//!    at the switch.
+//!    at the switch. Their checksums, which are told, are equal then, too.
 #![allow(
     clippy::disallowed_methods,
     clippy::disallowed_types,
@@ -172,7 +172,7 @@ fn mirror(options: &Options, source: Disk, target: &Path) -> Result<()> {
     if !options.json {
         println!("checking every byte of both files");
     }
-    let rewritten = machine.prove()?;
+    let (rewritten, checksum) = machine.prove()?;
     made.keep();
     let summary = Summary {
         len,
@@ -185,6 +185,7 @@ fn mirror(options: &Options, source: Disk, target: &Path) -> Result<()> {
             .into_iter()
             .fold(GuestReport::default(), GuestReport::add),
         rewritten,
+        checksum,
     };
     if options.json {
         println!("{}", summary.json());
@@ -258,11 +259,12 @@ impl Machine {
         self.clock.now() - since
     }
 
-    /// Compares both files with what is known of them and with each other, and returns how many blocks
-    /// the guest wrote to after the switch.
-    fn prove(&self) -> Result<u64> {
+    /// Compares both files with what is known of them and with each other. Returns how many blocks the
+    /// guest wrote to after the switch, and the CRC-32 that both files have of all others.
+    fn prove(&self) -> Result<(u64, u32)> {
         const CHUNK: u64 = 1 << 20;
         let mut rewritten = 0;
+        let mut checksums = [crc32fast::Hasher::new(), crc32fast::Hasher::new()];
         let [mut old, mut new, mut expected] = [vec![], vec![], vec![0; BLOCK as usize]];
         for start in (0..self.node.len()).step_by(CHUNK as usize) {
             let len = CHUNK.min(self.node.len() - start) as usize;
@@ -282,6 +284,8 @@ impl Machine {
                 }
                 let later = self.target.stamps.of(block);
                 if later == Stamp::BEFORE {
+                    checksums[0].update(old);
+                    checksums[1].update(new);
                     if old != new {
                         return Err(lost("source and target differ", block));
                     }
@@ -293,7 +297,11 @@ impl Machine {
                 }
             }
         }
-        Ok(rewritten)
+        let [source, target] = checksums.map(crc32fast::Hasher::finalize);
+        if source != target {
+            return Err(format!("PROOF FAILED: checksums {source:08x} and {target:08x}").into());
+        }
+        Ok((rewritten, source))
     }
 }
 
@@ -475,6 +483,8 @@ struct Summary {
     guests: GuestReport,
     /// Blocks that the guest wrote to after the switch.
     rewritten: u64,
+    /// Of all other blocks, on both disks.
+    checksum: u32,
 }
 
 impl Summary {
@@ -499,7 +509,10 @@ impl Summary {
                 guests.changes, guests.waited, guests.longest, self.rewritten,
             );
         }
-        println!("OK: source and target were equal at the switch, and no write was lost");
+        println!(
+            "OK: source and target were equal at the switch (CRC-32 {:08x} on both), and no write was lost",
+            self.checksum,
+        );
     }
 
     fn json(&self) -> String {
@@ -510,7 +523,7 @@ impl Summary {
                 r#""ready_bytes": {}, "ready_seconds": {:.6}, "bytes_per_second": {}, "#,
                 r#""seconds": {:.6}, "held_seconds": {:.6}, "guest_writes": {}, "#,
                 r#""guest_writes_waited": {}, "guest_write_seconds_max": {:.6}, "#,
-                r#""blocks_written_after_switch": {}}}"#
+                r#""blocks_written_after_switch": {}, "crc32": "{:08x}"}}"#
             ),
             self.len,
             self.granularity.bytes(),
@@ -524,6 +537,7 @@ impl Summary {
             guests.waited,
             guests.longest.as_secs_f64(),
             self.rewritten,
+            self.checksum,
         )
     }
 }
