@@ -27,7 +27,10 @@
 //!    writes to the target now.
 //! 6. The source is never written.
 
-use std::fmt;
+mod options;
+mod pace;
+mod switch;
+
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -35,21 +38,20 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{
-    Budget, Content, Done, Ends, Engine, Extent, Limits, LimitsError, Op, OpId, OpKind, Outcome,
-    Shape, ShapeError, Side, Unmap,
+    Budget, Content, Done, Ends, Engine, Extent, Limits, Op, OpId, OpKind, Outcome, Shape, Side,
 };
 use crate::job::{
-    Asked, Backoff, Cancel, ErrorAction, Job, JobError, JobOptions, JobOptionsError, Progress,
-    RateLimit, Status, SwitchState,
+    Asked, Backoff, Cancel, ErrorAction, Job, JobError, Progress, RateLimit, Status, SwitchState,
 };
 use crate::node::{JobBitmap, JobClaim, Node, Quiesce, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
-/// The finest granularity of a mirror.
-const GRANULARITY_MIN: u64 = 512;
-/// The coarsest granularity of a mirror.
-const GRANULARITY_MAX: u64 = 64 << 20;
+use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
+pub use options::{MirrorError, MirrorOptions, MirrorSync};
+use pace::Pace;
+pub use switch::Switch;
+
 /// How much of the source is asked about at once while it is scanned.
 const SCAN_MAX: u64 = 8 << 30;
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
@@ -59,124 +61,6 @@ const SCAN_ZEROES: u64 = 64;
 /// While in step, a guest write wakes the job at most this often; what is written between is copied
 /// together.
 const BATCH: Duration = Duration::from_millis(10);
-
-/// What a mirror copies at first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum MirrorSync {
-    /// The whole disk, through all its layers. What the target held before does not matter.
-    #[default]
-    Full,
-    /// What the topmost layer holds. The target shows the layers below by itself.
-    Top,
-    /// Nothing: only what is written from now on.
-    None,
-}
-
-/// How a mirror is made.
-///
-/// # Examples
-///
-/// ```
-/// use blockjob::{Granularity, MirrorOptions, MirrorSync};
-///
-/// let mut options = MirrorOptions::default();
-/// options.sync = MirrorSync::Top;
-/// options.granularity = Granularity::from_bytes(4096);
-/// options.job.speed = 50 << 20;
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct MirrorOptions {
-    /// What every job has.
-    pub job: JobOptions,
-    /// What is copied at first.
-    pub sync: MirrorSync,
-    /// In what units dirty data is tracked: 512 bytes to 64 MiB. Default: the target's cluster size, but
-    /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none.
-    pub granularity: Option<Granularity>,
-    /// Operations in flight at the same time, 1 to 1024. Default 16.
-    pub workers: usize,
-    /// The longest copy in bytes; rounded down to what both devices take, but at least 512. Default
-    /// 1 MiB.
-    pub chunk_max: u64,
-    /// Bytes held in buffers at the same time; at least one granule, and one chunk. Default 16 MiB.
-    pub buf_size: u64,
-    /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
-    pub unmap: Unmap,
-    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The
-    /// end of the job waits until it takes no longer. Default 50 ms.
-    pub downtime_max: Duration,
-    /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
-    /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
-    /// long a time. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
-    pub hold_max: Duration,
-}
-
-impl Default for MirrorOptions {
-    fn default() -> Self {
-        Self {
-            job: JobOptions::default(),
-            sync: MirrorSync::default(),
-            granularity: None,
-            workers: 16,
-            chunk_max: 1 << 20,
-            buf_size: 16 << 20,
-            unmap: Unmap::Allowed,
-            downtime_max: Duration::from_millis(50),
-            hold_max: Duration::from_secs(5),
-        }
-    }
-}
-
-/// Why a mirror could not be made. Nothing has changed.
-#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MirrorError {
-    /// The options of the job are wrong.
-    #[error(transparent)]
-    Job(#[from] JobOptionsError),
-    /// What a device says of itself is wrong.
-    #[error("{side}: {error}")]
-    Limits {
-        /// The device.
-        side: Side,
-        /// What is wrong.
-        error: LimitsError,
-    },
-    /// The devices and the node are not equally long.
-    #[error(
-        "different sizes: the disk has {node} bytes, the source {source_len}, the target {target}"
-    )]
-    Lengths {
-        /// Length of the node in bytes.
-        node: u64,
-        /// Length of the source in bytes.
-        source_len: u64,
-        /// Length of the target in bytes.
-        target: u64,
-    },
-    /// Source and target are the same storage.
-    #[error("source and target are the same storage")]
-    SameStorage,
-    /// Not a granularity for a mirror.
-    #[error("granularity {0} is not between 512 B and 64 MiB")]
-    Granularity(Granularity),
-    /// Not a number of workers.
-    #[error("{0} workers are not between 1 and 1024")]
-    Workers(usize),
-    /// Copies of no bytes.
-    #[error("{0} must not be 0")]
-    Zero(&'static str),
-    /// The devices cannot work together.
-    #[error(transparent)]
-    Shape(#[from] ShapeError),
-    /// The disk is too large for the granularity.
-    #[error(transparent)]
-    Bitmap(#[from] crate::bitmap::CreateError),
-    /// Another job works on the node.
-    #[error("another job works on the disk")]
-    NodeBusy,
-}
 
 /// What the machine wants next.
 #[derive(Debug)]
@@ -193,22 +77,6 @@ pub enum Step {
     Switch(Switch),
     /// The job is over.
     Done(Result<(), JobError>),
-}
-
-/// The instant at which source and target are equal, for as long as this lives.
-///
-/// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
-/// is flushed. Point the guest's path to the target, its reads too, which pass no gate, then
-/// [`commit`](Self::commit). If that does not
-/// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
-/// completed again. Nothing is lost either way.
-#[must_use = "dropping the switch declines it"]
-pub struct Switch {
-    job: Job,
-    held_since: Duration,
-    /// Opens the node's gate when it is dropped, after everything else here.
-    guard: QuiesceGuard,
-    is_committed: bool,
 }
 
 /// The machine of one mirror job: says what to do, is told what came of it, and does nothing itself.
@@ -333,16 +201,6 @@ enum End {
     },
     /// The caller has the switch.
     Switching,
-}
-
-/// How fast data was copied of late.
-#[derive(Debug, Default)]
-struct Pace {
-    window_end: Duration,
-    /// Bytes copied in the current window.
-    bytes: u64,
-    /// Bytes per window, the best of late.
-    rate: u64,
 }
 
 /// What one turn of the machine came to.
@@ -839,12 +697,7 @@ impl Mirror {
         let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
             unreachable!("called in this phase only");
         };
-        Turn::Step(Step::Switch(Switch {
-            job: self.job.clone(),
-            held_since: since,
-            guard,
-            is_committed: false,
-        }))
+        Turn::Step(Step::Switch(Switch::new(self.job.clone(), since, guard)))
     }
 
     /// The next operation of the copy machinery.
@@ -1142,72 +995,4 @@ impl Drop for Mirror {
         self.release();
         self.job.machine_dropped();
     }
-}
-
-impl Switch {
-    /// The guest's disk is the target now. The guest goes on, and the job is over with success once it is
-    /// polled.
-    pub fn commit(mut self) {
-        self.is_committed = true;
-    }
-
-    /// When the guest was held, by the clock of [`Mirror::poll`].
-    #[must_use]
-    pub fn held_since(&self) -> Duration {
-        self.held_since
-    }
-
-    /// The guard that holds the guest, for those who exchange a device under it.
-    pub fn guard(&self) -> &QuiesceGuard {
-        &self.guard
-    }
-}
-
-impl Drop for Switch {
-    fn drop(&mut self) {
-        // Before the guest goes on: nothing may be copied to a target that the guest writes to.
-        self.job.set_switch(if self.is_committed {
-            SwitchState::Committed
-        } else {
-            SwitchState::Declined
-        });
-    }
-}
-
-impl fmt::Debug for Switch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Switch")
-            .field("held_since", &self.held_since)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Pace {
-    const WINDOW: Duration = Duration::from_millis(100);
-
-    fn add(&mut self, now: Duration, bytes: u64) {
-        if now >= self.window_end {
-            // A window with little to do says little of the speed, so the best is forgotten slowly.
-            self.rate = self.bytes.max(self.rate - self.rate / 4);
-            self.bytes = 0;
-            self.window_end = now.saturating_add(Self::WINDOW);
-        }
-        self.bytes = self.bytes.saturating_add(bytes);
-    }
-
-    /// What can be copied in that time.
-    fn bytes_in(&self, time: Duration) -> u64 {
-        let rate = u128::from(self.rate.max(self.bytes));
-        let bytes = rate.saturating_mul(time.as_nanos()) / Self::WINDOW.as_nanos();
-        u64::try_from(bytes).unwrap_or(u64::MAX)
-    }
-}
-
-/// The cluster size of the target, within reason.
-fn default_granularity(cluster: Option<u32>) -> Granularity {
-    let Some(cluster) = cluster else {
-        return Granularity::DEFAULT;
-    };
-    let bytes = u64::from(cluster).clamp(4 << 10, 64 << 10);
-    Granularity::from_bytes(bytes).expect("clusters are powers of two, and so are the bounds")
 }

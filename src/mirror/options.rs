@@ -1,0 +1,139 @@
+//! How a mirror is made, and what can be wrong with that.
+
+use std::time::Duration;
+
+use crate::copy::{LimitsError, ShapeError, Side, Unmap};
+use crate::job::{JobOptions, JobOptionsError};
+use crate::units::Granularity;
+
+/// The finest granularity of a mirror.
+pub(super) const GRANULARITY_MIN: u64 = 512;
+/// The coarsest granularity of a mirror.
+pub(super) const GRANULARITY_MAX: u64 = 64 << 20;
+
+/// What a mirror copies at first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum MirrorSync {
+    /// The whole disk, through all its layers. What the target held before does not matter.
+    #[default]
+    Full,
+    /// What the topmost layer holds. The target shows the layers below by itself.
+    Top,
+    /// Nothing: only what is written from now on.
+    None,
+}
+
+/// How a mirror is made.
+///
+/// # Examples
+///
+/// ```
+/// use blockjob::{Granularity, MirrorOptions, MirrorSync};
+///
+/// let mut options = MirrorOptions::default();
+/// options.sync = MirrorSync::Top;
+/// options.granularity = Granularity::from_bytes(4096);
+/// options.job.speed = 50 << 20;
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MirrorOptions {
+    /// What every job has.
+    pub job: JobOptions,
+    /// What is copied at first.
+    pub sync: MirrorSync,
+    /// In what units dirty data is tracked: 512 bytes to 64 MiB. Default: the target's cluster size, but
+    /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none.
+    pub granularity: Option<Granularity>,
+    /// Operations in flight at the same time, 1 to 1024. Default 16.
+    pub workers: usize,
+    /// The longest copy in bytes; rounded down to what both devices take, but at least 512. Default
+    /// 1 MiB.
+    pub chunk_max: u64,
+    /// Bytes held in buffers at the same time; at least one granule, and one chunk. Default 16 MiB.
+    pub buf_size: u64,
+    /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
+    pub unmap: Unmap,
+    /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The
+    /// end of the job waits until it takes no longer. Default 50 ms.
+    pub downtime_max: Duration,
+    /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
+    /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
+    /// long a time. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
+    pub hold_max: Duration,
+}
+
+impl Default for MirrorOptions {
+    fn default() -> Self {
+        Self {
+            job: JobOptions::default(),
+            sync: MirrorSync::default(),
+            granularity: None,
+            workers: 16,
+            chunk_max: 1 << 20,
+            buf_size: 16 << 20,
+            unmap: Unmap::Allowed,
+            downtime_max: Duration::from_millis(50),
+            hold_max: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why a mirror could not be made. Nothing has changed.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MirrorError {
+    /// The options of the job are wrong.
+    #[error(transparent)]
+    Job(#[from] JobOptionsError),
+    /// What a device says of itself is wrong.
+    #[error("{side}: {error}")]
+    Limits {
+        /// The device.
+        side: Side,
+        /// What is wrong.
+        error: LimitsError,
+    },
+    /// The devices and the node are not equally long.
+    #[error(
+        "different sizes: the disk has {node} bytes, the source {source_len}, the target {target}"
+    )]
+    Lengths {
+        /// Length of the node in bytes.
+        node: u64,
+        /// Length of the source in bytes.
+        source_len: u64,
+        /// Length of the target in bytes.
+        target: u64,
+    },
+    /// Source and target are the same storage.
+    #[error("source and target are the same storage")]
+    SameStorage,
+    /// Not a granularity for a mirror.
+    #[error("granularity {0} is not between 512 B and 64 MiB")]
+    Granularity(Granularity),
+    /// Not a number of workers.
+    #[error("{0} workers are not between 1 and 1024")]
+    Workers(usize),
+    /// Copies of no bytes.
+    #[error("{0} must not be 0")]
+    Zero(&'static str),
+    /// The devices cannot work together.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// The disk is too large for the granularity.
+    #[error(transparent)]
+    Bitmap(#[from] crate::bitmap::CreateError),
+    /// Another job works on the node.
+    #[error("another job works on the disk")]
+    NodeBusy,
+}
+
+/// The cluster size of the target, within reason.
+pub(super) fn default_granularity(cluster: Option<u32>) -> Granularity {
+    let Some(cluster) = cluster else {
+        return Granularity::DEFAULT;
+    };
+    let bytes = u64::from(cluster).clamp(4 << 10, 64 << 10);
+    Granularity::from_bytes(bytes).expect("clusters are powers of two, and so are the bounds")
+}
