@@ -217,7 +217,7 @@ pub struct JobInfo {
     pub cancel: Option<Cancel>,
     /// Whether it was asked to complete.
     pub is_completing: bool,
-    /// Whether its end has begun and cannot be stopped.
+    /// Whether it was told to finalize, or its switch is out; with the switch out nothing stops it.
     pub is_finalizing: bool,
     /// As it was made.
     pub auto_finalize: bool,

@@ -288,7 +288,8 @@ impl Node {
 
     /// Closes the gate at once, and waits for the writes in flight.
     ///
-    /// Several may hold the node quiesced; it opens when the last has let go.
+    /// Several may hold the node quiesced; it opens when the last has let go. A job of the node goes on
+    /// meanwhile, for it only reads the disk: to stop one there is [`Job::hold`](crate::Job::hold).
     pub fn quiesce(&self) -> Quiesce {
         let node = Arc::clone(self.inner());
         node.gate.close();
