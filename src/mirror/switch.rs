@@ -39,7 +39,7 @@ impl Switch {
         self.is_committed = true;
     }
 
-    /// When the guest was held, by the clock of [`Mirror::poll`].
+    /// When the guest was held, by the clock of [`Mirror::poll`](crate::Mirror::poll).
     #[must_use]
     pub fn held_since(&self) -> Duration {
         self.held_since
