@@ -39,8 +39,8 @@ use sim::guest::Guests;
 use sim::rng::Rng;
 use sim::world::{Flag, Happening, SOURCE, Shared, SimClock, TARGET, World};
 
-/// More steps than any job should need.
-const STEPS_MAX: u64 = 400_000;
+/// More steps than any job should need, also beside a guest that never stops before the peace.
+const STEPS_MAX: u64 = 4_000_000;
 /// From this time on nothing fails and nobody disturbs the job any more.
 const PEACE: u64 = 400_000;
 
