@@ -1271,3 +1271,57 @@ fn a_guest_write_that_hangs_does_not_hold_the_others_for_long() {
         assert!(machine.is_equal());
     }
 }
+
+#[test]
+fn a_target_that_fails_to_settle_has_the_scan_ask_nothing_twice() {
+    let zero = |len| {
+        Outcome::Status(blockjob::Extent {
+            len,
+            content: Content::Zero,
+            in_top: true,
+        })
+    };
+    let node = Node::new(1 << 20);
+    let source = Limits::new(1 << 20);
+    let mut target = source;
+    target.write_zeroes = Some(RangeLimits {
+        align: 4096,
+        max: 1 << 20,
+    });
+    target.cheap_zeroes = true;
+    let mut options = options();
+    options.job.on_target_error = OnError::Ignore;
+    let mut mirror = Mirror::new(&node, source, target, options).unwrap();
+    mirror.job().start().unwrap();
+    let mut now = Duration::ZERO;
+    let ask_at = |mirror: &mut Mirror, now| match mirror.poll(now, Waker::noop()) {
+        blockjob::Step::Op(op) => Some(op),
+        _ => None,
+    };
+
+    let look = ask_at(&mut mirror, now).unwrap();
+    mirror.op_done(now, look, zero(4096));
+    let lost = ask_at(&mut mirror, now).unwrap();
+    assert!(matches!(lost.kind(), OpKind::Zero(..)));
+    drop(lost);
+    mirror.ops_lost();
+    let settle = ask_at(&mut mirror, now).unwrap();
+    assert_eq!(settle.kind(), OpKind::Settle);
+    let look = ask_at(&mut mirror, now).unwrap();
+    assert!(matches!(look.kind(), OpKind::Status(_)));
+    let failed = Outcome::Failed {
+        side: Side::Target,
+        error: ErrorKind::TimedOut.into(),
+    };
+    mirror.op_done(now, settle, failed);
+    now += Duration::from_secs(1);
+    let settle = ask_at(&mut mirror, now).unwrap();
+    assert_eq!(settle.kind(), OpKind::Settle, "again, after a while");
+    assert!(
+        ask_at(&mut mirror, now).is_none(),
+        "the first question is still out"
+    );
+    mirror.op_done(now, look, zero(1 << 20));
+    mirror.op_done(now, settle, Outcome::Done);
+    mirror.check_invariants();
+}

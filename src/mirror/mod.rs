@@ -783,7 +783,7 @@ impl Mirror {
         // The guest does not wait for a device that fails.
         match &mut self.phase {
             Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
-            Phase::Scanning { asked, .. } if claimed.is_none() => *asked = None,
+            Phase::Scanning { asked, .. } if matches!(kind, OpKind::Status(_)) => *asked = None,
             _ => self.let_guest_go(),
         }
         let action = self.job.device_failed(side, kind, error);
