@@ -198,7 +198,9 @@ pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Sw
 #[doc(hidden)]
 pub use crate::node::GateRule;
 pub use crate::node::{
-    Begin, BeginFuture, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
-    PendingWrite, Quiesce, QuiesceGuard, Ticket, TrackError, Way,
+    Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
+    BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
+    DirtyRuns, FrozenBitmap, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
+    PendingWrite, Quiesce, QuiesceGuard, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
 };
 pub use crate::units::{ByteRange, Granularity};

@@ -67,7 +67,7 @@ impl Disk {
 
     /// What a guest does: waits to be let in, writes and says so.
     fn write<L: Way>(&self, begin: Begin<L>) {
-        let ticket = block_on(begin.into_future());
+        let ticket = block_on(begin.into_future()).unwrap();
         let granule = &self.data[(ticket.range().start() / GRANULE) as usize];
         granule.store(TORN, Relaxed);
         granule.store(NEW, Relaxed);
@@ -378,7 +378,7 @@ fn a_waiting_write_dropped_while_the_gate_opens_is_nowhere() {
         let dropper = thread::spawn(move || {
             block_on(poll_fn(|cx| {
                 // Whether it is let in or not, the ticket goes, and the one who waits with it.
-                if let Poll::Ready(ticket) = dropped.poll_begin(cx.waker()) {
+                if let Poll::Ready(Ok(ticket)) = dropped.poll_begin(cx.waker()) {
                     ticket.cancel();
                 }
                 Poll::Ready(())

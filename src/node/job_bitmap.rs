@@ -5,10 +5,11 @@ use std::mem;
 use std::ops::Deref;
 use std::task::{Poll, Waker};
 
+use super::bitmaps::{Body, List};
 use super::gate::{GateRule, WaiterId};
 use super::record::{LOG_EXPONENT_MAX, LOG_EXPONENT_MIN};
-use super::{Bitmaps, Inner, Node, QuiesceGuard};
-use crate::bitmap::{CreateError, HBitmap, RangeError};
+use super::{Inner, Node, QuiesceGuard};
+use crate::bitmap::{CreateError, HBitmap, MergeError, RangeError};
 use crate::log::DirtyLogError;
 use crate::sync::{Arc, MutexGuard};
 use crate::units::{ByteRange, Granularity};
@@ -22,9 +23,12 @@ pub struct JobBitmap {
     waiter: WaiterId,
 }
 
-/// A [`JobBitmap`] under the node's lock, with everything in it that was written before it was taken.
+/// A [`JobBitmap`] under the node's lock, with everything in it that was written before it was taken; or the
+/// bits of a [`BitmapClaim`](crate::BitmapClaim).
+///
+/// Nothing else may be asked of the node on this thread while it lives, but for guest writes.
 pub struct JobBitmapGuard<'a> {
-    bitmaps: MutexGuard<'a, Bitmaps>,
+    list: MutexGuard<'a, List>,
     id: u64,
 }
 
@@ -98,34 +102,21 @@ impl Node {
     /// Takes the node for a job, unless another has it.
     pub(crate) fn claim_for_job(&self) -> Option<JobClaim> {
         let node = Arc::clone(self.inner());
-        let mut bitmaps = node.bitmaps.lock();
-        if mem::replace(&mut bitmaps.is_claimed, true) {
+        let was_claimed = mem::replace(&mut node.list.lock().is_claimed, true);
+        if was_claimed {
             return None;
         }
-        drop(bitmaps);
         Some(JobClaim { node })
     }
 }
 
 impl Inner {
     fn track(node: &Arc<Self>, bitmap: HBitmap) -> Result<JobBitmap, TrackError> {
-        let mut bitmaps = node.bitmaps.lock();
         // What is in a log now was written before: it is not for the new bitmap.
-        node.drain_into(&mut bitmaps);
-        let finest = bitmaps
-            .by_id
-            .values()
-            .map(HBitmap::granularity)
-            .fold(bitmap.granularity(), Granularity::min);
-        let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
-        node.log_or_new(&mut bitmaps, log, finest)?;
-        node.gate.record_in(Some(log));
-        bitmaps.recording = Some(log);
-
-        bitmaps.next_id += 1;
-        let id = bitmaps.next_id;
-        bitmaps.by_id.insert(id, bitmap);
-        drop(bitmaps);
+        let mut list = node.lock_drained();
+        node.record_in(&mut list, bitmap.granularity())?;
+        let id = list.push(Body::Job(bitmap));
+        drop(list);
         Ok(JobBitmap {
             node: Arc::clone(node),
             id,
@@ -138,12 +129,7 @@ impl JobBitmap {
     /// The bitmap as it is now: everything recorded so far is moved into it first.
     #[must_use]
     pub fn lock(&self) -> JobBitmapGuard<'_> {
-        let mut bitmaps = self.node.bitmaps.lock();
-        self.node.drain_into(&mut bitmaps);
-        JobBitmapGuard {
-            bitmaps,
-            id: self.id,
-        }
+        JobBitmapGuard::new(self.node.lock_drained(), self.id)
     }
 
     /// Has `waker` called by the next write that settles. What settled before must be looked for
@@ -178,12 +164,11 @@ impl JobBitmap {
 impl Drop for JobBitmap {
     fn drop(&mut self) {
         self.node.gate.disarm(self.waiter);
-        let mut bitmaps = self.node.bitmaps.lock();
-        bitmaps.by_id.remove(&self.id);
-        if bitmaps.by_id.is_empty() {
-            bitmaps.recording = None;
-            self.node.gate.record_in(None);
-        }
+        let mut list = self.node.list.lock();
+        let removed = list.remove(self.id);
+        self.node.stop_if_unused(&mut list);
+        drop(list);
+        drop(removed);
     }
 }
 
@@ -196,7 +181,11 @@ impl fmt::Debug for JobBitmap {
     }
 }
 
-impl JobBitmapGuard<'_> {
+impl<'a> JobBitmapGuard<'a> {
+    pub(super) fn new(list: MutexGuard<'a, List>, id: u64) -> Self {
+        Self { list, id }
+    }
+
     /// As [`HBitmap::set`].
     ///
     /// # Errors
@@ -234,11 +223,26 @@ impl JobBitmapGuard<'_> {
         self.bitmap_mut().set_all()
     }
 
+    /// As [`HBitmap::merge_from`].
+    ///
+    /// # Errors
+    ///
+    /// As [`HBitmap::merge_from`].
+    pub fn merge_from(&mut self, other: &HBitmap) -> Result<bool, MergeError> {
+        self.bitmap_mut().merge_from(other)
+    }
+
+    /// As [`HBitmap::copy_from`].
+    ///
+    /// # Errors
+    ///
+    /// As [`HBitmap::copy_from`].
+    pub fn copy_from(&mut self, other: &HBitmap) -> Result<(), MergeError> {
+        self.bitmap_mut().copy_from(other)
+    }
+
     fn bitmap_mut(&mut self) -> &mut HBitmap {
-        self.bitmaps
-            .by_id
-            .get_mut(&self.id)
-            .expect("it is removed when the owner is dropped")
+        self.list.job_map_mut(self.id)
     }
 }
 
@@ -246,7 +250,7 @@ impl Deref for JobBitmapGuard<'_> {
     type Target = HBitmap;
 
     fn deref(&self) -> &HBitmap {
-        &self.bitmaps.by_id[&self.id]
+        self.list.job_map(self.id)
     }
 }
 
@@ -258,6 +262,6 @@ impl fmt::Debug for JobBitmapGuard<'_> {
 
 impl Drop for JobClaim {
     fn drop(&mut self) {
-        self.node.bitmaps.lock().is_claimed = false;
+        self.node.list.lock().is_claimed = false;
     }
 }

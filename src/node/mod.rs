@@ -19,6 +19,7 @@
 //! 4. Whoever looks at a bitmap drains the log into **every** bitmap first, under one lock. So a
 //!    guest write costs the same with one bitmap or ten.
 
+mod bitmaps;
 mod gate;
 mod job_bitmap;
 mod lane;
@@ -26,15 +27,18 @@ mod quiesce;
 mod record;
 mod ticket;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::OnceLock;
 
-use crate::bitmap::HBitmap;
 use crate::log::DirtyLog;
 use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
+use bitmaps::List;
+pub use bitmaps::{
+    BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo, BitmapOptions, BitmapState,
+    BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor, DirtyRuns, FrozenBitmap, SnapshotOf,
+};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use gate::GateRule;
@@ -44,7 +48,7 @@ pub use job_bitmap::{JobBitmap, JobBitmapGuard, TrackError};
 pub use lane::{GuestQueue, Lane};
 pub use quiesce::{Quiesce, QuiesceGuard};
 use record::LOGS;
-pub use ticket::{Begin, BeginFuture, OwnedTicket, PendingWrite, Ticket, Way};
+pub use ticket::{Begin, BeginFuture, OwnedTicket, PendingWrite, Ticket, Way, WriteRefused};
 
 /// One disk of a virtual machine, as the guest sees it.
 ///
@@ -85,18 +89,7 @@ struct Inner {
     /// One place per granularity, filled when it is first needed. A log that was outgrown stays: its
     /// memory is that of one more bitmap of its granularity.
     logs: [OnceLock<DirtyLog>; LOGS],
-    bitmaps: Mutex<Bitmaps>,
-}
-
-struct Bitmaps {
-    by_id: BTreeMap<u64, HBitmap>,
-    next_id: u64,
-    /// The log that writes are recorded in, if any.
-    recording: Option<usize>,
-    /// The logs there are, so that draining does not look for them in every place.
-    logs: Vec<usize>,
-    /// Whether a job has taken the node.
-    is_claimed: bool,
+    list: Mutex<List>,
 }
 
 impl Node {
@@ -120,13 +113,7 @@ impl Node {
             len,
             gate: Gate::new(rules),
             logs: std::array::from_fn(|_| OnceLock::new()),
-            bitmaps: Mutex::new(Bitmaps {
-                by_id: BTreeMap::new(),
-                next_id: 0,
-                recording: None,
-                logs: Vec::new(),
-                is_claimed: false,
-            }),
+            list: Mutex::new(List::default()),
         });
         Self {
             lane: Lane::of(node, true),
@@ -141,6 +128,8 @@ impl Node {
     }
 
     /// Asks to write, write zeroes to, or discard `range`.
+    ///
+    /// While a bitmap of the node is [read-only](Bitmaps::mark_readonly) it is refused.
     ///
     /// What lies past the end of the disk is not recorded. Only writes that do not overlap may be
     /// ordered freely by the VMM; the node does not order them either.

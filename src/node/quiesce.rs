@@ -94,10 +94,14 @@ impl Drop for QuiesceGuard {
 }
 
 impl QuiesceGuard {
+    pub(super) fn is_of_inner(&self, node: &Arc<Inner>) -> bool {
+        Arc::ptr_eq(&self.node, node)
+    }
+
     /// Whether it quiesces `node`.
     #[must_use]
     pub fn is_of(&self, node: &Node) -> bool {
-        Arc::ptr_eq(&self.node, node.inner())
+        self.is_of_inner(node.inner())
     }
 }
 

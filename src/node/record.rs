@@ -2,8 +2,10 @@
 
 use std::sync::OnceLock;
 
-use super::{Bitmaps, Inner};
+use super::Inner;
+use super::bitmaps::List;
 use crate::log::{DirtyLog, DirtyLogError};
+use crate::sync::MutexGuard;
 use crate::units::{ByteRange, Granularity};
 
 /// The finest granularity that a node records in: 512 bytes.
@@ -13,9 +15,42 @@ pub(super) const LOG_EXPONENT_MAX: u8 = 31;
 pub(super) const LOGS: usize = (LOG_EXPONENT_MAX - LOG_EXPONENT_MIN) as usize + 1;
 
 impl Inner {
-    pub(super) fn log_or_new(
+    /// The bitmaps, with everything in those that record that was written until now.
+    pub(super) fn lock_drained(&self) -> MutexGuard<'_, List> {
+        let mut list = self.list.lock();
+        self.drain_into(&mut list);
+        list
+    }
+
+    /// Sees to it that writes are recorded finely enough for one more bitmap of that granularity. The
+    /// node must be quiesced and drained: what is in a log now was written before. On error nothing has
+    /// changed.
+    pub(super) fn record_in(
         &self,
-        bitmaps: &mut Bitmaps,
+        list: &mut List,
+        granularity: Granularity,
+    ) -> Result<(), DirtyLogError> {
+        let finest = list
+            .finest()
+            .map_or(granularity, |known| known.min(granularity));
+        let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
+        self.log_or_new(list, log, finest)?;
+        self.gate.record_in(Some(log));
+        list.recording = Some(log);
+        Ok(())
+    }
+
+    /// Spares guest writes the log if no bitmap records any more.
+    pub(super) fn stop_if_unused(&self, list: &mut List) {
+        if list.finest().is_none() {
+            list.recording = None;
+            self.gate.record_in(None);
+        }
+    }
+
+    fn log_or_new(
+        &self,
+        list: &mut List,
         log: usize,
         granularity: Granularity,
     ) -> Result<(), DirtyLogError> {
@@ -23,7 +58,7 @@ impl Inner {
             let made = DirtyLog::new(self.len, granularity)?;
             // Under the lock of the bitmaps, so nobody was faster.
             assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
-            bitmaps.logs.push(log);
+            list.logs.push(log);
         }
         Ok(())
     }
@@ -37,16 +72,17 @@ impl Inner {
         }
     }
 
-    /// Moves what was recorded into the bitmaps. With none left it is thrown away.
-    pub(super) fn drain_into(&self, bitmaps: &mut Bitmaps) {
+    /// Moves what was recorded into the bitmaps that record. With none of them it is thrown away.
+    fn drain_into(&self, list: &mut List) {
+        if !self.has_recorded_in(list) {
+            return;
+        }
+        let (logs, mut recorders) = list.logs_and_recorders();
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
-        for log in bitmaps.logs.iter().filter_map(|&log| self.logs[log].get()) {
-            if log.is_clean() {
-                continue;
-            }
+        for log in logs.iter().filter_map(|&log| self.logs[log].get()) {
             log.drain_ranges(|range| {
-                for bitmap in bitmaps.by_id.values_mut() {
+                for bitmap in &mut recorders {
                     bitmap
                         .set(range)
                         .expect("the log has the length of the node, and so have its bitmaps");
@@ -55,10 +91,24 @@ impl Inner {
         }
     }
 
+    fn has_recorded_in(&self, list: &List) -> bool {
+        let mut logs = list.logs.iter().filter_map(|&log| self.logs[log].get());
+        logs.any(|log| !log.is_clean())
+    }
+
     pub(super) fn has_recorded(&self) -> bool {
         self.logs
             .iter()
             .filter_map(OnceLock::get)
             .any(|log| !log.is_clean())
+    }
+
+    /// Panics unless guest writes are recorded as the list says. For tests.
+    pub(super) fn check_recording(&self, list: &List) {
+        assert_eq!(
+            self.gate.recorded_in(),
+            list.recording,
+            "3: the log that writes go to"
+        );
     }
 }

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::mem;
 use std::ops::Deref;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use super::Lane;
-use super::gate::{Entry, WaiterId};
+use super::gate::{Entry, Turned, WaiterId};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::Arc;
 use crate::units::ByteRange;
@@ -20,6 +21,20 @@ pub enum Begin<L: Way> {
     Go(Ticket<L>),
     /// The node is quiesced: do not write yet.
     Wait(PendingWrite<L>),
+    /// Do not write: it could not be recorded. Tell the guest that the disk is read-only.
+    Refused(WriteRefused),
+}
+
+/// A write that is not let in, for a bitmap of the node is [read-only](crate::Bitmaps::mark_readonly) and could
+/// not record it. Nothing was written, and nothing is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a dirty bitmap of the disk is read-only, and so is the disk")]
+pub struct WriteRefused;
+
+impl From<WriteRefused> for io::Error {
+    fn from(refused: WriteRefused) -> Self {
+        Self::new(io::ErrorKind::PermissionDenied, refused)
+    }
 }
 
 /// A write that was let in and has not settled.
@@ -124,12 +139,13 @@ impl<L: Way> Begin<L> {
     #[inline]
     pub(super) fn new(lane: L, range: ByteRange) -> Self {
         match lane.node.gate.try_enter(&lane.counter) {
-            Some(entry) => Begin::Go(Ticket::new(lane, range, entry)),
-            None => Begin::Wait(PendingWrite {
+            Ok(entry) => Begin::Go(Ticket::new(lane, range, entry)),
+            Err(Turned::Closed) => Begin::Wait(PendingWrite {
                 lane,
                 range,
                 id: None,
             }),
+            Err(Turned::Refused) => Begin::Refused(WriteRefused),
         }
     }
 
@@ -138,7 +154,7 @@ impl<L: Way> Begin<L> {
     pub fn go(self) -> Option<Ticket<L>> {
         match self {
             Begin::Go(ticket) => Some(ticket),
-            Begin::Wait(_) => None,
+            Begin::Wait(_) | Begin::Refused(_) => None,
         }
     }
 }
@@ -148,17 +164,22 @@ impl<L: Way> fmt::Debug for Begin<L> {
         match self {
             Begin::Go(ticket) => ticket.fmt(f),
             Begin::Wait(pending) => pending.fmt(f),
+            Begin::Refused(refused) => refused.fmt(f),
         }
     }
 }
 
 /// Awaiting waits until the node is open.
 ///
+/// # Errors
+///
+/// [`WriteRefused`].
+///
 /// # Cancel safety
 ///
 /// Dropping the future gives the write up; nothing is recorded.
 impl<L: Way> IntoFuture for Begin<L> {
-    type Output = Ticket<L>;
+    type Output = Result<Ticket<L>, WriteRefused>;
     type IntoFuture = BeginFuture<L>;
 
     fn into_future(self) -> BeginFuture<L> {
@@ -167,11 +188,12 @@ impl<L: Way> IntoFuture for Begin<L> {
 }
 
 impl<L: Way> Future for BeginFuture<L> {
-    type Output = Ticket<L>;
+    type Output = Result<Ticket<L>, WriteRefused>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.0.take().expect("not polled after it was ready") {
-            Begin::Go(ticket) => Poll::Ready(ticket),
+            Begin::Go(ticket) => Poll::Ready(Ok(ticket)),
+            Begin::Refused(refused) => Poll::Ready(Err(refused)),
             Begin::Wait(mut pending) => {
                 let poll = pending.poll_begin(cx.waker());
                 if poll.is_pending() {
@@ -199,20 +221,25 @@ impl<L: Way> PendingWrite<L> {
         self.range
     }
 
-    /// The ticket, if the node is open by now.
-    pub fn try_begin(&mut self) -> Option<Ticket<L>> {
-        let entry = self.lane.node.gate.try_enter_late(&self.lane.counter)?;
-        Some(Ticket::new(self.lane.clone(), self.range, entry))
+    /// The ticket, or that there will be none, if the node is open by now.
+    pub fn try_begin(&mut self) -> Option<Result<Ticket<L>, WriteRefused>> {
+        self.answer(self.lane.node.gate.try_enter_late(&self.lane.counter))
     }
 
-    /// The ticket if the node is open by now; else `waker` is called when it is worth asking again.
-    /// The waker of the last call counts.
-    pub fn poll_begin(&mut self, waker: &Waker) -> Poll<Ticket<L>> {
+    /// As [`try_begin`](Self::try_begin); if the node is not open, `waker` is called when it is worth asking
+    /// again. The waker of the last call counts.
+    pub fn poll_begin(&mut self, waker: &Waker) -> Poll<Result<Ticket<L>, WriteRefused>> {
         let gate = &self.lane.node.gate;
         let id = *self.id.get_or_insert_with(|| gate.new_waiter());
-        match gate.enter_or_wait(&self.lane.counter, id, waker) {
-            Some(entry) => Poll::Ready(Ticket::new(self.lane.clone(), self.range, entry)),
-            None => Poll::Pending,
+        let entered = gate.enter_or_wait(&self.lane.counter, id, waker);
+        self.answer(entered).map_or(Poll::Pending, Poll::Ready)
+    }
+
+    fn answer(&self, entered: Result<Entry, Turned>) -> Option<Result<Ticket<L>, WriteRefused>> {
+        match entered {
+            Ok(entry) => Some(Ok(Ticket::new(self.lane.clone(), self.range, entry))),
+            Err(Turned::Closed) => None,
+            Err(Turned::Refused) => Some(Err(WriteRefused)),
         }
     }
 }
