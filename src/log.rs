@@ -62,7 +62,7 @@
 use std::fmt;
 use std::ops::Range;
 
-use crate::memory::has_room_for;
+use crate::memory;
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::units::{ByteRange, Granularity};
 
@@ -632,10 +632,8 @@ fn mask(index: u64, bits: &Range<u64>) -> u64 {
 /// touch every page; the conversion is in place and compiles to nothing, as long as the compiler sees all
 /// of it at once: collected into a box right away, it becomes a call with a loop in it that does.
 fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
-    if !has_room_for(count) {
-        return None;
-    }
-    let words: Vec<AtomicU64> = vec![0; count].into_iter().map(AtomicU64::new).collect();
+    let zeros: Vec<u64> = memory::zeroed(count as u64).ok()?;
+    let words: Vec<AtomicU64> = zeros.into_iter().map(AtomicU64::new).collect();
     Some(words.into_boxed_slice())
 }
 

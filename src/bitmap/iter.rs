@@ -1,10 +1,12 @@
 //! Walking over what is dirty: a cursor for a map that changes meanwhile, iterators for one that
 //! does not.
 
+use std::cmp::Ordering;
 use std::iter::FusedIterator;
+use std::ops::Range;
 
 use super::HBitmap;
-use super::word::lowest;
+use super::word::{bit, bits_from, bits_to, lowest, word_of};
 use crate::units::ByteRange;
 
 /// A place in a bitmap that may change between two steps.
@@ -72,15 +74,70 @@ impl Cursor {
     }
 }
 
-/// Offsets of the first bytes of all dirty granules, ascending. Made by [`HBitmap::iter`].
+/// Offsets of the first bytes of dirty granules, ascending. Made by [`HBitmap::iter`] and
+/// [`HBitmap::iter_in`].
 #[derive(Clone, Debug)]
 pub struct Iter<'a> {
     /// What is walked over.
     bitmap: &'a HBitmap,
-    /// Index of the word that `bits` are from.
+    /// The 64 words that `rest` are some of.
+    block: usize,
+    /// Words of the block that have dirty granules and were not looked at yet.
+    rest: u64,
+    /// The word that `bits` are from.
     word: usize,
     /// What of that word was not yielded yet.
     bits: u64,
+    /// The last word to look at, and which bits of it.
+    last: (usize, u64),
+}
+
+impl<'a> Iter<'a> {
+    /// Over the dirty ones of `granules`, which are some of the map.
+    fn new(bitmap: &'a HBitmap, granules: Range<u64>) -> Self {
+        let mut iter = Self {
+            bitmap,
+            block: 0,
+            rest: 0,
+            word: 0,
+            bits: 0,
+            last: (0, 0),
+        };
+        if !granules.is_empty() {
+            let first = word_of(granules.start);
+            iter.last = (word_of(granules.end - 1), bits_to(granules.end - 1));
+            iter.block = first / 64;
+            let pair = bitmap.summary.block(iter.block);
+            let after = bits_from(first as u64) & !bit(first as u64);
+            iter.rest = pair.map_or(0, |pair| pair.any() & after);
+            iter.word = first;
+            iter.bits = iter.bits_of(first) & bits_from(granules.start);
+        }
+        iter
+    }
+
+    /// What of a word is to be yielded.
+    #[inline]
+    fn bits_of(&self, word: usize) -> u64 {
+        let bits = self.bitmap.word(word);
+        match word.cmp(&self.last.0) {
+            Ordering::Less => bits,
+            Ordering::Equal => bits & self.last.1,
+            Ordering::Greater => 0,
+        }
+    }
+
+    /// Goes to the next word that has dirty granules, if there is one.
+    #[inline]
+    fn next_word(&mut self) -> Option<usize> {
+        if self.rest == 0 {
+            self.block = self.bitmap.summary.next_block(self.block + 1)?;
+            self.rest = self.bitmap.summary.block(self.block)?.any();
+        }
+        let word = lowest(self.block, self.rest) as usize;
+        self.rest &= self.rest - 1;
+        (word <= self.last.0).then_some(word)
+    }
 }
 
 impl Iterator for Iter<'_> {
@@ -88,27 +145,116 @@ impl Iterator for Iter<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<u64> {
-        if self.bits == 0 {
-            self.word = self.bitmap.next_word(self.word + 1)?;
-            self.bits = self.bitmap.words[self.word];
+        while self.bits == 0 {
+            self.word = self.next_word()?;
+            self.bits = self.bits_of(self.word);
         }
         let granule = lowest(self.word, self.bits);
         self.bits &= self.bits - 1;
         Some(self.bitmap.granularity.start_of(granule))
     }
+
+    #[inline]
+    fn fold<B, F: FnMut(B, u64) -> B>(mut self, init: B, mut f: F) -> B {
+        let granularity = self.bitmap.granularity;
+        let mut result = init;
+        loop {
+            // The offset of the word's first granule, and from there on bit by bit: so each costs a shift
+            // and a sum. A full word is a loop that needs no bits.
+            let start = granularity.start_of(self.word as u64 * 64);
+            if self.bits == !0 {
+                for at in 0..64 {
+                    result = f(result, start + granularity.start_of(at));
+                }
+            } else {
+                let mut bits = self.bits;
+                while bits != 0 {
+                    let at = u64::from(bits.trailing_zeros());
+                    bits &= bits - 1;
+                    result = f(result, start + granularity.start_of(at));
+                }
+            }
+            let Some(word) = self.next_word() else {
+                return result;
+            };
+            self.word = word;
+            self.bits = self.bits_of(word);
+        }
+    }
 }
 
 impl FusedIterator for Iter<'_> {}
 
+/// Runs of dirty granules, as long as can be, ascending.
+#[derive(Clone, Debug)]
+pub(super) struct GranuleRuns<'a> {
+    bitmap: &'a HBitmap,
+    /// The word that `bits` are from.
+    word: usize,
+    /// What of that word was not yielded yet.
+    bits: u64,
+    /// Where to stop.
+    end: u64,
+}
+
+impl<'a> GranuleRuns<'a> {
+    /// Over the dirty ones of `granules`, which are some of the map.
+    pub(super) fn new(bitmap: &'a HBitmap, granules: Range<u64>) -> Self {
+        let word = word_of(granules.start);
+        let is_empty = granules.is_empty();
+        Self {
+            bitmap,
+            word,
+            bits: if is_empty {
+                0
+            } else {
+                bitmap.word(word) & bits_from(granules.start)
+            },
+            end: if is_empty { 0 } else { granules.end },
+        }
+    }
+}
+
+impl Iterator for GranuleRuns<'_> {
+    type Item = Range<u64>;
+
+    #[inline]
+    fn next(&mut self) -> Option<Range<u64>> {
+        if self.bits == 0 {
+            self.word = self.bitmap.summary.next_any(self.word + 1)?;
+            self.bits = self.bitmap.word(self.word);
+        }
+        let start = lowest(self.word, self.bits);
+        if start >= self.end {
+            return None;
+        }
+        // With all bits below the run filled in, the lowest 0 is the one after it.
+        let mut gaps = !(self.bits | (self.bits - 1));
+        if gaps == 0 {
+            // It goes on into the next words, down to the first that lacks a bit.
+            let lacking = self.bitmap.summary.next_lacking(self.word + 1);
+            self.word = lacking.unwrap_or(self.bitmap.words.len());
+            self.bits = self.bitmap.word(self.word);
+            gaps = !self.bits;
+        }
+        self.bits &= bits_from(u64::from(gaps.trailing_zeros()));
+        Some(start..lowest(self.word, gaps).min(self.end))
+    }
+}
+
+impl FusedIterator for GranuleRuns<'_> {}
+
 /// Dirty byte ranges, ascending. Made by [`HBitmap::runs`] and [`HBitmap::runs_in`].
 #[derive(Clone, Debug)]
 pub struct Runs<'a> {
-    /// What is walked over.
-    bitmap: &'a HBitmap,
-    /// What was not looked at yet.
-    rest: ByteRange,
-    /// Most bytes a run may have.
+    /// Where runs come from.
+    runs: GranuleRuns<'a>,
+    /// What they are cut to.
+    range: ByteRange,
+    /// Most bytes an answer may have.
     bytes_max: u64,
+    /// What was too much for the last answer.
+    rest: ByteRange,
 }
 
 impl Iterator for Runs<'_> {
@@ -116,8 +262,16 @@ impl Iterator for Runs<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<ByteRange> {
-        let run = self.bitmap.next_dirty_area(self.rest, self.bytes_max)?;
-        self.rest = (run.end()..self.rest.end()).into();
+        if self.rest.is_empty() {
+            let run = self.runs.next()?;
+            let granularity = self.runs.bitmap.granularity;
+            let run = granularity.start_of(run.start)..granularity.start_of(run.end);
+            self.rest = ByteRange::from(run).intersection(self.range);
+        }
+        let (run, rest) = self
+            .rest
+            .split_at(self.rest.start().saturating_add(self.bytes_max));
+        self.rest = rest;
         Some(run)
     }
 }
@@ -158,11 +312,25 @@ impl HBitmap {
     /// ```
     #[inline]
     pub fn iter(&self) -> Iter<'_> {
-        Iter {
-            bitmap: self,
-            word: 0,
-            bits: self.words[0],
-        }
+        Iter::new(self, 0..self.granules())
+    }
+
+    /// As [`iter`](Self::iter), of the dirty granules that `range` touches: the first answer may lie below
+    /// the range. Bytes from [`len`](Self::len) on are not looked at.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Granularity, HBitmap};
+    ///
+    /// let mut map = HBitmap::new(1 << 20, Granularity::DEFAULT)?;
+    /// map.set_all();
+    /// assert!(map.iter_in(70_000..131_073).eq([65536, 131_072]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[inline]
+    pub fn iter_in(&self, range: impl Into<ByteRange>) -> Iter<'_> {
+        Iter::new(self, self.granularity.outward(self.clip(range.into())))
     }
 
     /// The dirty bytes in ranges as long as can be, ascending; between two of them is a clean
@@ -188,10 +356,15 @@ impl HBitmap {
     /// ```
     #[inline]
     pub fn runs_in(&self, range: impl Into<ByteRange>, bytes_max: u64) -> Runs<'_> {
+        let range = match bytes_max {
+            0 => ByteRange::from(0..0),
+            _ => self.clip(range.into()),
+        };
         Runs {
-            bitmap: self,
-            rest: self.clip(range.into()),
+            runs: GranuleRuns::new(self, self.granularity.outward(range)),
+            range,
             bytes_max,
+            rest: (0..0).into(),
         }
     }
 }

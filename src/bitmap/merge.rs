@@ -1,5 +1,5 @@
-//! Combining two bitmaps of equal length: word by word where they have one granularity, run by run
-//! where they do not.
+//! Combining two bitmaps of equal length: block by block of 64 words where they have one granularity,
+//! else word by word [as the other looks](super::rescale) at the granularity of the first.
 //!
 //! ```text
 //! 64 KiB   ░░██░░░░░░░░      other, finer
@@ -14,8 +14,13 @@
 //! That one map is combined with itself, or the result overwritten while an operand is read, is ruled
 //! out by the borrows.
 
+use multiversion::multiversion;
+
+use super::rescale::{Piece, Rounding};
+use super::summary::{Class, Pair};
+use super::word::ones;
 use super::{CreateError, HBitmap};
-use crate::units::{ByteRange, Granularity};
+use crate::units::Granularity;
 
 /// Why two bitmaps cannot be combined. Both are as before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -100,17 +105,22 @@ impl HBitmap {
     pub fn merge_from(&mut self, other: &HBitmap) -> Result<bool, MergeError> {
         self.check_len(other)?;
         let before = self.count;
+        if other.is_clean() || self.count == self.granules() {
+            return Ok(false);
+        }
+        if other.count == other.granules() {
+            return Ok(self.set_all());
+        }
+        if self.words.is_empty() {
+            self.take_memory();
+        }
         if self.granularity == other.granularity {
-            for word in other.nonzero_words() {
-                self.set_in_word(word, other.words[word]);
-            }
+            union_blocks(self, other);
         } else {
-            let mut rest = ByteRange::from(0..self.len);
-            while let Some(run) = other.next_dirty_area(rest, u64::MAX) {
-                self.set_run(self.granularity.outward(run));
-                // A finer map may have more runs in the granule that this one ended in.
-                rest = (self.granularity.align_up(run.end())..self.len).into();
-            }
+            other.rescaled(self.granularity, Rounding::Outward, |piece| match piece {
+                Piece::Word(word, bits) => drop(self.set_in_word(word, bits)),
+                Piece::Run(granules) => drop(self.set_run(granules)),
+            });
         }
         Ok(self.count > before)
     }
@@ -138,16 +148,56 @@ impl HBitmap {
     pub fn subtract(&mut self, other: &HBitmap) -> Result<bool, MergeError> {
         self.check_len(other)?;
         let before = self.count;
-        if self.granularity == other.granularity {
-            for word in other.nonzero_words() {
-                self.reset_in_word(word, other.words[word]);
-            }
-        } else {
-            // The runs are as long as can be, so a granule that `other` has all of lies in one.
-            for run in other.runs() {
-                self.reset_run(self.granularity.inward(run, self.len));
-            }
+        if other.is_clean() || self.is_clean() {
+            return Ok(false);
         }
+        if self.granularity == other.granularity {
+            subtract_blocks(self, other);
+        } else {
+            other.rescaled(self.granularity, Rounding::Inward, |piece| match piece {
+                Piece::Word(word, bits) => drop(self.reset_in_word(word, bits)),
+                Piece::Run(granules) => drop(self.reset_run(granules)),
+            });
+        }
+        Ok(self.count < before)
+    }
+
+    /// Makes clean what is clean in `other`, and says whether something of it was dirty. A granule that
+    /// is dirty in `other` only in part stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`LengthMismatch`](MergeError::LengthMismatch); the bitmap is then as before.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Granularity, HBitmap};
+    ///
+    /// let mut coarse = HBitmap::new(1 << 20, Granularity::DEFAULT)?;
+    /// let mut fine = HBitmap::new(1 << 20, Granularity::from_bytes(512).unwrap())?;
+    /// coarse.set(0..131_072)?;
+    /// fine.set(65_536..66_048)?;
+    /// assert!(coarse.retain(&fine)?);
+    /// assert!(coarse.runs().eq([(65_536..131_072).into()]));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn retain(&mut self, other: &HBitmap) -> Result<bool, MergeError> {
+        self.check_len(other)?;
+        let before = self.count;
+        if other.is_clean() {
+            return Ok(self.reset_all());
+        }
+        // What lies between the runs of the other is cleared, as far as no granule of ours is cut.
+        let mut from = 0;
+        for run in other.runs() {
+            self.reset_run(
+                self.granularity
+                    .inward((from..run.start()).into(), self.len),
+            );
+            from = run.end();
+        }
+        self.reset_run(self.granularity.inward((from..self.len).into(), self.len));
         Ok(self.count < before)
     }
 
@@ -159,6 +209,10 @@ impl HBitmap {
     /// [`LengthMismatch`](MergeError::LengthMismatch); the bitmap is then as before.
     pub fn copy_from(&mut self, other: &HBitmap) -> Result<(), MergeError> {
         self.check_len(other)?;
+        if self.granularity == other.granularity && !other.is_clean() {
+            self.clone_from(other);
+            return Ok(());
+        }
         self.reset_all();
         self.merge_from(other)?;
         Ok(())
@@ -187,8 +241,8 @@ impl HBitmap {
     pub fn intersects(&self, other: &HBitmap) -> Result<bool, MergeError> {
         self.check_len(other)?;
         if self.granularity == other.granularity {
-            let mut words = other.nonzero_words();
-            return Ok(words.any(|word| self.words[word] & other.words[word] != 0));
+            let mut words = other.dirty_words();
+            return Ok(words.any(|word| self.word(word) & other.word(word) != 0));
         }
         // Each skips to where the other goes on, until both are at the same byte.
         let mut from = 0;
@@ -212,9 +266,129 @@ impl HBitmap {
             other_len: other.len,
         })
     }
+}
 
-    /// Indices of the words that are not zero, ascending.
-    fn nonzero_words(&self) -> impl Iterator<Item = usize> {
-        std::iter::successors(self.next_word(0), |word| self.next_word(word + 1))
+/// Makes `map` the union of both, which have the same granules and memory.
+///
+/// Made several times over, for what processors have: the work is counting ones.
+#[multiversion(targets = "simd")]
+fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
+    let mut next = other.summary.next_block(0);
+    while let Some(block) = next {
+        next = other.summary.next_block(block + 1);
+        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
+        else {
+            break;
+        };
+        let (words, added) = (&mut map.words[block * 64..], &other.words[block * 64..]);
+        let mut after = Pair {
+            mixed: (mine.mixed | theirs.mixed) & !theirs.full & !mine.full,
+            full: mine.full | theirs.full,
+        };
+        let mut count = 0;
+        if let (true, Some((words, _)), Some((added, _))) = (
+            mine.mixed & theirs.mixed == !0,
+            words.split_first_chunk_mut::<64>(),
+            added.split_first_chunk::<64>(),
+        ) {
+            // All 64 words are mixed in both: without a question the compiler makes wide instructions.
+            let mut fullest = 0;
+            for (word, added) in words.iter_mut().zip(added) {
+                count += u64::from((added & !*word).count_ones());
+                *word |= added;
+                fullest = fullest.max(*word);
+            }
+            if fullest == !0 {
+                after = classes(words);
+            }
+        } else {
+            // Those that were full are; of those that get full only what was there must be counted.
+            for at in ones(theirs.mixed & !mine.any()) {
+                words[at] = added[at];
+                count += u64::from(added[at].count_ones());
+            }
+            for at in ones(theirs.mixed & mine.mixed) {
+                count += u64::from((added[at] & !words[at]).count_ones());
+                words[at] |= added[at];
+                if words[at] == !0 {
+                    after = after.with(1 << at, Class::Full);
+                }
+            }
+            let filled = theirs.full & !mine.full;
+            count += u64::from(filled.count_ones()) * 64;
+            for at in ones(filled & mine.mixed) {
+                count -= u64::from(words[at].count_ones());
+                words[at] = !0;
+            }
+        }
+        map.count += count;
+        if after != mine {
+            map.summary.set_block(block, after);
+        }
     }
+}
+
+/// Takes from `map` what `other` has, which has the same granules. Both have memory.
+#[multiversion(targets = "simd")]
+fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
+    let mut next = other.summary.next_block(0);
+    while let Some(block) = next {
+        next = other.summary.next_block(block + 1);
+        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
+        else {
+            break;
+        };
+        let (words, taken) = (&mut map.words[block * 64..], &other.words[block * 64..]);
+        let mut after = mine.with(theirs.full, Class::Empty);
+        let mut count = 0;
+        if let (true, Some((words, _)), Some((taken, _))) = (
+            mine.mixed & theirs.mixed == !0,
+            words.split_first_chunk_mut::<64>(),
+            taken.split_first_chunk::<64>(),
+        ) {
+            let mut emptiest = !0;
+            for (word, taken) in words.iter_mut().zip(taken) {
+                count += u64::from((*word & taken).count_ones());
+                *word &= !taken;
+                emptiest = emptiest.min(*word);
+            }
+            if emptiest == 0 {
+                after = classes(words);
+            }
+        } else {
+            for at in ones(theirs.mixed & mine.full) {
+                words[at] = !taken[at];
+                count += u64::from(taken[at].count_ones());
+                after = after.with(1 << at, Class::Mixed);
+            }
+            for at in ones(theirs.mixed & mine.mixed) {
+                count += u64::from((words[at] & taken[at]).count_ones());
+                words[at] &= !taken[at];
+                if words[at] == 0 {
+                    after = after.with(1 << at, Class::Empty);
+                }
+            }
+            for at in ones(theirs.full & mine.full) {
+                count += 64;
+                words[at] = 0;
+            }
+            for at in ones(theirs.full & mine.mixed) {
+                count += u64::from(words[at].count_ones());
+                words[at] = 0;
+            }
+        }
+        map.count -= count;
+        if after != mine {
+            map.summary.set_block(block, after);
+        }
+    }
+}
+
+/// The classes of 64 words.
+pub(super) fn classes(words: &[u64; 64]) -> Pair {
+    let mut pair = Pair { mixed: 0, full: 0 };
+    for (at, word) in words.iter().enumerate() {
+        pair = pair.with(1 << at, Class::of(*word));
+    }
+    pair
 }

@@ -5,26 +5,24 @@
 //! words; it knows no disk, no job and no lock.
 //!
 //! ```text
-//! summary[1]   word 0  10…                                   one word
-//!                      │└────────────┐
-//! summary[0]   word 0  101…   word 1 000…                    bit N: is word N below not zero?
-//!                      ││└─────────────────────────┐
-//!                      │└────────────┐             │
-//! words        word 0  0100…  word 1 0000…  word 2 1000…  …
-//!                       │                          │
-//! granules              1                         128        a bit each; the last may be partial
+//! summary    mixed 1 0 1 0…   full 0 0 0 1…     of words: two bits for each; above them more of the same
+//!                  │   │             │
+//! words        0100… 0000 0110…      0000       not 0: so it is; 0: empty or full, as the summary says
+//!
+//! granules     1          129,130    192…255    a bit each; the last may be partial
 //! ```
 //!
 //! What always holds, and is checked by the tests after every step:
 //!
-//! 1. Every level has as many words as the one below needs bits, and at least one. The lowest level
-//!    is `words`, with a bit for each granule of `len`; the highest has one word. There is at least
-//!    one summary.
-//! 2. Bit *N* of a summary is 1 exactly if word *N* of the level below is not zero. A 0 too many hides
-//!    dirty granules from every search; a 1 too many sends a search where there is nothing.
-//! 3. Bits past the last granule are 0. Otherwise they would be found, counted, and come alive when
-//!    the map grows.
-//! 4. `count` is the number of ones in `words`.
+//! 1. There is a word for every 64 granules, and at least one; a pair of summary words for every 64 words
+//!    and, further up, for every 64 pairs, until one pair is left. Or, in a map that was never dirty, there
+//!    is no memory at all.
+//! 2. A pair says of each of its 64 children whether it is empty, mixed or full. *Full* means that all that
+//!    64 whole granules (64 words, 64 pairs) can hold is 1. All pairs are true, and a word that is not 0 is
+//!    what its pair says. One that is 0 may be empty or full: a run is filled without writing it.
+//! 3. Bits past the last granule are 0. Otherwise they would be found, counted, and come
+//!    alive when the map grows. (The word that the map ends amid is therefore never full.)
+//! 4. `count` is the number of dirty granules.
 //!
 //! What the operations promise:
 //!
@@ -40,26 +38,30 @@
 //!    so. It does not see what is set behind it, so the end of a pass does not mean that the map is
 //!    clean: ask [`is_clean`](HBitmap::is_clean), and start over.
 //! 9. Combining maps never loses a dirty byte. Between different granularities a union may gain
-//!    bytes and a difference may keep some, for the reasons of rule 5.
-//! 10. Setting or resetting one granule touches one word, and those above it only when that word
-//!     stops or starts being zero. Finding the next dirty granule takes one step per level, at most
-//!     seven up and seven down. Searching and resetting skip what is clean in blocks of 64 words
-//!     without reading them; a new map (but not a clone) has not touched its memory at all, so that
-//!     64 TiB at 64 KiB take no more than what gets dirty.
-//! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which
-//!     is checked before memory is asked for. A map of no bytes is legal, and always clean.
-//!
-//! The lowest level is a field of its own because nearly every call ends there. There is no sentinel
-//! bit above: a search is told by the end of the top word that there is nothing more.
+//!    bytes, and a difference or an intersection may keep some, for the reasons of rule 5.
+//! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
+//!     memory was perhaps never touched. Setting or resetting one granule touches one word, and those above
+//!     it only when that word stops or starts being uniform. Finding the next dirty or clean granule takes
+//!     one step per level, at most six up and six down.
+//! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
+//!     checked before memory is asked for. A map of no bytes is legal, and always clean.
+//! 12. A map takes its memory when its first granule gets dirty, all at once. As with any collection the
+//!     process ends when it is refused; [`reserve`](HBitmap::reserve) asks beforehand, and can be told no.
+//!     Nothing else allocates, but for what makes a new map.
 
+use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 
-use crate::memory::zeroed_words;
+use crate::memory::{self, OutOfMemory};
 use crate::units::Granularity;
+use summary::Summary;
 
 mod iter;
 mod merge;
+mod rescale;
+mod resize;
 mod search;
+mod summary;
 mod update;
 mod word;
 
@@ -92,8 +94,6 @@ pub use update::RangeError;
 /// assert_eq!(dirty.next_dirty(0..dirty.len()), Some(64 << 10));
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
-// Cheap fields first: that is the order in which maps are compared.
-#[derive(Clone, PartialEq, Eq)]
 pub struct HBitmap {
     /// Bytes, exactly as asked for; the last granule may reach past them.
     len: u64,
@@ -101,13 +101,13 @@ pub struct HBitmap {
     granularity: Granularity,
     /// Dirty granules (invariant 4).
     count: u64,
-    /// A bit for every granule, 1 if it is dirty.
+    /// A bit for every granule, 1 if it is dirty; but a word that is 0 is full if the summary says so.
     words: Vec<u64>,
-    /// What is not zero in the level below, from the one right above `words` to the top.
-    summary: Vec<Vec<u64>>,
+    /// Which words are empty, mixed and full. Without memory exactly when `words` is.
+    summary: Summary,
 }
 
-/// Why a bitmap could not be created. Nothing was allocated.
+/// Why a bitmap could not be created, or could not take its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CreateError {
@@ -149,9 +149,8 @@ impl HBitmap {
     ///
     /// # Errors
     ///
-    /// [`TooLong`](CreateError::TooLong) and [`TooManyGranules`](CreateError::TooManyGranules) before
-    /// any memory is asked for, [`OutOfMemory`](CreateError::OutOfMemory) if there is none. (An
-    /// operating system that overcommits may grant memory which it does not have.)
+    /// [`TooLong`](CreateError::TooLong) and [`TooManyGranules`](CreateError::TooManyGranules). No memory
+    /// is asked for yet: see [`reserve`](Self::reserve).
     ///
     /// # Examples
     ///
@@ -174,20 +173,50 @@ impl HBitmap {
         if granules > Self::GRANULES_MAX {
             return Err(CreateError::TooManyGranules { granules });
         }
-        let mut levels = level_lens(granules).map(|words| {
-            // On a 32-bit host a level can be longer than a `usize` says.
-            let words = usize::try_from(words).ok();
-            words
-                .and_then(zeroed_words)
-                .ok_or(CreateError::OutOfMemory { granules })
-        });
         Ok(Self {
             len,
             granularity,
             count: 0,
-            words: levels.next().expect("there is a lowest level")?,
-            summary: levels.collect::<Result<_, _>>()?,
+            words: Vec::new(),
+            summary: Summary::default(),
         })
+    }
+
+    /// Takes the memory that a map else takes when its first granule gets dirty.
+    ///
+    /// From then on no mutator asks for memory, so none can be refused it. A [clone](Clone) of a clean map
+    /// has none, and is to be asked again.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfMemory`](CreateError::OutOfMemory). (An operating system that overcommits may grant memory
+    /// which it does not have.)
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Granularity, HBitmap};
+    ///
+    /// let mut map = HBitmap::new(1 << 40, Granularity::DEFAULT)?;
+    /// map.reserve()?;
+    /// assert!(map.is_clean());
+    /// # Ok::<(), blockjob::bitmap::CreateError>(())
+    /// ```
+    pub fn reserve(&mut self) -> Result<(), CreateError> {
+        if self.words.is_empty() {
+            (self.words, self.summary) = new_storage(self.granules())?;
+        }
+        Ok(())
+    }
+
+    /// The memory is needed now (rule 12).
+    #[cold]
+    #[inline(never)]
+    fn take_memory(&mut self) {
+        if self.reserve().is_err() {
+            let words = usize::try_from(self.granules() / 64).unwrap_or(usize::MAX);
+            handle_alloc_error(Layout::array::<u64>(words).unwrap_or(Layout::new::<u64>()));
+        }
     }
 
     /// Number of bytes, as given when the bitmap was created. Bytes, not dirty ones: see
@@ -264,33 +293,102 @@ impl HBitmap {
     /// the whole map.
     #[doc(hidden)]
     pub fn check_invariants(&self) {
-        let levels = || std::iter::once(&self.words).chain(&self.summary);
-
-        let lens = levels().map(|level| level.len() as u64);
+        let expected = word::words_for(self.granules());
+        let is_bare = self.words.is_empty() && self.count == 0;
         assert!(
-            lens.eq(level_lens(self.granules())),
-            "1: shape of the levels"
+            self.words.len() as u64 == expected || is_bare,
+            "1: number of words"
         );
-
-        for (below, summary) in levels().zip(&self.summary) {
-            for (at, bits) in summary.iter().enumerate() {
-                let block = below.iter().skip(at * 64).take(64).enumerate();
-                let expected = block.fold(0, |bits, (n, word)| bits | u64::from(*word != 0) << n);
-                assert_eq!(*bits, expected, "2: summary of words from {}", at * 64);
-            }
+        if is_bare {
+            assert_eq!(self.summary.blocks(), 0, "1: a summary of nothing");
+            return;
         }
+        self.summary.check(&self.words);
 
-        let used = match self.granules() {
-            0 => 0,
-            granules => word::bits_to(granules - 1),
+        let used = match self.granules() % 64 {
+            0 if self.granules() > 0 => !0,
+            used => !(!0 << used),
         };
-        let last = self.words[self.words.len() - 1];
-        assert_eq!(last & !used, 0, "3: bits past the last granule");
+        let last = self.words.len() - 1;
+        assert_eq!(self.word(last) & !used, 0, "3: bits past the last granule");
 
-        let ones = self.words.iter().map(|word| u64::from(word.count_ones()));
+        let ones = (0..self.words.len()).map(|word| u64::from(self.word(word).count_ones()));
         assert_eq!(self.count, ones.sum::<u64>(), "4: count");
     }
 }
+
+/// A clean map has no memory, whatever it was cloned from.
+impl Clone for HBitmap {
+    fn clone(&self) -> Self {
+        let mut clone = Self {
+            len: self.len,
+            granularity: self.granularity,
+            count: 0,
+            words: Vec::new(),
+            summary: Summary::default(),
+        };
+        clone.clone_from(self);
+        clone
+    }
+
+    fn clone_from(&mut self, other: &Self) {
+        let is_alike = self.words.len() == other.words.len();
+        self.len = other.len;
+        self.granularity = other.granularity;
+        self.count = other.count;
+        if !is_alike || other.is_clean() {
+            self.words = Vec::new();
+            self.summary = Summary::default();
+        }
+        if other.is_clean() {
+            return;
+        }
+        if self.words.is_empty() {
+            self.take_memory();
+        }
+        for (block, words) in self.words.chunks_mut(64).enumerate() {
+            // What is uniform needs no word, but what an earlier map left there must go.
+            let has_some = other
+                .summary
+                .block(block)
+                .is_some_and(|pair| pair.mixed != 0);
+            let had_some = self
+                .summary
+                .block(block)
+                .is_some_and(|pair| pair.any() != 0);
+            if has_some {
+                words.copy_from_slice(&other.words[block * 64..][..words.len()]);
+            } else if had_some {
+                words.fill(0);
+            }
+        }
+        self.summary.take_over(&other.summary);
+    }
+}
+
+/// Equal are maps of the same length and granularity with the same dirty granules.
+impl PartialEq for HBitmap {
+    fn eq(&self, other: &Self) -> bool {
+        let is_alike = self.len == other.len
+            && self.granularity == other.granularity
+            && self.count == other.count;
+        if !is_alike || self.is_clean() {
+            return is_alike;
+        }
+        (0..self.summary.blocks()).all(|block| {
+            let pair = self.summary.block(block);
+            pair == other.summary.block(block)
+                && pair.is_some_and(|pair| {
+                    word::ones(pair.mixed).all(|at| {
+                        let word = block * 64 + at;
+                        self.words[word] == other.words[word]
+                    })
+                })
+        })
+    }
+}
+
+impl Eq for HBitmap {}
 
 /// Length, granularity and dirty bytes; not the bits.
 impl fmt::Debug for HBitmap {
@@ -303,18 +401,18 @@ impl fmt::Debug for HBitmap {
     }
 }
 
-/// How many words each level of a map of so many granules has, from the lowest up (invariant 1).
-fn level_lens(granules: u64) -> impl Iterator<Item = u64> {
-    let lowest = word::words_for(granules);
-    let summaries = std::iter::successors(Some(word::words_for(lowest)), |below| {
-        (*below > 1).then(|| word::words_for(*below))
-    });
-    std::iter::once(lowest).chain(summaries)
+/// Zeroed memory for so many granules.
+fn new_storage(granules: u64) -> Result<(Vec<u64>, Summary), CreateError> {
+    let words = word::words_for(granules);
+    let storage = || Ok((memory::zeroed(words)?, Summary::new(words)?));
+    storage().map_err(|OutOfMemory| CreateError::OutOfMemory { granules })
 }
 
-/// Breaks each invariant in turn and sees to it that the check notices.
+/// Breaks each invariant in turn and sees to it that the check notices. What is above the words is broken
+/// in the module of the summary.
 #[cfg(test)]
 mod sabotage {
+    use super::summary::Class;
     use super::*;
 
     /// 200 granules, of which 60 to 69 are dirty.
@@ -326,7 +424,7 @@ mod sabotage {
     }
 
     #[test]
-    #[should_panic(expected = "1: shape")]
+    #[should_panic(expected = "1: number of words")]
     fn invariant_1_a_word_too_many() {
         let mut map = map();
         map.words.push(0);
@@ -334,34 +432,27 @@ mod sabotage {
     }
 
     #[test]
-    #[should_panic(expected = "1: shape")]
-    fn invariant_1_a_level_too_many() {
+    #[should_panic(expected = "1: a summary of nothing")]
+    fn invariant_1_a_summary_without_words() {
         let mut map = map();
-        map.summary.push(vec![1]);
+        map.reset(60..70).unwrap();
+        map.words.clear();
         map.check_invariants();
     }
 
     #[test]
-    #[should_panic(expected = "2: summary")]
+    #[should_panic(expected = "2: word 0 of block 0 is not what is told")]
+    fn invariant_2_a_full_word_said_to_be_mixed() {
+        let mut map = map();
+        map.words[0] = !0;
+        map.check_invariants();
+    }
+
+    #[test]
+    #[should_panic(expected = "2: word 2 of block 0 is not what is told")]
     fn invariant_2_a_dirty_word_hidden() {
         let mut map = map();
-        map.summary[0][0] &= !2;
-        map.check_invariants();
-    }
-
-    #[test]
-    #[should_panic(expected = "2: summary")]
-    fn invariant_2_a_clean_word_announced() {
-        let mut map = map();
-        map.summary[0][0] |= 4;
-        map.check_invariants();
-    }
-
-    #[test]
-    #[should_panic(expected = "2: summary")]
-    fn invariant_2_a_word_announced_that_is_not_there() {
-        let mut map = map();
-        map.summary[0][0] |= 1 << 63;
+        map.words[2] = 1;
         map.check_invariants();
     }
 
@@ -369,9 +460,18 @@ mod sabotage {
     #[should_panic(expected = "3: bits past")]
     fn invariant_3_a_bit_past_the_end() {
         let mut map = map();
-        map.words[3] |= 1 << 8;
-        map.summary[0][0] |= 8;
+        map.words[3] = 1 << 8;
+        map.summary.mark(3, Class::Mixed);
         map.count += 1;
+        map.check_invariants();
+    }
+
+    #[test]
+    #[should_panic(expected = "3: bits past")]
+    fn invariant_3_the_last_word_said_to_be_full() {
+        let mut map = map();
+        map.summary.mark(3, Class::Full);
+        map.count += 64;
         map.check_invariants();
     }
 
@@ -384,12 +484,21 @@ mod sabotage {
     }
 
     #[test]
-    fn levels_shrink_to_one_word() {
-        let lens = |granules| level_lens(granules).collect::<Vec<_>>();
-        assert_eq!(lens(0), [1, 1]);
-        assert_eq!(lens(64), [1, 1]);
-        assert_eq!(lens(65), [2, 1]);
-        assert_eq!(lens(64 * 64 + 1), [65, 2, 1]);
-        assert_eq!(lens(1 << 41).len(), 7);
+    fn a_full_word_may_be_written_or_not() {
+        let mut written = map();
+        let mut untouched = map();
+        written.set(130..131).unwrap();
+        for map in [&mut written, &mut untouched] {
+            map.set(70..200).unwrap();
+            map.check_invariants();
+        }
+        assert_ne!(written.words, untouched.words);
+        assert_eq!(written, untouched);
+        assert_eq!(written.clone(), untouched);
+        for map in [&mut written, &mut untouched] {
+            map.reset(150..151).unwrap();
+            map.check_invariants();
+        }
+        assert_eq!(written.words, untouched.words);
     }
 }

@@ -1,19 +1,20 @@
 //! Finding dirty and clean bytes.
 //!
 //! ```text
-//! summary[1]      ┌──▶ next bit that is 1 ──┐         up while the rest of the word is zero,
-//! summary[0]   ───┘                         └──┐      down to the lowest bit of what is found
-//! words      from                              └──▶ found
+//! upper      ┌──▶ next child that counts ──┐     up while the rest of the pair has none,
+//! lowest  ───┘                             └──┐  down to the first child of what is found
+//! words      from                             └──▶ found
 //! ```
 //!
-//! Clean granules are searched for in the lowest level only, a word at a time: what is above knows of
-//! zero words, not of full ones.
+//! Children that count are those with a bit if dirty granules are looked for, and those that lack one if
+//! clean ones are.
 
 use std::ops::Range;
 
 use super::HBitmap;
+use super::summary::{Class, Pair};
 use super::update::RangeError;
-use super::word::{bit, bits_from, lowest, word_of};
+use super::word::{bit, bits_from, bits_to, lowest, word_of};
 use crate::units::ByteRange;
 
 /// What [`HBitmap::status`] found at the beginning of a range, and how far it goes.
@@ -53,12 +54,7 @@ impl HBitmap {
     /// where it lies in the last granule.
     #[inline]
     pub fn is_dirty(&self, offset: u64) -> Result<bool, RangeError> {
-        if offset >= self.len {
-            return Err(RangeError::OutOfBounds {
-                range: (offset..offset.saturating_add(1)).into(),
-                len: self.len,
-            });
-        }
+        self.check_offset(offset)?;
         Ok(self.has(self.granularity.granule_of(offset)))
     }
 
@@ -203,53 +199,72 @@ impl HBitmap {
         range.intersection((0..self.len).into())
     }
 
+    /// What a word has; nothing, if it is not there.
+    #[inline]
+    pub(super) fn word(&self, at: usize) -> u64 {
+        match self.words.get(at) {
+            None => 0,
+            Some(0) if self.summary.class_of(at) == Class::Full => !0,
+            Some(word) => *word,
+        }
+    }
+
+    /// The words that have a dirty granule, ascending.
+    #[inline]
+    pub(super) fn dirty_words(&self) -> impl Iterator<Item = usize> {
+        let mut block = 0;
+        let mut rest = self.summary.block(0).map_or(0, Pair::any);
+        std::iter::from_fn(move || {
+            if rest == 0 {
+                block = self.summary.next_block(block + 1)?;
+                rest = self.summary.block(block)?.any();
+            }
+            let word = lowest(block, rest) as usize;
+            rest &= rest - 1;
+            Some(word)
+        })
+    }
+
+    /// The last word of the map, and those of its bits that are past the end.
+    #[inline]
+    pub(super) fn last_word(&self) -> (usize, u64) {
+        match self.granules() {
+            0 => (0, !0),
+            granules => (word_of(granules - 1), !bits_to(granules - 1)),
+        }
+    }
+
     /// Whether a granule, which must be one of the map, is dirty.
     #[inline]
     pub(super) fn has(&self, granule: u64) -> bool {
-        self.words[word_of(granule)] & bit(granule) != 0
+        self.word(word_of(granule)) & bit(granule) != 0
     }
 
     /// The first dirty granule at or after `from`.
     #[inline]
     pub(super) fn next_set(&self, from: u64) -> Option<u64> {
-        let word = word_of(from);
-        let bits = self.words.get(word)? & bits_from(from);
+        let at = word_of(from);
+        let bits = self.word(at) & bits_from(from);
         if bits != 0 {
-            return Some(lowest(word, bits));
+            return Some(lowest(at, bits));
         }
-        let word = self.next_word(word + 1)?;
-        Some(lowest(word, self.words[word]))
+        let at = self.summary.next_any(at + 1)?;
+        Some(lowest(at, self.word(at)))
     }
 
-    /// The first word at or after `from` that is not zero.
-    pub(super) fn next_word(&self, from: usize) -> Option<usize> {
-        let mut index = from as u64;
-        for (height, level) in self.summary.iter().enumerate() {
-            let word = word_of(index);
-            let bits = level.get(word)? & bits_from(index);
-            if bits != 0 {
-                let found = lowest(word, bits);
-                let below = self.summary[..height].iter().rev();
-                let down =
-                    |found: u64, level: &Vec<u64>| lowest(found as usize, level[found as usize]);
-                return Some(below.fold(found, down) as usize);
-            }
-            index = word as u64 + 1;
-        }
-        None
-    }
-
-    /// The first clean granule at or after the first of `granules`, which must be some of the map. It
-    /// is not looked for past the word of the last one, and may lie past that.
+    /// The first clean granule at or after the first of `granules`, which must be some of the map. It may
+    /// lie past the last of them, and past the end of the map.
     #[inline]
-    fn next_unset(&self, granules: Range<u64>) -> Option<u64> {
-        let first = word_of(granules.start);
-        let bits = !self.words[first] & bits_from(granules.start);
+    pub(super) fn next_unset(&self, granules: Range<u64>) -> Option<u64> {
+        let at = word_of(granules.start);
+        let bits = !self.word(at) & bits_from(granules.start);
         if bits != 0 {
-            return Some(lowest(first, bits));
+            return Some(lowest(at, bits));
         }
-        let rest = &self.words[first + 1..=word_of(granules.end - 1)];
-        let full = rest.iter().position(|word| *word != !0)?;
-        Some(lowest(first + 1 + full, !rest[full]))
+        if at == word_of(granules.end - 1) {
+            return None;
+        }
+        let at = self.summary.next_lacking(at + 1)?;
+        Some(lowest(at, !self.word(at)))
     }
 }

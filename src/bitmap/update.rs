@@ -1,17 +1,20 @@
-//! Setting and resetting: words first, and upwards only from words that stop or start being zero.
+//! Setting and resetting: the edges of a run word by word, what is between by its summary alone.
 //!
 //! ```text
-//! set    words 3..6 ──▶ was one of them zero?           yes ──▶ summary bits 3..6 ──▶ …
-//!
-//! reset  word 3     ──▶ zero now? each edge for itself  no        its bit above stays
-//!        word 4     ──▶ zero for certain                    ──▶ summary bit 4     ──▶ …
-//!        word 5     ──▶ zero now? each edge for itself  yes ──▶ summary bit 5     ──▶ …
+//! set     word 3      ──▶ read, written                   ──▶ full now? then its pair learns that
+//!         words 4…99  ──▶ the mixed ones counted, filled  ──▶ all full, says their summary
+//!         word 100    ──▶ read, written                   ──▶ full now? …
 //! ```
+//!
+//! Words between the edges that are empty or full as a whole are neither read nor written.
 
 use std::ops::Range;
 
+use multiversion::multiversion;
+
 use super::HBitmap;
-use super::word::{Cut, bit, word_of, words_of};
+use super::summary::Class;
+use super::word::{Cut, bit, bits_from, bits_to, ones, word_of};
 use crate::units::{ByteRange, Granularity};
 
 /// Why a range or an offset does not fit the bitmap. The bitmap is as before.
@@ -67,13 +70,29 @@ impl HBitmap {
     #[inline]
     pub fn set(&mut self, range: impl Into<ByteRange>) -> Result<bool, RangeError> {
         let range = range.into();
-        let granules = self.granularity.outward(range);
-        // Nearly every guest write is this.
-        if granules.end - granules.start == 1 && range.end() <= self.len {
-            return Ok(self.set_one(granules.start));
+        if range.end() > self.len || range.is_empty() {
+            self.check_bounds(range)?;
+            return Ok(self.set_run(self.granularity.outward(range)));
         }
-        self.check_bounds(range)?;
-        Ok(self.set_run(granules))
+        let first = self.granularity.granule_of(range.start());
+        let last = self.granularity.granule_of(range.end() - 1);
+        // Nearly every guest write is this.
+        if first == last {
+            return Ok(self.set_one(first));
+        }
+        Ok(self.set_run(first..last + 1))
+    }
+
+    /// Makes the granule that the byte at `offset` lies in dirty, and says whether it was not before.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfBounds`](RangeError::OutOfBounds) unless `offset` is below [`len`](Self::len); the bitmap is
+    /// then as before.
+    #[inline]
+    pub fn set_at(&mut self, offset: u64) -> Result<bool, RangeError> {
+        self.check_offset(offset)?;
+        Ok(self.set_one(self.granularity.granule_of(offset)))
     }
 
     /// Makes the granules of `range` clean, and says whether one was dirty before.
@@ -103,20 +122,20 @@ impl HBitmap {
     #[inline]
     pub fn reset(&mut self, range: impl Into<ByteRange>) -> Result<bool, RangeError> {
         let range = range.into();
+        let granularity = self.granularity;
+        let is_whole = range.len() == granularity.bytes() && granularity.is_aligned(range.start());
+        if is_whole && range.end() <= self.len {
+            return Ok(self.reset_one(granularity.granule_of(range.start())));
+        }
         if range.is_empty() {
             return Ok(false);
         }
         self.check_bounds(range)?;
-        let granularity = self.granularity;
         let is_end_aligned = granularity.is_aligned(range.end()) || range.end() == self.len;
         if !(granularity.is_aligned(range.start()) && is_end_aligned) {
             return Err(RangeError::Unaligned { range, granularity });
         }
-        let granules = granularity.outward(range);
-        if granules.end - granules.start == 1 {
-            return Ok(self.reset_one(granules.start));
-        }
-        Ok(self.reset_run(granules))
+        Ok(self.reset_run(granularity.outward(range)))
     }
 
     /// Makes every granule that lies in `range` as a whole clean, and says whether one was dirty.
@@ -151,14 +170,24 @@ impl HBitmap {
         self.set_run(0..self.granules())
     }
 
-    /// Makes every granule clean, and says whether one was not before. Takes time for what was dirty
-    /// only.
+    /// Makes every granule clean, and says whether one was not before.
     pub fn reset_all(&mut self) -> bool {
         self.reset_run(0..self.granules())
     }
 
-    /// `range` ends in the last granule at the latest, or is empty.
+    /// `offset` is that of a byte of the map.
     #[inline]
+    pub(super) fn check_offset(&self, offset: u64) -> Result<(), RangeError> {
+        if offset < self.len {
+            return Ok(());
+        }
+        Err(RangeError::OutOfBounds {
+            range: (offset..offset.saturating_add(1)).into(),
+            len: self.len,
+        })
+    }
+
+    /// `range` ends in the last granule at the latest, or is empty.
     fn check_bounds(&self, range: ByteRange) -> Result<(), RangeError> {
         if range.is_empty() || range.end() <= self.granularity.align_up(self.len) {
             return Ok(());
@@ -172,33 +201,34 @@ impl HBitmap {
     /// Sets one granule.
     #[inline]
     fn set_one(&mut self, granule: u64) -> bool {
-        let word = &mut self.words[word_of(granule)];
-        let before = *word;
-        *word = before | bit(granule);
+        let added = self.or_word(word_of(granule), bit(granule));
         // Added, not branched on: whether a granule was dirty is hard to predict.
-        let is_new = before & bit(granule) == 0;
-        self.count += u64::from(is_new);
-        if before == 0 {
-            self.raise(word_of(granule));
-        }
-        is_new
+        self.count += u64::from(added != 0);
+        added != 0
     }
 
     /// Resets one granule.
     #[inline]
     fn reset_one(&mut self, granule: u64) -> bool {
-        let word = &mut self.words[word_of(granule)];
-        if *word & bit(granule) == 0 {
-            // Not written to: it may never have been touched (rule 10).
-            return false;
-        }
-        *word &= !bit(granule);
-        let is_zero = *word == 0;
-        self.count -= 1;
-        if is_zero {
-            self.lower(word_of(granule)..word_of(granule) + 1);
-        }
-        true
+        let removed = self.clear_in_word(word_of(granule), bit(granule));
+        self.count -= u64::from(removed != 0);
+        removed != 0
+    }
+
+    /// Sets the granules `mask` of one word. There must be one.
+    #[inline]
+    pub(super) fn set_in_word(&mut self, word: usize, mask: u64) -> bool {
+        let added = self.or_word(word, mask);
+        self.count += u64::from(added.count_ones());
+        added != 0
+    }
+
+    /// Resets the granules `mask` of one word. There must be one.
+    #[inline]
+    pub(super) fn reset_in_word(&mut self, word: usize, mask: u64) -> bool {
+        let removed = self.clear_in_word(word, mask);
+        self.count -= u64::from(removed.count_ones());
+        removed != 0
     }
 
     /// Sets a run of granules.
@@ -206,24 +236,17 @@ impl HBitmap {
         if granules.is_empty() {
             return false;
         }
-        let cut = Cut::of(&granules);
-        if cut.is_one_word() {
-            return self.set_in_word(cut.head.0, cut.head.1);
+        let Cut { head, body, tail } = Cut::of(&granules);
+        let before = self.count;
+        self.set_in_word(head.0, head.1);
+        if tail.1 != 0 {
+            self.set_in_word(tail.0, tail.1);
         }
-        let filled = fill(&mut self.words, &granules);
-        self.count += filled.added;
-
-        // All words of the run are non-zero now. If one was zero before, the bits above are due.
-        let mut has_woken = filled.has_woken;
-        let mut run = granules;
-        for level in &mut self.summary {
-            if !has_woken {
-                break;
-            }
-            run = words_of(&run);
-            has_woken = fill(level, &run).has_woken;
+        if !body.is_empty() {
+            let ones = self.make_uniform(&body, Class::Full);
+            self.count += body.len() as u64 * 64 - ones;
         }
-        filled.added > 0
+        self.count > before
     }
 
     /// Resets a run of granules.
@@ -231,122 +254,128 @@ impl HBitmap {
         if granules.is_empty() || self.is_clean() {
             return false;
         }
-        let cut = Cut::of(&granules);
-        if cut.is_one_word() {
-            return self.reset_in_word(cut.head.0, cut.head.1);
-        }
+        let Cut { head, body, tail } = Cut::of(&granules);
         let before = self.count;
-        self.reset_in_word(cut.head.0, cut.head.1);
-        self.reset_words(cut.body);
-        self.reset_in_word(cut.tail.0, cut.tail.1);
+        self.reset_in_word(head.0, head.1);
+        if tail.1 != 0 {
+            self.reset_in_word(tail.0, tail.1);
+        }
+        if !body.is_empty() {
+            self.count -= self.make_uniform(&body, Class::Empty);
+        }
         self.count < before
     }
 
-    /// Sets the granules `mask` of one word.
+    /// Sets bits of a word and says which were not; does not count them.
     #[inline]
-    pub(super) fn set_in_word(&mut self, word: usize, mask: u64) -> bool {
-        let before = self.words[word];
+    fn or_word(&mut self, at: usize, mask: u64) -> u64 {
+        let word = self.words.get_mut(at).filter(|word| **word != 0);
+        let Some(word) = word else {
+            return self.or_uniform_word(at, mask);
+        };
+        let before = *word;
         let after = before | mask;
-        if after == before {
-            return false;
+        *word = after;
+        let added = after ^ before;
+        if after == !0 && added != 0 {
+            self.summary.mark(at, Class::Full);
         }
-        self.words[word] = after;
-        self.count += u64::from((after ^ before).count_ones());
-        if before == 0 {
-            self.raise(word);
-        }
-        true
+        added
     }
 
-    /// Resets the granules `mask` of one word.
+    /// Clears bits of a word and says which were set; does not count them.
     #[inline]
-    pub(super) fn reset_in_word(&mut self, word: usize, mask: u64) -> bool {
-        let before = self.words[word];
+    fn clear_in_word(&mut self, at: usize, mask: u64) -> u64 {
+        let word = self.words.get_mut(at);
+        let Some(word) = word.filter(|word| **word != 0 && **word != !0) else {
+            return self.clear_in_uniform_word(at, mask);
+        };
+        let before = *word;
         let after = before & !mask;
-        if after == before {
-            return false;
-        }
-        self.words[word] = after;
-        self.count -= u64::from((after ^ before).count_ones());
+        *word = after;
         if after == 0 {
-            self.lower(word..word + 1);
+            self.summary.mark(at, Class::Empty);
         }
-        true
+        after ^ before
     }
 
-    /// Resets whole words, in blocks of those that share a word above: blocks without a dirty granule
-    /// are skipped unread (rule 10), the others are short enough to clear without looking.
-    fn reset_words(&mut self, words: Range<usize>) {
-        let mut from = words.start;
-        while let Some(first) = self.next_word(from) {
-            if first >= words.end {
-                break;
-            }
-            let block = first..words.end.min((first | 63) + 1);
-            for word in &mut self.words[block.clone()] {
-                self.count -= u64::from(word.count_ones());
-                *word = 0;
-            }
-            from = block.end;
-            self.lower(block);
-        }
-    }
-
-    /// Tells the summaries that `word` is not zero any more.
+    /// As [`or_word`](Self::or_word), for a word that is 0: empty, full, or not there yet.
     #[inline(never)]
-    fn raise(&mut self, word: usize) {
-        let mut index = word as u64;
-        for level in &mut self.summary {
-            let above = &mut level[word_of(index)];
-            let before = *above;
-            *above |= bit(index);
-            if before != 0 {
-                break;
-            }
-            index = word_of(index) as u64;
+    fn or_uniform_word(&mut self, at: usize, mask: u64) -> u64 {
+        if self.summary.class_of(at) == Class::Full {
+            return 0;
         }
+        if self.words.is_empty() {
+            self.take_memory();
+        }
+        self.words[at] = mask;
+        self.summary.mark(at, Class::of(mask));
+        mask
     }
 
-    /// Tells the summaries that `words` are zero now. They must share one word above.
+    /// As [`clear_in_word`](Self::clear_in_word), for a word that is empty or full.
     #[inline(never)]
-    fn lower(&mut self, words: Range<usize>) {
-        let Cut { head, .. } = Cut::of(&(words.start as u64..words.end as u64));
-        let (mut index, mut mask) = head;
-        for level in &mut self.summary {
-            level[index] &= !mask;
-            if level[index] != 0 {
-                break;
-            }
-            mask = bit(index as u64);
-            index = word_of(index as u64);
+    fn clear_in_uniform_word(&mut self, at: usize, mask: u64) -> u64 {
+        if self.summary.class_of(at) != Class::Full {
+            return 0;
         }
+        self.words[at] = !mask;
+        self.summary.mark(at, Class::of(!mask));
+        mask
+    }
+
+    /// Makes words empty or full, and says how many ones they had. Those that are uniform are not touched.
+    fn make_uniform(&mut self, words: &Range<usize>, class: Class) -> u64 {
+        let (first, last) = (words.start / 64, (words.end - 1) / 64);
+        let mut ones = 0;
+        for block in first..=last {
+            let block = block * 64..block * 64 + 64;
+            let within = words.start.max(block.start)..words.end.min(block.end);
+            ones += self.make_uniform_in_block(within, class);
+        }
+        self.summary.mark_run(words, class);
+        ones
+    }
+
+    /// As [`make_uniform`](Self::make_uniform) for words of one block, but for the summary.
+    #[inline]
+    fn make_uniform_in_block(&mut self, words: Range<usize>, class: Class) -> u64 {
+        let mask = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
+        let Some(pair) = self.summary.block(words.start / 64) else {
+            return 0;
+        };
+        let full = u64::from((pair.full & mask).count_ones()) * 64;
+        // What a word says must be so, unless it is 0.
+        let (wrong, right) = match class {
+            Class::Full => (pair.mixed & mask, !0),
+            Class::Mixed | Class::Empty => (pair.any() & mask, 0),
+        };
+        if wrong == 0 {
+            return full;
+        }
+        let first = words.start / 64 * 64;
+        if pair.mixed & mask == mask {
+            let words = &mut self.words[words];
+            let ones = count_ones(words);
+            words.fill(right);
+            return ones;
+        }
+        let mut mixed = 0;
+        for at in ones(wrong) {
+            let word = &mut self.words[first + at];
+            if pair.mixed & bit(at as u64) != 0 {
+                mixed += u64::from(word.count_ones());
+            }
+            if *word != 0 {
+                *word = right;
+            }
+        }
+        full + mixed
     }
 }
 
-/// What [`fill`] did.
-struct Filled {
-    /// Bits that were 0.
-    added: u64,
-    /// Whether a word was zero.
-    has_woken: bool,
-}
-
-/// Sets a run of bits in one level.
-fn fill(level: &mut [u64], run: &Range<u64>) -> Filled {
-    let cut = Cut::of(run);
-    let mut added = 0;
-    let mut has_woken = false;
-    // In a run of one word the tail has no bit, and finds a word that the head made non-zero.
-    for (word, mask) in [cut.head, cut.tail] {
-        let before = level[word];
-        level[word] = before | mask;
-        added += u64::from((mask & !before).count_ones());
-        has_woken |= before == 0;
-    }
-    for word in &mut level[cut.body] {
-        added += u64::from(word.count_zeros());
-        has_woken |= *word == 0;
-        *word = !0;
-    }
-    Filled { added, has_woken }
+/// Ones of some words. Made several times over, for what processors have.
+#[multiversion(targets = "simd")]
+fn count_ones(words: &[u64]) -> u64 {
+    words.iter().map(|word| u64::from(word.count_ones())).sum()
 }

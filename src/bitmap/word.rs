@@ -48,10 +48,15 @@ pub(super) const fn words_for(bits: u64) -> u64 {
     if words == 0 { 1 } else { words }
 }
 
-/// The words that hold the bits of `run`, which must not be empty.
+/// Which bits of `word` are 1, ascending.
 #[inline]
-pub(super) const fn words_of(run: &Range<u64>) -> Range<u64> {
-    run.start / BITS..(run.end - 1) / BITS + 1
+pub(super) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let lowest = word.trailing_zeros() as usize;
+        let is_some = word != 0;
+        word &= word.wrapping_sub(1);
+        is_some.then_some(lowest)
+    })
 }
 
 /// A run of bits, cut at the word boundaries.
@@ -84,12 +89,6 @@ impl Cut {
             tail: (last, tail),
         }
     }
-
-    /// Whether the run lies in one word, and `head` has all of it.
-    #[inline]
-    pub(super) const fn is_one_word(&self) -> bool {
-        self.head.0 == self.tail.0
-    }
 }
 
 #[cfg(test)]
@@ -116,11 +115,6 @@ mod tests {
                 words[cut.body].iter_mut().for_each(|word| *word += !0);
                 let found = (0..256).filter(|index| words[word_of(*index)] & bit(*index) != 0);
                 assert!(found.eq(start..end), "{start}..{end}");
-                assert_eq!(
-                    words_of(&(start..end)),
-                    start / 64..end.div_ceil(64),
-                    "{start}..{end}"
-                );
             }
         }
     }

@@ -259,7 +259,8 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
-        let clean = HBitmap::new(node.len(), granularity)?;
+        let mut clean = HBitmap::new(node.len(), granularity)?;
+        clean.reserve()?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let job = Job::new("mirror", options.job)?;

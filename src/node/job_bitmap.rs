@@ -76,7 +76,10 @@ impl Node {
         if !(LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&granularity.exponent()) {
             return Err(TrackError::Granularity(granularity));
         }
-        Inner::track(self.inner(), HBitmap::new(self.len(), granularity)?)
+        let mut bitmap = HBitmap::new(self.len(), granularity)?;
+        // A guest write must not be lost for want of memory.
+        bitmap.reserve()?;
+        Inner::track(self.inner(), bitmap)
     }
 
     /// As [`track`](Self::track), into a clean bitmap that was made for this node before.

@@ -290,8 +290,7 @@ impl fmt::Debug for Bitmaps<'_> {
 impl Inner {
     /// A clean map for this node.
     fn new_map(&self, granularity: Granularity) -> Result<HBitmap, BitmapError> {
-        let len = self.len;
-        HBitmap::new(len, granularity).map_err(|error| BitmapError::create(error, len, granularity))
+        reserved(self.len, granularity)
     }
 
     /// As [`record_in`](Self::record_in), with the error of a verb.
@@ -307,11 +306,20 @@ impl Inner {
 
 /// An independent copy of `map`.
 fn copy_of(map: &HBitmap) -> Result<HBitmap, BitmapError> {
-    let (len, granularity) = (map.len(), map.granularity());
-    let created = HBitmap::new(len, granularity);
-    let mut copy = created.map_err(|error| BitmapError::create(error, len, granularity))?;
+    let mut copy = reserved(map.len(), map.granularity())?;
     copy.merge_from(map).expect("it is as long");
     Ok(copy)
+}
+
+/// A clean map that has its memory: neither a guest write nor a bit that is put back is to be lost for want of
+/// it, and a verb is to be told no before it begins.
+fn reserved(len: u64, granularity: Granularity) -> Result<HBitmap, BitmapError> {
+    let create = || {
+        let mut map = HBitmap::new(len, granularity)?;
+        map.reserve()?;
+        Ok(map)
+    };
+    create().map_err(|error| BitmapError::create(error, len, granularity))
 }
 
 /// Whether a node can record in such granules.

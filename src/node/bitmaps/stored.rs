@@ -111,7 +111,7 @@ impl Bitmaps<'_> {
     pub fn import_state(
         &self,
         guard: &QuiesceGuard,
-        states: Vec<BitmapState>,
+        mut states: Vec<BitmapState>,
     ) -> Result<(), BitmapError> {
         self.check_guard(guard)?;
         let mut list = self.inner().lock_drained();
@@ -144,6 +144,11 @@ impl Bitmaps<'_> {
             if state.is_enabled && !state.is_in_use {
                 finest = Some(finest.map_or(granularity, |finest| finest.min(granularity)));
             }
+        }
+        for BitmapState { bits, .. } in &mut states {
+            let (len, granularity) = (bits.len(), bits.granularity());
+            bits.reserve()
+                .map_err(|error| BitmapError::create(error, len, granularity))?;
         }
         if let Some(finest) = finest {
             self.inner().start_recording(&mut list, finest)?;
