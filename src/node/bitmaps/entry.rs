@@ -113,7 +113,6 @@ pub(super) enum Intent {
 
 /// A bitmap that nobody has, for a verb to work on.
 pub(super) struct Idle<'a> {
-    pub(super) name: &'a mut String,
     pub(super) map: &'a mut Arc<HBitmap>,
     pub(super) usage: &'a mut Usage,
 }
@@ -245,7 +244,7 @@ impl Named {
         self.check_idle(intent)?;
         let Self { name, content, .. } = self;
         match content {
-            Content::Known { map, usage } => Ok(Idle { name, map, usage }),
+            Content::Known { map, usage } => Ok(Idle { map, usage }),
             Content::Inconsistent { .. } => Err(BitmapError::Inconsistent { name: name.clone() }),
         }
     }
