@@ -179,6 +179,7 @@ pub mod queue;
 #[doc(hidden)]
 pub mod sabotage;
 mod sync;
+mod transaction;
 mod units;
 
 pub use crate::bitmap::HBitmap;
@@ -202,5 +203,8 @@ pub use crate::node::{
     BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
     DirtyRuns, FrozenBitmap, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
     PendingWrite, Quiesce, QuiesceGuard, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
+};
+pub use crate::transaction::{
+    ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,
 };
 pub use crate::units::{ByteRange, Granularity};

@@ -52,6 +52,14 @@ pub enum Sabotage {
     LetInReadonly,
     /// Bitmaps 8: nodes are locked in the order in which they are named.
     LockAsNamed,
+    /// Transactions 1: the guests go on before it is decided.
+    LetGoBeforeCommit,
+    /// Transactions 3: what was done before an act that fails is kept.
+    KeepHalf,
+    /// Transactions 3: undoing goes from the first to the last.
+    RollBackForward,
+    /// Transactions 4: a bitmap goes before it is decided.
+    RemoveAtOnce,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
 }

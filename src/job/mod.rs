@@ -597,6 +597,23 @@ impl Job {
     }
 }
 
+/// What a transaction does with a job.
+impl Job {
+    /// Whether [`start`](Self::start) would do.
+    pub(crate) fn check_start(&self) -> Result<(), VerbError> {
+        let state = self.shared.lock();
+        if state.status.allows(Verb::Start) && state.cancel.is_none() {
+            return Ok(());
+        }
+        Err(state.not_allowed(Verb::Start))
+    }
+
+    /// Whether two handles stand for one job.
+    pub(crate) fn is(&self, other: &Job) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+}
+
 /// What the machine does with its job.
 impl Job {
     /// What was asked; `waker` is called when something more is.

@@ -15,7 +15,7 @@ pub struct Lane {
     pub(super) node: Arc<Inner>,
 }
 
-/// The way into a [`Node`] of one guest queue, which has its own cache lines to count its writes on.
+/// The way into a [`Node`](crate::Node) of one guest queue, which has its own cache lines to count its writes on.
 ///
 /// Two queues do not slow each other down. A queue may move between threads but is used by one at a
 /// time; its tickets may finish, and its writes that wait may begin, on any thread.
@@ -68,13 +68,13 @@ impl GuestQueue {
         }
     }
 
-    /// As [`Node::begin_write`].
+    /// As [`Node::begin_write`](crate::Node::begin_write).
     #[inline]
     pub fn begin_write(&self, range: ByteRange) -> Begin<&Lane> {
         Begin::new(&self.lane, range)
     }
 
-    /// As [`Node::begin_write_owned`].
+    /// As [`Node::begin_write_owned`](crate::Node::begin_write_owned).
     pub fn begin_write_owned(&self, range: ByteRange) -> Begin<Arc<Lane>> {
         Begin::new(Arc::clone(&self.lane), range)
     }

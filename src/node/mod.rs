@@ -39,6 +39,7 @@ pub use bitmaps::{
     BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo, BitmapOptions, BitmapState,
     BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor, DirtyRuns, FrozenBitmap, SnapshotOf,
 };
+pub(crate) use bitmaps::{Journal, Locked};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use gate::GateRule;

@@ -35,17 +35,22 @@ impl Inner {
             .map_or(granularity, |known| known.min(granularity));
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
         self.log_or_new(list, log, finest)?;
-        self.gate.record_in(Some(log));
-        list.recording = Some(log);
+        self.write_to(list, Some(log));
         Ok(())
     }
 
     /// Spares guest writes the log if no bitmap records any more.
     pub(super) fn stop_if_unused(&self, list: &mut List) {
         if list.finest().is_none() {
-            list.recording = None;
-            self.gate.record_in(None);
+            self.write_to(list, None);
         }
+    }
+
+    /// Has writes recorded in a log that there is, or in none. To go to another the node must be quiesced
+    /// and drained.
+    pub(super) fn write_to(&self, list: &mut List, recording: Option<usize>) {
+        list.recording = recording;
+        self.gate.record_in(recording);
     }
 
     fn log_or_new(

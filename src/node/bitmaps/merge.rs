@@ -113,7 +113,7 @@ fn number(node: &Node) -> usize {
     std::ptr::from_ref(inner).addr()
 }
 
-fn is_same(a: &Node, b: &Node) -> bool {
+pub(super) fn is_same(a: &Node, b: &Node) -> bool {
     Arc::ptr_eq(a.inner(), b.inner())
 }
 

@@ -55,6 +55,7 @@ mod error;
 mod frozen;
 mod hold;
 mod info;
+mod journal;
 mod list;
 mod merge;
 mod options;
@@ -76,8 +77,10 @@ pub use error::{BitmapError, CannotPersist};
 pub use frozen::FrozenBitmap;
 pub use hold::BitmapHold;
 pub use info::{BitmapInfo, DirtyRuns, SnapshotOf};
+pub(crate) use journal::Journal;
 pub(super) use list::List;
 use list::Plan;
+pub(crate) use merge::Locked;
 pub use options::{BitmapOptions, BitmapStorage};
 pub use stored::{BitmapExport, BitmapState};
 
