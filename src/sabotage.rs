@@ -40,6 +40,8 @@ pub enum Sabotage {
     ForgetDropped,
     /// Bitmaps 5: a merge checks each source when its turn comes.
     MergeOneByOne,
+    /// Bitmaps 1: a verb looks at the bitmaps before what was recorded has come there.
+    VerbWithoutDrain,
     /// Bitmaps 4: what is frozen is not kept from being changed.
     FreezeWithoutHolding,
     /// Bitmaps 6: a claim ends without its successor's recording.

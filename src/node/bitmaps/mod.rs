@@ -66,6 +66,7 @@ use std::fmt;
 use super::record::{LOG_EXPONENT_MAX, LOG_EXPONENT_MIN};
 use super::{Inner, Node, QuiesceGuard};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::Arc;
 use crate::units::Granularity;
 
@@ -234,7 +235,11 @@ impl Bitmaps<'_> {
     /// [`NotFound`](BitmapError::NotFound), [`Busy`](BitmapError::Busy),
     /// [`Inconsistent`](BitmapError::Inconsistent).
     pub fn disable(&self, name: &str) -> Result<(), BitmapError> {
-        let mut list = self.inner().lock_drained();
+        let mut list = if is_broken(Sabotage::VerbWithoutDrain) {
+            self.inner().list.lock()
+        } else {
+            self.inner().lock_drained()
+        };
         list.set_enabled(name, false)?;
         self.inner().stop_if_unused(&mut list);
         Ok(())

@@ -179,7 +179,7 @@ impl Bitmaps<'_> {
 
     /// The storage that keeps a persistent bitmap cannot be written to. Until it is
     /// [writable](Self::mark_writable) again its bits do not change, and since a write could not be
-    /// recorded, the node refuses every [write](Node::begin_write).
+    /// recorded, the node refuses every [write](crate::Node::begin_write).
     ///
     /// The guard sees to it that none is in flight that was let in before.
     ///
