@@ -201,8 +201,8 @@ pub use crate::node::GateRule;
 pub use crate::node::{
     Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
     BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
-    DirtyRuns, FrozenBitmap, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
-    PendingWrite, Quiesce, QuiesceGuard, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
+    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
+    PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
 };
 pub use crate::transaction::{
     ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,

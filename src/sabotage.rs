@@ -54,6 +54,10 @@ pub enum Sabotage {
     LetInReadonly,
     /// Bitmaps 8: nodes are locked in the order in which they are named.
     LockAsNamed,
+    /// Growing log 1: it does not grow with the disk.
+    LogStaysShort,
+    /// Resize 2: what is new is clean.
+    GrowClean,
     /// Transactions 1: the guests go on before it is decided.
     LetGoBeforeCommit,
     /// Transactions 3: what was done before an act that fails is kept.

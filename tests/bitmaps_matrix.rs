@@ -7,10 +7,12 @@ use std::any::Any;
 
 use blockjob::{
     BitmapError, BitmapInfo, BitmapOptions, BitmapState, BitmapStorage, BusyWith, ClaimFor,
-    Granularity, HBitmap, Node, QuiesceGuard, SnapshotOf,
+    Granularity, Grown, HBitmap, Limits, Mirror, MirrorError, MirrorOptions, Node, Prepared,
+    QuiesceGuard, SnapshotOf, TrackError, Transaction,
 };
 
 const LEN: u64 = (1 << 20) + 512;
+const G: u64 = 1 << 16;
 const X: &str = "x";
 const Y: &str = "y";
 
@@ -22,6 +24,7 @@ enum Held {
     ClaimForReading,
     Freeze,
     Hold,
+    Transaction,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +46,7 @@ impl State {
                 Held::ClaimForReading,
                 Held::Freeze,
                 Held::Hold,
+                Held::Transaction,
             ] {
                 for is_enabled in [false, true] {
                     if held == Held::Freeze && is_enabled {
@@ -56,12 +60,17 @@ impl State {
                     });
                 }
             }
-            all.push(Self {
-                held: Held::Nobody,
-                is_enabled: false,
-                is_readonly,
-                is_inconsistent: true,
-            });
+            for held in [Held::Nobody, Held::Transaction] {
+                // A transaction can only be about to remove it, which it cannot be if it is read-only.
+                if held == Held::Nobody || !is_readonly {
+                    all.push(Self {
+                        held,
+                        is_enabled: false,
+                        is_readonly,
+                        is_inconsistent: true,
+                    });
+                }
+            }
         }
         all
     }
@@ -72,6 +81,7 @@ impl State {
             Held::Claim | Held::ClaimForReading => Some(BusyWith::Job),
             Held::Freeze => Some(BusyWith::Reader),
             Held::Hold => Some(BusyWith::Holder),
+            Held::Transaction => Some(BusyWith::Transaction),
         }
     }
 
@@ -157,16 +167,24 @@ impl World {
         if !state.is_enabled && !state.is_inconsistent {
             bitmaps.disable(X).unwrap();
         }
+        // Afterwards those who may still put things back would not let it.
+        let is_open = state.held == Held::Transaction;
+        if state.is_readonly && is_open {
+            bitmaps.mark_readonly(&quiesced(&node), X).unwrap();
+        }
         let owner: Option<Box<dyn Any>> = match state.held {
             Held::Nobody => None,
             Held::Claim => Some(Box::new(bitmaps.claim(X, ClaimFor::Change).unwrap())),
             Held::ClaimForReading => Some(Box::new(bitmaps.claim(X, ClaimFor::Reading).unwrap())),
             Held::Freeze => Some(Box::new(bitmaps.freeze(X).unwrap())),
             Held::Hold => Some(Box::new(bitmaps.hold(X).unwrap())),
+            Held::Transaction => Some(Box::new(touch(&node, state))),
         };
         // What is written while it is in use.
-        write(&node, 700_000);
-        if state.is_readonly {
+        if let Some(ticket) = node.begin_write((700_000..700_001).into()).go() {
+            ticket.finish(());
+        }
+        if state.is_readonly && !is_open {
             bitmaps.mark_readonly(&quiesced(&node), X).unwrap();
         }
         let world = Self { node, other, owner };
@@ -192,6 +210,20 @@ impl World {
         };
         [of(&self.node), of(&self.other)].concat()
     }
+}
+
+/// Has a transaction touch `x` and leaves it open.
+fn touch(node: &Node, state: State) -> Prepared {
+    let mut list = Transaction::new();
+    if state.is_inconsistent {
+        list.remove(node, X);
+    } else if state.is_enabled {
+        list.enable(node, X);
+    } else {
+        list.disable(node, X);
+    }
+    let prepared = list.prepare().try_prepared();
+    prepared.expect("no write is in flight").unwrap()
 }
 
 type Ask = fn(&World) -> Result<(), BitmapError>;
@@ -239,6 +271,12 @@ const VERBS: &[(&str, &[Check], Ask)] = &[
     }),
     ("claim for reading", USE, |world| {
         world.node.bitmaps().claim(X, ClaimFor::Reading).map(drop)
+    }),
+    ("resize", REMOVE, |world| {
+        let guard = quiesced(&world.node);
+        let resize = world.node.resize(&guard, LEN + 1, Grown::Dirty)?;
+        resize.commit();
+        Ok(())
     }),
     ("hold", CHANGE, |world| {
         world.node.bitmaps().hold(X).map(drop)
@@ -346,6 +384,52 @@ fn what_would_be_stored_must_not_be_in_use() {
             assert_eq!(names(&export.to_store), stored, "{state:?}");
             assert_eq!(export.to_keep, kept, "{state:?}");
         }
+    }
+}
+
+/// With another length in the making every bitmap of the disk is in use, and none can be made.
+#[test]
+fn while_the_disk_is_resized_nothing_else_is_done() {
+    for is_committed in [false, true] {
+        let world = World::new(State::all()[1]);
+        let before = world.picture();
+        let guard = quiesced(&world.node);
+        let resize = world.node.resize(&guard, LEN + G, Grown::Dirty).unwrap();
+        let with = BusyWith::Resize;
+        let bitmaps = world.node.bitmaps();
+        for (verb, checks, ask) in VERBS {
+            match ask(&world) {
+                Ok(()) => assert!(!checks.contains(&Check::Busy), "{verb}"),
+                Err(BitmapError::Busy { with: found, .. }) => assert_eq!(found, with, "{verb}"),
+                // Of another resize.
+                Err(error) => assert_eq!(error, BitmapError::NodeBusy { with }, "{verb}"),
+            }
+        }
+        let busy = BitmapError::NodeBusy { with };
+        let transient = BitmapOptions::default();
+        assert_eq!(bitmaps.add(&guard, "z", transient), Err(busy.clone()));
+        assert_eq!(bitmaps.add_disabled("z", transient), Err(busy.clone()));
+        let bits = HBitmap::new(LEN, Granularity::DEFAULT).unwrap();
+        let states = vec![BitmapState::new("z", bits)];
+        assert_eq!(bitmaps.import_state(&guard, states), Err(busy.clone()));
+        let mut list = Transaction::new();
+        list.add(&world.node, "z", transient);
+        let error = list.prepare().try_prepared().unwrap().unwrap_err();
+        assert_eq!(error.why, busy.into());
+        let tracked = world.node.track(&guard, Granularity::DEFAULT);
+        assert_eq!(tracked.unwrap_err(), TrackError::Resized);
+        let limits = Limits::new(LEN);
+        let mirror = Mirror::new(&world.node, limits, limits, MirrorOptions::default());
+        assert!(matches!(mirror, Err(MirrorError::NodeBusy)));
+        if is_committed {
+            resize.commit();
+            assert_eq!(world.node.len(), LEN + G);
+        } else {
+            drop(resize);
+            assert_eq!(world.picture(), before);
+        }
+        bitmaps.check_invariants();
+        bitmaps.clear(X).unwrap();
     }
 }
 

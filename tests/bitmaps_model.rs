@@ -15,7 +15,7 @@ mod twin;
 
 use blockjob::{
     ActionError, BitmapClaim, BitmapError, BitmapHold, BitmapOptions, BitmapState, BitmapStorage,
-    BusyWith, ClaimFor, FrozenBitmap, Node, OwnedTicket, Prepared, QuiesceGuard, SnapshotOf,
+    BusyWith, ClaimFor, FrozenBitmap, Grown, Node, OwnedTicket, Prepared, QuiesceGuard, SnapshotOf,
     Transaction,
 };
 use rng::Rng;
@@ -74,8 +74,12 @@ impl World {
         }
     }
 
+    fn len(&self, disk: usize) -> u64 {
+        self.twin.disks[disk].len
+    }
+
     fn step(&mut self) {
-        match self.rng.below(20) {
+        match self.rng.below(21) {
             0..5 => self.write(),
             5..11 => self.ask(),
             11 => self.claim(),
@@ -84,6 +88,7 @@ impl World {
             14 => self.mark(),
             15 => self.store(),
             16..18 => self.end_one(),
+            18 => self.resize(),
             _ => self.transaction(),
         }
     }
@@ -153,10 +158,11 @@ impl World {
     /// A write that settles at once, or later.
     fn write(&mut self) {
         let disk = self.disk();
-        let start = self.rng.below(LENS[disk] + 2000);
+        let disk_len = self.len(disk);
+        let start = self.rng.below(disk_len + 2000);
         let len = match self.rng.below(10) {
             0 => 0,
-            1 => self.rng.below(LENS[disk] + 1),
+            1 => self.rng.below(disk_len + 1),
             _ => self.rng.below(3000),
         };
         let range = start..start + len;
@@ -260,6 +266,7 @@ impl World {
         let Some(guard) = quiesced(&self.nodes[disk]) else {
             return;
         };
+        let len = self.len(disk);
         let twin = &mut self.twin.disks[disk];
         let bitmaps = self.nodes[disk].bitmaps();
         let export = match bitmaps.export_state(&guard) {
@@ -291,7 +298,7 @@ impl World {
         for state in &mut states {
             state.is_in_use = self.rng.below(2) == 0;
         }
-        let other = Node::new(LENS[disk]);
+        let other = Node::new(len);
         let other_guard = quiesced(&other).expect("nobody writes");
         other
             .bitmaps()
@@ -369,7 +376,37 @@ impl World {
         }
     }
 
+    fn resize(&mut self) {
+        let disk = self.disk();
+        let Some(guard) = quiesced(&self.nodes[disk]) else {
+            return;
+        };
+        let len = match self.rng.below(4) {
+            0 => LENS[disk],
+            1 => self.rng.below(5000),
+            _ => self.rng.below(200_000),
+        };
+        let grown = if self.rng.below(3) == 0 {
+            Grown::Clean
+        } else {
+            Grown::Dirty
+        };
+        let expected = self.twin.disks[disk].check_resize();
+        let resize = self.nodes[disk].resize(&guard, len, grown);
+        assert_eq!(resize.as_ref().err(), expected.as_ref().err());
+        let Ok(resize) = resize else {
+            return;
+        };
+        if self.rng.below(4) == 0 {
+            drop(resize);
+        } else {
+            resize.commit();
+            self.twin.disks[disk].resize(len, grown);
+        }
+    }
+
     fn end_claim(&mut self, at: At, claim: BitmapClaim) {
+        let len = self.len(at.0);
         let bitmap = self.twin.find(&at).unwrap();
         match self.rng.below(6) {
             0 | 1 => {
@@ -400,9 +437,9 @@ impl World {
                     }
                     Ok(mut bits) => {
                         assert!(!bitmap.is_readonly);
-                        let start = self.rng.below(LENS[at.0] / bitmap.granule + 1);
+                        let start = self.rng.below(len / bitmap.granule + 1);
                         let bytes = start * bitmap.granule..(start + 1) * bitmap.granule;
-                        if bytes.end <= LENS[at.0] && bits.reset(bytes.into()).unwrap() {
+                        if bytes.end <= len && bits.reset(bytes.into()).unwrap() {
                             bitmap.dirty.remove(&start);
                         }
                     }
@@ -582,9 +619,11 @@ fn what_is_broken_is_noticed() {
         (Sabotage::FreezeWithoutHolding, 50),
         (Sabotage::MergeOneByOne, 50),
         (Sabotage::EndDisabled, 50),
-        (Sabotage::AbdicateForgetsFlags, 200),
+        (Sabotage::AbdicateForgetsFlags, 2000),
         (Sabotage::ReclaimForgetsSuccessor, 50),
         (Sabotage::LetInReadonly, 50),
+        (Sabotage::LogStaysShort, 200),
+        (Sabotage::GrowClean, 50),
         (Sabotage::LetGoBeforeCommit, 20),
         (Sabotage::KeepHalf, 20),
         (Sabotage::RollBackForward, 100),

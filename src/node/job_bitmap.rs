@@ -1,11 +1,10 @@
 //! The bitmaps of jobs, and that a job works on a node.
 
 use std::fmt;
-use std::mem;
 use std::ops::Deref;
 use std::task::{Poll, Waker};
 
-use super::bitmaps::{Body, List};
+use super::bitmaps::{Body, BusyWith, List};
 use super::gate::{GateRule, WaiterId};
 use super::record::{LOG_EXPONENT_MAX, LOG_EXPONENT_MIN};
 use super::{Inner, Node, QuiesceGuard};
@@ -45,6 +44,9 @@ pub enum TrackError {
     /// The guard quiesces another node.
     #[error("the guard is that of another node")]
     OtherNode,
+    /// The disk is being resized, or was since the bitmap was made.
+    #[error("the disk is being resized")]
+    Resized,
     /// Recording is done in granules of 512 bytes to 2 GiB.
     #[error("granularity {0} is not between 512 B and 2 GiB")]
     Granularity(Granularity),
@@ -105,10 +107,12 @@ impl Node {
     /// Takes the node for a job, unless another has it.
     pub(crate) fn claim_for_job(&self) -> Option<JobClaim> {
         let node = Arc::clone(self.inner());
-        let was_claimed = mem::replace(&mut node.list.lock().is_claimed, true);
-        if was_claimed {
+        let mut list = node.list.lock();
+        if list.taken.is_some() {
             return None;
         }
+        list.taken = Some(BusyWith::Job);
+        drop(list);
         Some(JobClaim { node })
     }
 }
@@ -117,6 +121,9 @@ impl Inner {
     fn track(node: &Arc<Self>, bitmap: HBitmap) -> Result<JobBitmap, TrackError> {
         // What is in a log now was written before: it is not for the new bitmap.
         let mut list = node.lock_drained();
+        if list.check_not_resizing().is_err() || bitmap.len() != node.len() {
+            return Err(TrackError::Resized);
+        }
         node.record_in(&mut list, bitmap.granularity())?;
         let id = list.push(Body::Job(bitmap));
         drop(list);
@@ -265,6 +272,6 @@ impl fmt::Debug for JobBitmapGuard<'_> {
 
 impl Drop for JobClaim {
     fn drop(&mut self) {
-        self.node.list.lock().is_claimed = false;
+        self.node.list.lock().taken = None;
     }
 }

@@ -21,16 +21,18 @@
 
 mod bitmaps;
 mod gate;
+mod growing;
 mod job_bitmap;
 mod lane;
 mod quiesce;
 mod record;
+mod resize;
 mod ticket;
 
 use std::fmt;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicU64;
 
-use crate::log::DirtyLog;
 use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
@@ -44,11 +46,13 @@ pub(crate) use bitmaps::{Journal, Locked};
 #[doc(hidden)]
 pub use gate::GateRule;
 use gate::{Gate, Rules};
+use growing::GrowingLog;
 pub(crate) use job_bitmap::JobClaim;
 pub use job_bitmap::{JobBitmap, JobBitmapGuard, TrackError};
 pub use lane::{GuestQueue, Lane};
 pub use quiesce::{Quiesce, QuiesceGuard};
 use record::LOGS;
+pub use resize::{Grown, Resize};
 pub use ticket::{Begin, BeginFuture, OwnedTicket, PendingWrite, Ticket, Way, WriteRefused};
 
 /// One disk of a virtual machine, as the guest sees it.
@@ -85,11 +89,12 @@ pub struct Node {
 }
 
 struct Inner {
-    len: u64,
+    /// Changes only while no write is inside, and is ordered by what sees to that.
+    len: AtomicU64,
     gate: Gate,
     /// One place per granularity, filled when it is first needed. A log that was outgrown stays: its
     /// memory is that of one more bitmap of its granularity.
-    logs: [OnceLock<DirtyLog>; LOGS],
+    logs: [OnceLock<GrowingLog>; LOGS],
     list: Mutex<List>,
 }
 
@@ -111,7 +116,7 @@ impl Node {
 
     fn with_rules(len: u64, rules: Rules) -> Self {
         let node = Arc::new(Inner {
-            len,
+            len: AtomicU64::new(len),
             gate: Gate::new(rules),
             logs: std::array::from_fn(|_| OnceLock::new()),
             list: Mutex::new(List::default()),
@@ -125,7 +130,7 @@ impl Node {
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "a disk is no collection")]
     pub fn len(&self) -> u64 {
-        self.inner().len
+        self.inner().len()
     }
 
     /// Asks to write, write zeroes to, or discard `range`.
@@ -178,7 +183,7 @@ impl fmt::Debug for Node {
 impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inner")
-            .field("len", &self.len)
+            .field("len", &self.len())
             .finish_non_exhaustive()
     }
 }

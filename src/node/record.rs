@@ -1,10 +1,12 @@
 //! From the end of a write to the bitmaps: the logs that writes are recorded in, and draining them.
 
 use std::sync::OnceLock;
+use std::sync::atomic::Ordering;
 
 use super::Inner;
 use super::bitmaps::List;
-use crate::log::{DirtyLog, DirtyLogError};
+use super::growing::GrowingLog;
+use crate::log::DirtyLogError;
 use crate::sync::MutexGuard;
 use crate::units::{ByteRange, Granularity};
 
@@ -15,6 +17,15 @@ pub(super) const LOG_EXPONENT_MAX: u8 = 31;
 pub(super) const LOGS: usize = (LOG_EXPONENT_MAX - LOG_EXPONENT_MIN) as usize + 1;
 
 impl Inner {
+    /// Bytes of the disk. They change under the lock of the bitmaps, while the node is quiesced.
+    pub(super) fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_len(&self, len: u64) {
+        self.len.store(len, Ordering::Release);
+    }
+
     /// The bitmaps, with everything in those that record that was written until now.
     pub(super) fn lock_drained(&self) -> MutexGuard<'_, List> {
         let mut list = self.list.lock();
@@ -59,12 +70,14 @@ impl Inner {
         log: usize,
         granularity: Granularity,
     ) -> Result<(), DirtyLogError> {
-        if self.logs[log].get().is_none() {
-            let made = DirtyLog::new(self.len, granularity)?;
-            // Under the lock of the bitmaps, so nobody was faster.
-            assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
-            list.logs.push(log);
+        if let Some(known) = self.logs[log].get() {
+            // The disk may have grown since it was used.
+            return known.grow_to(self.len());
         }
+        let made = GrowingLog::new(self.len(), granularity)?;
+        // Under the lock of the bitmaps, so nobody was faster.
+        assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
+        list.logs.push(log);
         Ok(())
     }
 
@@ -73,7 +86,8 @@ impl Inner {
     #[inline(never)]
     pub(super) fn record(&self, log: u8, range: ByteRange) {
         if let Some(log) = self.logs[usize::from(log)].get() {
-            log.mark(range);
+            // The log may go on past the end of the disk, and within the last granule of the disk it does.
+            log.mark(range.intersection((0..self.len()).into()));
         }
     }
 
@@ -86,11 +100,11 @@ impl Inner {
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
         for log in logs.iter().filter_map(|&log| self.logs[log].get()) {
-            log.drain_ranges(|range| {
+            log.drain_ranges(self.len(), |range| {
                 for bitmap in &mut recorders {
                     bitmap
                         .set(range)
-                        .expect("the log has the length of the node, and so have its bitmaps");
+                        .expect("bitmaps are as long as their disk");
                 }
             });
         }

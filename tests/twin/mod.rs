@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use blockjob::{
-    BitmapError, BitmapInfo, BitmapOptions, BusyWith, CannotPersist, ClaimFor, Granularity, HBitmap,
+    BitmapError, BitmapInfo, BitmapOptions, BusyWith, CannotPersist, ClaimFor, Granularity, Grown,
+    HBitmap,
 };
 
 /// The granules that are dirty.
@@ -290,6 +291,30 @@ impl Disk {
         Ok(())
     }
 
+    /// Whether it may have another length: operations hinder it before read-only bitmaps do.
+    pub(crate) fn check_resize(&self) -> Answer {
+        for bitmap in &self.bitmaps {
+            bitmap.check_use()?;
+        }
+        let checked = self
+            .bitmaps
+            .iter()
+            .map(|bitmap| bitmap.check(Checks::NotInconsistent));
+        checked.collect()
+    }
+
+    pub(crate) fn resize(&mut self, len: u64, grown: Grown) {
+        let old_len = std::mem::replace(&mut self.len, len);
+        for bitmap in &mut self.bitmaps {
+            bitmap
+                .dirty
+                .retain(|granule| granule * bitmap.granule < len);
+            if bitmap.is_enabled && grown == Grown::Dirty {
+                set(&mut bitmap.dirty, bitmap.granule, old_len..len);
+            }
+        }
+    }
+
     fn persistent(&self) -> usize {
         let persistent = self.bitmaps.iter().filter(|bitmap| bitmap.is_persistent);
         persistent.count()
@@ -354,6 +379,17 @@ impl Bitmap {
             return Err(BitmapError::Inconsistent { name: name() });
         }
         Ok(())
+    }
+
+    /// That nobody has it.
+    fn check_use(&self) -> Answer {
+        match self.held {
+            Some(with) => Err(BitmapError::Busy {
+                name: self.name.clone(),
+                with,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Whether it would be stored now.

@@ -3,7 +3,7 @@
 use super::entry::{Body, Content, Entry, Intent, Named, Stored, Usage};
 use super::error::{BitmapError, CannotPersist};
 use super::options::{BitmapOptions, BitmapStorage};
-use super::{NAME_BYTES_MAX, is_recordable};
+use super::{BusyWith, NAME_BYTES_MAX, is_recordable};
 use crate::bitmap::HBitmap;
 use crate::units::Granularity;
 
@@ -19,8 +19,8 @@ pub(in crate::node) struct List {
     pub(in crate::node) recording: Option<usize>,
     /// The logs there are, so that draining does not look for them in every place.
     pub(in crate::node) logs: Vec<usize>,
-    /// Whether a job has taken the node.
-    pub(in crate::node) is_claimed: bool,
+    /// The job or the resize that has taken the disk.
+    pub(in crate::node) taken: Option<BusyWith>,
 }
 
 /// A bitmap that may be made. Whether its name is free was not looked at yet.
@@ -170,7 +170,8 @@ impl List {
     /// Whether a bitmap may be made; that there is memory for it comes up when it is.
     pub(super) fn check_plan(&self, plan: &Plan<'_>) -> Result<(), BitmapError> {
         let others = self.persistent();
-        self.check_new_name(plan.name, plan.granularity, plan.is_persistent, others)
+        self.check_new_name(plan.name, plan.granularity, plan.is_persistent, others)?;
+        self.check_not_resizing()
     }
 
     /// How many bitmaps storage has to keep.

@@ -59,6 +59,7 @@ mod journal;
 mod list;
 mod merge;
 mod options;
+mod resized;
 mod stored;
 
 use std::fmt;
@@ -143,6 +144,7 @@ impl Bitmaps<'_> {
     /// [`OtherNode`](BitmapError::OtherNode) of the guard,
     /// [`BadGranularity`](BitmapError::BadGranularity), [`CannotPersist`](BitmapError::CannotPersist),
     /// [`NameExists`](BitmapError::NameExists), [`NameTooLong`](BitmapError::NameTooLong),
+    /// [`NodeBusy`](BitmapError::NodeBusy) while the disk is being resized,
     /// [`TooLarge`](BitmapError::TooLarge), [`OutOfMemory`](BitmapError::OutOfMemory).
     pub fn add(
         &self,
@@ -298,7 +300,7 @@ impl fmt::Debug for Bitmaps<'_> {
 impl Inner {
     /// A clean map for this node.
     fn new_map(&self, granularity: Granularity) -> Result<HBitmap, BitmapError> {
-        reserved(self.len, granularity)
+        reserved(self.len(), granularity)
     }
 
     /// As [`record_in`](Self::record_in), with the error of a verb.
@@ -308,7 +310,7 @@ impl Inner {
         granularity: Granularity,
     ) -> Result<(), BitmapError> {
         self.record_in(list, granularity)
-            .map_err(|error| BitmapError::log(error, self.len, granularity))
+            .map_err(|error| BitmapError::log(error, self.len(), granularity))
     }
 }
 

@@ -106,7 +106,8 @@ impl Bitmaps<'_> {
     /// [`OtherNode`](BitmapError::OtherNode) of the guard; of the bitmaps, in their order,
     /// [`NameEmpty`](BitmapError::NameEmpty), [`BadGranularity`](BitmapError::BadGranularity),
     /// [`NameExists`](BitmapError::NameExists), [`NameTooLong`](BitmapError::NameTooLong),
-    /// [`SizeMismatch`](BitmapError::SizeMismatch); [`TooLarge`](BitmapError::TooLarge) and
+    /// [`SizeMismatch`](BitmapError::SizeMismatch); [`NodeBusy`](BitmapError::NodeBusy) while the disk is
+    /// being resized; [`TooLarge`](BitmapError::TooLarge) and
     /// [`OutOfMemory`](BitmapError::OutOfMemory) of the log.
     pub fn import_state(
         &self,
@@ -145,6 +146,7 @@ impl Bitmaps<'_> {
                 finest = Some(finest.map_or(granularity, |finest| finest.min(granularity)));
             }
         }
+        list.check_not_resizing()?;
         for BitmapState { bits, .. } in &mut states {
             let (len, granularity) = (bits.len(), bits.granularity());
             bits.reserve()
