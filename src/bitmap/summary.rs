@@ -238,13 +238,13 @@ impl Summary {
     }
 
     /// The first word at or after `from` that is not empty.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_any(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::any)
     }
 
     /// The first word at or after `from` that is not full.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_lacking(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::lacking)
     }
