@@ -15,6 +15,8 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::iter::GranuleRuns;
+use super::summary::Pair;
+use super::word::ones;
 use crate::units::Granularity;
 
 /// What becomes of a coarse granule that is dirty in part.
@@ -25,6 +27,9 @@ pub(super) enum Rounding {
     /// It is clean.
     Inward,
 }
+
+/// So few words of a block are taken one by one.
+const FEW: u32 = 16;
 
 /// Some dirty granules.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,12 +70,24 @@ impl HBitmap {
         let (last, past_end) = self.last_word();
         let mut gathered = [0; 32];
         for block in self.dirty_blocks() {
+            let any = self.summary.block(block).map_or(0, Pair::any);
+            if any.count_ones() < FEW {
+                for at in ones(any).map(|at| block * 64 + at) {
+                    let mut bits = self.word(at);
+                    if rounding == Rounding::Inward && at == last {
+                        bits |= past_end;
+                    }
+                    let bits =
+                        gather_word(bits, shift, rounding) << (at % (1 << shift) * per_block);
+                    piece(Piece::Word(at >> shift, bits));
+                }
+                continue;
+            }
             let mut words = [0; 64];
             self.copy_block(block, &mut words);
             // A partial last granule of theirs is covered by those of ours that there are.
             if rounding == Rounding::Inward && block == last / 64 {
                 words[last % 64] |= past_end;
-                words[last % 64 + 1..].fill(!0);
             }
             gather_block(&words, shift, rounding, &mut gathered);
             for (at, bits) in gathered[..per_block].iter_mut().enumerate() {
@@ -182,21 +199,36 @@ fn gather_block(words: &[u64; 64], shift: u32, rounding: Rounding, to: &mut [u64
 
 #[inline(always)]
 fn gather_words<const SHIFT: u32>(words: &[u64; 64], rounding: Rounding, to: &mut [u64; 32]) {
-    let flip = match rounding {
-        Rounding::Outward => 0,
-        // All are dirty if none is clean.
-        Rounding::Inward => !0,
-    };
     let mut parts = [0; 64];
     for (part, word) in parts.iter_mut().zip(words) {
-        *part = gather::<SHIFT>(word ^ flip);
+        *part = rounded::<SHIFT>(*word, rounding);
     }
     for (to, parts) in to.iter_mut().zip(parts.chunks_exact(1 << SHIFT)) {
-        let mut whole = 0;
+        *to = 0;
         for (at, part) in parts.iter().enumerate() {
-            whole |= part << (at as u32 * (64 >> SHIFT));
+            *to |= part << (at as u32 * (64 >> SHIFT));
         }
-        *to = whole ^ flip;
+    }
+}
+
+/// What one word becomes.
+fn gather_word(word: u64, shift: u32, rounding: Rounding) -> u64 {
+    match shift {
+        1 => rounded::<1>(word, rounding),
+        2 => rounded::<2>(word, rounding),
+        3 => rounded::<3>(word, rounding),
+        4 => rounded::<4>(word, rounding),
+        _ => rounded::<5>(word, rounding),
+    }
+}
+
+/// Every `2^SHIFT` bits become one.
+#[inline(always)]
+fn rounded<const SHIFT: u32>(bits: u64, rounding: Rounding) -> u64 {
+    match rounding {
+        Rounding::Outward => gather::<SHIFT>(bits),
+        // All are dirty if none is clean.
+        Rounding::Inward => !gather::<SHIFT>(!bits) & low(64 >> SHIFT),
     }
 }
 

@@ -215,7 +215,7 @@ impl HBitmap {
         let at = word_of(granule);
         let word = self.words.get_mut(at).filter(|word| **word != 0);
         let Some(word) = word else {
-            return self.set_in_zero_word(at, bit(granule));
+            return self.set_one_in_zero_word(at, bit(granule));
         };
         let before = *word;
         let after = before | bit(granule);
@@ -235,7 +235,7 @@ impl HBitmap {
         let at = word_of(granule);
         let word = self.words.get_mut(at);
         let Some(word) = word.filter(|word| !matches!(**word, 0 | u64::MAX)) else {
-            return self.reset_in_uniform_word(at, bit(granule));
+            return self.reset_one_in_uniform_word(at, bit(granule));
         };
         let before = *word;
         let after = before & !bit(granule);
@@ -305,27 +305,63 @@ impl HBitmap {
     /// As [`set_in_word`](Self::set_in_word), for a word that is 0: empty, full, or not there yet.
     #[inline(never)]
     fn set_in_zero_word(&mut self, at: usize, mask: u64) -> bool {
-        if self.summary.class_of(at) == Class::Full {
+        let is_new = self.store_in_zero_word(at, mask, Class::of(mask));
+        self.count += if is_new {
+            u64::from(mask.count_ones())
+        } else {
+            0
+        };
+        is_new
+    }
+
+    /// The same for one granule, which needs no counting.
+    #[inline(never)]
+    fn set_one_in_zero_word(&mut self, at: usize, bit: u64) -> bool {
+        let is_new = self.store_in_zero_word(at, bit, Class::Mixed);
+        self.count += u64::from(is_new);
+        is_new
+    }
+
+    #[inline(always)]
+    fn store_in_zero_word(&mut self, at: usize, mask: u64, class: Class) -> bool {
+        if self.summary.is_full(at) {
             return false;
         }
         if self.words.is_empty() {
             self.take_memory();
         }
         self.words[at] = mask;
-        self.count += u64::from(mask.count_ones());
-        self.summary.mark(at, Class::of(mask));
+        self.summary.mark(at, class);
         true
     }
 
     /// As [`reset_in_word`](Self::reset_in_word), for a word that is empty or full.
     #[inline(never)]
     fn reset_in_uniform_word(&mut self, at: usize, mask: u64) -> bool {
-        if self.summary.class_of(at) != Class::Full {
+        let was_full = self.store_in_full_word(at, !mask, Class::of(!mask));
+        self.count -= if was_full {
+            u64::from(mask.count_ones())
+        } else {
+            0
+        };
+        was_full
+    }
+
+    /// The same for one granule, which needs no counting.
+    #[inline(never)]
+    fn reset_one_in_uniform_word(&mut self, at: usize, bit: u64) -> bool {
+        let was_full = self.store_in_full_word(at, !bit, Class::Mixed);
+        self.count -= u64::from(was_full);
+        was_full
+    }
+
+    #[inline(always)]
+    fn store_in_full_word(&mut self, at: usize, left: u64, class: Class) -> bool {
+        if !self.summary.is_full(at) {
             return false;
         }
-        self.words[at] = !mask;
-        self.count -= u64::from(mask.count_ones());
-        self.summary.mark(at, Class::of(!mask));
+        self.words[at] = left;
+        self.summary.mark(at, class);
         true
     }
 
