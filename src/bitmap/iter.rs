@@ -343,7 +343,7 @@ impl Iterator for Runs<'_> {
     fn fold<B, F: FnMut(B, ByteRange) -> B>(mut self, init: B, mut f: F) -> B {
         let mut result = init;
         if self.bytes_max < self.range.len() || !self.rest.is_empty() {
-            while let Some(run) = self.next() {
+            for run in self.by_ref() {
                 result = f(result, run);
             }
             return result;

@@ -425,23 +425,24 @@ impl HBitmap {
             return 0;
         };
         let full = u64::from((pair.full & mask).count_ones()) * 64;
-        // What a word says must be so, unless it is 0.
-        let (wrong, right) = match class {
-            Class::Full => (pair.mixed & mask, !0),
-            Class::Mixed | Class::Empty => (pair.any() & mask, 0),
-        };
-        if wrong == 0 {
-            return full;
-        }
-        let first = words.start / 64 * 64;
+        // A word that is not 0 must be right.
+        let right = if class == Class::Full { !0 } else { 0 };
         if pair.mixed & mask == mask {
             let words = &mut self.words[words];
             let ones = count_ones(words);
             words.fill(right);
             return ones;
         }
+        if pair.mixed & mask == 0 {
+            if full > 0 && right == 0 {
+                let written = self.words[words].iter_mut().filter(|word| **word != 0);
+                written.for_each(|word| *word = 0);
+            }
+            return full;
+        }
+        let first = words.start / 64 * 64;
         let mut mixed = 0;
-        for at in ones(wrong) {
+        for at in ones(pair.any() & mask) {
             let word = &mut self.words[first + at];
             if pair.mixed & bit(at as u64) != 0 {
                 mixed += u64::from(word.count_ones());
