@@ -16,8 +16,9 @@ use multiversion::multiversion;
 use super::HBitmap;
 use super::iter::GranuleRuns;
 use super::summary::Pair;
-use super::word::ones;
-use crate::units::Granularity;
+use super::word::{ones, word_of};
+use crate::log::DirtyWord;
+use crate::units::{ByteRange, Granularity};
 
 /// What becomes of a coarse granule that is dirty in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,32 @@ impl HBitmap {
             (false, 4) => self.as_finer::<4>(granularity, piece),
             (false, 5) => self.as_finer::<5>(granularity, piece),
             (false, shift) => self.as_finer_runs(shift, granularity, piece),
+        }
+    }
+
+    /// Makes dirty what a log of some granularity has marked, and that is as long. Rounds **outward** if we
+    /// are coarser.
+    pub(crate) fn set_word(&mut self, granularity: Granularity, word: DirtyWord) {
+        let (ours, theirs) = (self.granularity.exponent(), granularity.exponent());
+        let at = word_of(word.first_granule);
+        let bits = word.bits << (word.first_granule % 64);
+        match ours.checked_sub(theirs) {
+            _ if bits == 0 => {}
+            Some(0) => drop(self.set_in_word(at, bits)),
+            Some(shift @ 1..=5) => {
+                let shift = u32::from(shift);
+                let bits = gather_word(bits, shift, Rounding::Outward);
+                let part = at as u32 % (1 << shift);
+                self.set_in_word(at >> shift, bits << (part * (64 >> shift)));
+            }
+            // We are much coarser, or finer: then a bit of theirs is a run of ours.
+            _ => {
+                for run in word.runs() {
+                    let end = granularity.start_of(run.end).min(self.len);
+                    let run = ByteRange::from(granularity.start_of(run.start)..end);
+                    self.set_run(self.granularity.outward(run));
+                }
+            }
         }
     }
 
