@@ -217,7 +217,7 @@ fn an_incremental_backup_across_a_change_of_length_restores_the_disk() {
     let node = node();
     let mut disk = vec![1u8; LEN as usize];
     let mut backup = disk.clone();
-    let mut change = |node: &Node, disk: &mut Vec<u8>, at: usize| {
+    let change = |node: &Node, disk: &mut Vec<u8>, at: usize| {
         disk[at] = disk[at].wrapping_add(1);
         write(node, at as u64..at as u64 + 1);
     };

@@ -5,14 +5,14 @@
 //! log     ├─ first ────────┤    ─▶    ├─ first ────────┼─ next ────────────────────────────┤
 //! ```
 //!
-//! 1. A log covers the disk, and may go on past its end. Nothing is marked there; what is drained of the
-//!    last granule ends with the disk.
+//! 1. A log covers the disk, and may go on past its end. Nothing is marked there.
 //! 2. Pieces are never moved or given back, so that a write which looks for its piece needs no lock. Each is
 //!    at least as long as all before it, so there are few, and pages that no mark has touched cost nothing.
-//! 3. All pieces but the last end where a granule does: no granule lies in two.
+//! 3. All pieces but the last have whole words: what a word of one stands for is a word of a bitmap as well.
 
 use std::sync::OnceLock;
 
+use crate::bitmap::HBitmap;
 use crate::log::{DirtyLog, DirtyLogError};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
@@ -35,10 +35,12 @@ impl GrowingLog {
         Self::piece(0, len, granularity)
     }
 
-    /// A piece up to `end`, and to the end of the granule there.
+    /// A piece up to `end`, and to the end of the 64 granules there.
     fn piece(start: u64, end: u64, granularity: Granularity) -> Result<Self, DirtyLogError> {
         // A disk that is too long is refused by the log.
-        let end = granularity.align_up(end).min(LEN_MAX.max(end));
+        let word =
+            Granularity::from_exponent(granularity.exponent() + 6).expect("it is at most 31");
+        let end = word.align_up(end).min(LEN_MAX.max(end));
         Ok(Self {
             start,
             log: DirtyLog::new(end - start, granularity)?,
@@ -98,14 +100,15 @@ impl GrowingLog {
         self.pieces().all(|piece| piece.log.is_clean())
     }
 
-    /// As [`DirtyLog::drain_ranges`], of the first `len` bytes. Others are thrown away.
-    pub(super) fn drain_ranges(&self, len: u64, mut sink: impl FnMut(ByteRange)) {
+    /// As [`DirtyLog::drain_into`], for bitmaps as long as the disk.
+    pub(super) fn drain_into(&self, bitmaps: &mut [&mut HBitmap]) {
+        let granularity = self.log.granularity();
         for piece in self.pieces() {
-            piece.log.drain_ranges(|range| {
-                let start = piece.start + range.start();
-                let end = (piece.start + range.end()).min(len);
-                if start < end {
-                    sink((start..end).into());
+            let first = granularity.granule_of(piece.start);
+            piece.log.drain(|mut word| {
+                word.first_granule += first;
+                for bitmap in bitmaps.iter_mut() {
+                    bitmap.set_word(granularity, word);
                 }
             });
         }
@@ -128,40 +131,32 @@ mod tests {
     }
 
     fn drained(log: &GrowingLog, len: u64) -> Vec<ByteRange> {
-        let mut ranges = Vec::new();
-        log.drain_ranges(len, |range| ranges.push(range));
+        let mut bitmap = HBitmap::new(len, log.log.granularity()).unwrap();
+        log.drain_into(&mut [&mut bitmap]);
+        bitmap.check_invariants();
         assert!(log.is_clean());
-        ranges
+        bitmap.runs().collect()
     }
 
     #[test]
     fn a_mark_across_pieces_is_in_all_of_them() {
+        let word = 64 * G;
         let log = log(1000);
-        for len in [1001, 1024, 5000, 5000, 3000, 100_000] {
+        for len in [1001, word, word + 1, word + 1, 3000, 100_000, 100 * word] {
             log.grow_to(len).unwrap();
         }
-        assert_eq!(log.pieces().count(), 3);
-        log.mark((600..90_000).into());
-        log.mark((99_999..u64::MAX).into());
-        let bounds = [512..1024, 1024..5120, 5120..90_112, 99_840..100_000];
-        assert_eq!(drained(&log, 100_000), bounds.map(ByteRange::from));
-        for (at, len) in [(0, 1000), (1024, 1025), (5119, 6000), (5120, 6000)] {
+        let ends: Vec<_> = log.pieces().map(GrowingLog::end).collect();
+        assert_eq!(ends, [word, 2 * word, 4 * word, 100 * word]);
+        let len = 99 * word + 7;
+        log.mark((word - 1..4 * word + 1).into());
+        log.mark((len - 1..len).into());
+        let bounds = [word - G..4 * word + G, len - 7..len];
+        assert_eq!(drained(&log, len), bounds.map(ByteRange::from));
+        for at in ends[..3].iter().flat_map(|end| [end - 1, *end]) {
             log.mark((at..at + 1).into());
             let granule = at / G * G;
-            let expected = ByteRange::from(granule..(granule + G).min(len));
-            assert_eq!(drained(&log, len), [expected]);
+            assert_eq!(drained(&log, len), [(granule..granule + G).into()]);
         }
-    }
-
-    #[test]
-    fn what_lies_past_the_disk_is_thrown_away() {
-        let log = log(1000);
-        log.grow_to(2000).unwrap();
-        log.mark((1000..4000).into());
-        assert!(!log.is_clean());
-        assert_eq!(drained(&log, 1000), [(512..1000).into()]);
-        log.mark((2048..4000).into());
-        assert_eq!(drained(&log, 1000), []);
     }
 
     #[test]
@@ -175,8 +170,7 @@ mod tests {
         assert!(log.pieces().count() <= 4);
         let error = log.grow_to(LEN_MAX + 1).unwrap_err();
         assert_eq!(error, DirtyLogError::TooLong { len: LEN_MAX + 1 });
-        log.mark((LEN_MAX - 1..u64::MAX).into());
-        let last = LEN_MAX >> 31 << 31;
-        assert_eq!(drained(&log, LEN_MAX), [(last..LEN_MAX).into()]);
+        log.mark((LEN_MAX - 1..LEN_MAX).into());
+        assert!(!log.is_clean());
     }
 }

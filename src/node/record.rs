@@ -86,7 +86,7 @@ impl Inner {
     #[inline(never)]
     pub(super) fn record(&self, log: u8, range: ByteRange) {
         if let Some(log) = self.logs[usize::from(log)].get() {
-            // The log may go on past the end of the disk, and within the last granule of the disk it does.
+            // The log goes on past the end of the disk.
             log.mark(range.intersection((0..self.len()).into()));
         }
     }
@@ -100,13 +100,7 @@ impl Inner {
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
         for log in logs.iter().filter_map(|&log| self.logs[log].get()) {
-            log.drain_ranges(self.len(), |range| {
-                for bitmap in &mut recorders {
-                    bitmap
-                        .set(range)
-                        .expect("bitmaps are as long as their disk");
-                }
-            });
+            log.drain_into(&mut recorders);
         }
     }
 
