@@ -94,7 +94,7 @@ struct Inner {
     gate: Gate,
     /// One place per granularity, filled when it is first needed. A log that was outgrown stays: its
     /// memory is that of one more bitmap of its granularity.
-    logs: [OnceLock<GrowingLog>; LOGS],
+    logs: [OnceLock<Box<GrowingLog>>; LOGS],
     list: Mutex<List>,
 }
 

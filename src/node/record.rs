@@ -74,7 +74,7 @@ impl Inner {
             // The disk may have grown since it was used.
             return known.grow_to(self.len());
         }
-        let made = GrowingLog::new(self.len(), granularity)?;
+        let made = Box::new(GrowingLog::new(self.len(), granularity)?);
         // Under the lock of the bitmaps, so nobody was faster.
         assert!(self.logs[log].set(made).is_ok(), "one log per granularity");
         list.logs.push(log);
