@@ -300,7 +300,7 @@ impl HBitmap {
             "1: number of words"
         );
         if is_bare {
-            assert_eq!(self.summary.blocks(), 0, "1: a summary of nothing");
+            assert_eq!(self.summary.block_count(), 0, "1: a summary of nothing");
             return;
         }
         self.summary.check(&self.words);
@@ -375,7 +375,7 @@ impl PartialEq for HBitmap {
         if !is_alike || self.is_clean() {
             return is_alike;
         }
-        (0..self.summary.blocks()).all(|block| {
+        (0..self.summary.block_count()).all(|block| {
             let pair = self.summary.block(block);
             pair == other.summary.block(block)
                 && pair.is_some_and(|pair| {
