@@ -42,7 +42,7 @@
 //! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
 //!     memory was perhaps never touched. Setting or resetting one granule touches one word, and those above
 //!     it only when that word stops or starts being uniform. Finding the next dirty or clean granule takes
-//!     one step per level, at most six up and six down.
+//!     one step per level, at most six up and six down. [All costs](cost) are on a page of their own.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
 //!     checked before memory is asked for. A map of no bytes is legal, and always clean.
 //! 12. A map takes its memory when its first granule gets dirty, all at once. As with any collection the
@@ -56,6 +56,8 @@ use crate::memory::{self, OutOfMemory};
 use crate::units::Granularity;
 use summary::Summary;
 
+#[doc = include_str!("cost.md")]
+pub mod cost {}
 mod iter;
 mod merge;
 mod rescale;
