@@ -294,13 +294,13 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
             added.split_first_chunk::<64>(),
         ) {
             // All 64 words are mixed in both: without a question the compiler makes wide instructions.
-            let mut fullest = 0;
+            let mut has_full = false;
             for (word, added) in words.iter_mut().zip(added) {
                 count += u64::from((added & !*word).count_ones());
                 *word |= added;
-                fullest = fullest.max(*word);
+                has_full |= *word == !0;
             }
-            if fullest == !0 {
+            if has_full {
                 after = classes(words);
             }
         } else {
@@ -345,13 +345,13 @@ fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
             words.split_first_chunk_mut::<64>(),
             taken.split_first_chunk::<64>(),
         ) {
-            let mut emptiest = !0;
+            let mut has_empty = false;
             for (word, taken) in words.iter_mut().zip(taken) {
                 count += u64::from((*word & taken).count_ones());
                 *word &= !taken;
-                emptiest = emptiest.min(*word);
+                has_empty |= *word == 0;
             }
-            if emptiest == 0 {
+            if has_empty {
                 after = classes(words);
             }
         } else {

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::word::{Cut, bit, bits_from, lowest, word_of, words_for};
+use super::word::{Cut, bit, bits_from, bits_to, lowest, word_of, words_for};
 use crate::memory::{self, OutOfMemory};
 
 /// What a word, or all that a pair stands for, holds.
@@ -173,11 +173,23 @@ impl Summary {
         self.lowest.get(block).copied().map(Pair::from)
     }
 
-    /// Whether a word is full.
+    /// Makes a word of this class, empty or full, a mixed one, if it is of that class and another word of
+    /// its block is mixed: then nobody above has to learn of it. Says whether it did.
     #[inline]
-    pub(super) fn is_full(&self, word: usize) -> bool {
-        let stored = self.lowest.get(word / 64);
-        stored.is_some_and(|stored| Pair::from(*stored).full & bit(word as u64) != 0)
+    pub(super) fn mix(&mut self, word: usize, class: Class) -> bool {
+        let Some(stored) = self.lowest.get_mut(word / 64) else {
+            return false;
+        };
+        let before = Pair::from(*stored);
+        let is_full = before.full & bit(word as u64) != 0;
+        if before.mixed == 0 || is_full != (class == Class::Full) {
+            return false;
+        }
+        *stored = Stored::from(Pair {
+            mixed: before.mixed | bit(word as u64),
+            full: before.full & !bit(word as u64),
+        });
+        true
     }
 
     /// What a word holds. All are empty in a map without memory.
@@ -229,6 +241,17 @@ impl Summary {
             let whole = Pair { mixed: 0, full: 0 }.with(!0, class);
             self.lowest[body.clone()].fill(whole.into());
             self.tell_run(body, class);
+        }
+    }
+
+    /// The same for words of one block.
+    #[inline]
+    pub(super) fn mark_in_block(&mut self, words: Range<usize>, class: Class) {
+        let children = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
+        let before = Pair::from(self.lowest[words.start / 64]);
+        let after = before.with(children, class);
+        if after != before {
+            self.set_block(words.start / 64, after);
         }
     }
 
