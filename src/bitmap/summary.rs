@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::word::{Cut, bit, bits_from, lowest, word_of, words_for};
+use super::word::{Cut, bit, bits_from, bits_to, lowest, word_of, words_for};
 use crate::memory::{self, OutOfMemory};
 
 /// What a word, or all that a pair stands for, holds.
@@ -163,7 +163,7 @@ impl Summary {
 
     /// Number of pairs of the lowest level.
     #[inline]
-    pub(super) fn blocks(&self) -> usize {
+    pub(super) fn block_count(&self) -> usize {
         self.lowest.len()
     }
 
@@ -173,11 +173,23 @@ impl Summary {
         self.lowest.get(block).copied().map(Pair::from)
     }
 
-    /// Whether a word is full.
+    /// Makes a word of this class, empty or full, a mixed one, if it is of that class and another word of
+    /// its block is mixed: then nobody above has to learn of it. Says whether it did.
     #[inline]
-    pub(super) fn is_full(&self, word: usize) -> bool {
-        let stored = self.lowest.get(word / 64);
-        stored.is_some_and(|stored| Pair::from(*stored).full & bit(word as u64) != 0)
+    pub(super) fn mix(&mut self, word: usize, class: Class) -> bool {
+        let Some(stored) = self.lowest.get_mut(word / 64) else {
+            return false;
+        };
+        let before = Pair::from(*stored);
+        let is_full = before.full & bit(word as u64) != 0;
+        if before.mixed == 0 || is_full != (class == Class::Full) {
+            return false;
+        }
+        *stored = Stored::from(Pair {
+            mixed: before.mixed | bit(word as u64),
+            full: before.full & !bit(word as u64),
+        });
+        true
     }
 
     /// What a word holds. All are empty in a map without memory.
@@ -232,6 +244,17 @@ impl Summary {
         }
     }
 
+    /// The same for words of one block.
+    #[inline]
+    pub(super) fn mark_in_block(&mut self, words: Range<usize>, class: Class) {
+        let children = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
+        let before = Pair::from(self.lowest[words.start / 64]);
+        let after = before.with(children, class);
+        if after != before {
+            self.set_block(words.start / 64, after);
+        }
+    }
+
     /// All of these blocks are of one class now.
     fn tell_run(&mut self, blocks: Range<usize>, class: Class) {
         let mut run = blocks;
@@ -267,20 +290,43 @@ impl Summary {
         self.next(from, Pair::lacking)
     }
 
-    /// The first block at or after `from` that is not empty.
+    /// The blocks from `first` on that are not empty.
     #[inline]
-    pub(super) fn next_block(&self, from: usize) -> Option<usize> {
-        if Pair::from(*self.lowest.get(from)?).any() != 0 {
-            return Some(from);
+    pub(super) fn blocks_from(&self, first: usize) -> Blocks<'_> {
+        let group = first / 64;
+        Blocks {
+            summary: self,
+            group,
+            rest: self.group(group) & bits_from(first as u64),
         }
-        self.next_any((from + 1) << 6).map(|word| word >> 6)
+    }
+
+    /// Which of 64 neighbouring blocks are not empty.
+    #[inline]
+    fn group(&self, group: usize) -> u64 {
+        match self.upper.first() {
+            Some(level) => level.get(group).map_or(0, |pair| Pair::from(*pair).any()),
+            // There is one block, or none.
+            None => u64::from(group == 0 && self.block(0).is_some_and(|pair| pair.any() != 0)),
+        }
     }
 
     /// The first word at or after `from` that `pick` has in its pair, and in all above.
     #[inline]
     fn next(&self, from: usize, pick: impl Fn(Pair) -> u64) -> Option<usize> {
+        self.next_above(0, from, pick)
+    }
+
+    /// The same for children of the pairs of another level.
+    #[inline]
+    fn next_above(
+        &self,
+        lowest_height: usize,
+        from: usize,
+        pick: impl Fn(Pair) -> u64,
+    ) -> Option<usize> {
         let mut index = from as u64;
-        let mut height = 0;
+        let mut height = lowest_height;
         // Up, while there is nothing to the right below the same pair.
         let mut found = loop {
             let at = word_of(index);
@@ -292,7 +338,7 @@ impl Summary {
             height += 1;
         };
         // Down to the first. A child past the end is not full either, but not there.
-        for height in (0..height).rev() {
+        for height in (lowest_height..height).rev() {
             let pair = *self.level(height)?.get(found)?;
             found = lowest(found, pick(pair.into())) as usize;
         }
@@ -363,6 +409,36 @@ impl Summary {
         };
         rebuilt.rebuild();
         assert_eq!(rebuilt.upper, self.upper, "2: what upper levels say");
+    }
+}
+
+/// Blocks of 64 words that are not empty, ascending, with what is known of them.
+#[derive(Clone, Debug)]
+pub(super) struct Blocks<'a> {
+    summary: &'a Summary,
+    /// 64 blocks, of which `rest` are to come.
+    group: usize,
+    rest: u64,
+}
+
+impl Iterator for Blocks<'_> {
+    type Item = (usize, Pair);
+
+    #[inline]
+    fn next(&mut self) -> Option<(usize, Pair)> {
+        if self.rest == 0 {
+            let next = self.group + 1;
+            if self.summary.group(next) == 0 {
+                // Children of the pairs two levels up are groups.
+                self.group = self.summary.next_above(2, next, Pair::any)?;
+            } else {
+                self.group = next;
+            }
+            self.rest = self.summary.group(self.group);
+        }
+        let block = lowest(self.group, self.rest) as usize;
+        self.rest &= self.rest - 1;
+        Some((block, self.summary.block(block)?))
     }
 }
 

@@ -305,64 +305,54 @@ impl HBitmap {
     /// As [`set_in_word`](Self::set_in_word), for a word that is 0: empty, full, or not there yet.
     #[inline(never)]
     fn set_in_zero_word(&mut self, at: usize, mask: u64) -> bool {
-        let is_new = self.store_in_zero_word(at, mask, Class::of(mask));
-        self.count += if is_new {
-            u64::from(mask.count_ones())
-        } else {
-            0
-        };
-        is_new
-    }
-
-    /// The same for one granule, which needs no counting.
-    #[inline(never)]
-    fn set_one_in_zero_word(&mut self, at: usize, bit: u64) -> bool {
-        let is_new = self.store_in_zero_word(at, bit, Class::Mixed);
-        self.count += u64::from(is_new);
-        is_new
-    }
-
-    #[inline(always)]
-    fn store_in_zero_word(&mut self, at: usize, mask: u64, class: Class) -> bool {
-        if self.summary.is_full(at) {
+        if self.summary.class_of(at) == Class::Full {
             return false;
         }
         if self.words.is_empty() {
             self.take_memory();
         }
         self.words[at] = mask;
-        self.summary.mark(at, class);
+        self.count += u64::from(mask.count_ones());
+        self.summary.mark(at, Class::of(mask));
         true
+    }
+
+    /// The same for one granule. It is short where its block stays mixed, as nearly all do.
+    #[inline(never)]
+    fn set_one_in_zero_word(&mut self, at: usize, bit: u64) -> bool {
+        match (self.summary.mix(at, Class::Empty), self.words.get_mut(at)) {
+            (true, Some(word)) => {
+                *word = bit;
+                self.count += 1;
+                true
+            }
+            _ => self.set_in_zero_word(at, bit),
+        }
     }
 
     /// As [`reset_in_word`](Self::reset_in_word), for a word that is empty or full.
     #[inline(never)]
     fn reset_in_uniform_word(&mut self, at: usize, mask: u64) -> bool {
-        let was_full = self.store_in_full_word(at, !mask, Class::of(!mask));
-        self.count -= if was_full {
-            u64::from(mask.count_ones())
-        } else {
-            0
-        };
-        was_full
-    }
-
-    /// The same for one granule, which needs no counting.
-    #[inline(never)]
-    fn reset_one_in_uniform_word(&mut self, at: usize, bit: u64) -> bool {
-        let was_full = self.store_in_full_word(at, !bit, Class::Mixed);
-        self.count -= u64::from(was_full);
-        was_full
-    }
-
-    #[inline(always)]
-    fn store_in_full_word(&mut self, at: usize, left: u64, class: Class) -> bool {
-        if !self.summary.is_full(at) {
+        if self.summary.class_of(at) != Class::Full {
             return false;
         }
-        self.words[at] = left;
-        self.summary.mark(at, class);
+        self.words[at] = !mask;
+        self.count -= u64::from(mask.count_ones());
+        self.summary.mark(at, Class::of(!mask));
         true
+    }
+
+    /// The same for one granule. It is short where its block stays mixed, as nearly all do.
+    #[inline(never)]
+    fn reset_one_in_uniform_word(&mut self, at: usize, bit: u64) -> bool {
+        match (self.summary.mix(at, Class::Full), self.words.get_mut(at)) {
+            (true, Some(word)) => {
+                *word = !bit;
+                self.count -= 1;
+                true
+            }
+            _ => self.reset_in_uniform_word(at, bit),
+        }
     }
 
     /// Sets a run of granules.
@@ -404,16 +394,21 @@ impl HBitmap {
         has_changed
     }
 
-    /// Makes words empty or full, and says how many ones they had. Those that are uniform are not touched.
+    /// Makes words empty or full, and says how many ones they had. Those that are so are not touched.
     fn make_uniform(&mut self, words: &Range<usize>, class: Class) -> u64 {
         let (first, last) = (words.start / 64, (words.end - 1) / 64);
+        let is_short = last - first < 4;
         let mut ones = 0;
         for block in first..=last {
-            let block = block * 64..block * 64 + 64;
-            let within = words.start.max(block.start)..words.end.min(block.end);
-            ones += self.make_uniform_in_block(within, class);
+            let within = words.start.max(block * 64)..words.end.min(block * 64 + 64);
+            ones += self.make_uniform_in_block(within.clone(), class);
+            if is_short {
+                self.summary.mark_in_block(within, class);
+            }
         }
-        self.summary.mark_run(words, class);
+        if !is_short {
+            self.summary.mark_run(words, class);
+        }
         ones
     }
 
