@@ -718,6 +718,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
         sim.check_coverage(&mirror);
         match driven {
             Some(Driven::Switch(switch)) => sim.switch(switch),
+            Some(Driven::SwitchBack(_)) => unreachable!("it is in no group"),
             Some(Driven::Done(result)) => return sim.ended(result),
             None => {
                 sim.report.drops += 1;
@@ -792,6 +793,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                     sim.switch(switch);
                     flag.clone().wake_it();
                 }
+                Next::SwitchBack(_) => unreachable!("it is in no group"),
                 Next::Done(result) => {
                     sim.take_events();
                     sim.check_coverage(queue.mirror());

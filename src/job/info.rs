@@ -1,10 +1,10 @@
 //! What there is to know of a job at one moment.
 
-use crate::job::{Cancel, IoStatus, JobError, Status};
+use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status};
 
 /// How far a job is, in bytes.
 ///
-/// Before it is ready, equal numbers do not mean that it is done: wait for [`Event::Ready`].
+/// Before it is ready, equal numbers do not mean that it is done: wait for [`Event::Ready`](crate::Event::Ready).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Done. Never falls.
@@ -19,6 +19,8 @@ pub struct Progress {
 pub struct JobInfo {
     /// Its name, if it has one.
     pub id: Option<String>,
+    /// The jobs that end together with it, if it was made as one of several.
+    pub group: Option<JobGroup>,
     /// What kind of job it is.
     pub kind: &'static str,
     /// Where it is in its life.
@@ -33,8 +35,12 @@ pub struct JobInfo {
     pub is_paused: bool,
     /// Whether its user, or an error on his behalf, has paused it.
     pub is_user_paused: bool,
-    /// How many [`Hold`]s there are.
+    /// How many [`Hold`](crate::Hold)s there are.
     pub holds: usize,
+    /// What it does when the source fails.
+    pub on_source_error: OnError,
+    /// What it does when the target fails.
+    pub on_target_error: OnError,
     /// Whether an error has stopped it.
     pub io_status: IoStatus,
     /// Whether, and how, it was cancelled.

@@ -1,18 +1,17 @@
 //! What the machine does with its job.
 
 use std::io;
-use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
 use parking_lot::MutexGuard;
 
 use crate::copy::{OpKind, Side};
-use crate::job::policy::is_no_space;
-use crate::job::state::{State, SwitchState, wake};
-use crate::job::{
-    Cancel, ErrorAction, ErrorEvent, Event, IoStatus, Job, JobError, Progress, Status, Verb,
-};
+use crate::job::group::After;
+use crate::job::stage::{Stage, Vote};
+use crate::job::state::State;
+use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status};
+use crate::node::QuiesceGuard;
 
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
@@ -22,9 +21,10 @@ pub(crate) struct Asked {
     pub(crate) cancel: Option<Cancel>,
     pub(crate) is_completing: bool,
     pub(crate) is_finalizing: bool,
-    pub(crate) auto_finalize: bool,
+    /// Whether it goes on to its end only from *pending*: it is one of a group, or waits to be told.
+    pub(crate) ends_by_finalize: bool,
     pub(crate) speed: u64,
-    pub(crate) switch: SwitchState,
+    pub(crate) stage: Stage,
     pub(crate) has_failed: bool,
     /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
     /// changed a policy. Stays until [`Job::retries_made`], for the job may be held meanwhile.
@@ -41,9 +41,9 @@ impl Job {
             cancel: state.cancel,
             is_completing: state.is_completing,
             is_finalizing: state.is_finalizing,
-            auto_finalize: state.options.auto_finalize,
+            ends_by_finalize: !self.shared.is_alone || !state.options.auto_finalize,
             speed: state.options.speed,
-            switch: state.switch,
+            stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
         }
@@ -87,14 +87,63 @@ impl Job {
         });
     }
 
-    /// Its own work is done, and it waits to be finalized.
-    pub(crate) fn become_pending(&self) {
-        self.change_state(|state| {
-            state.drop_user_pause();
-            state.go_to(Status::Waiting);
-            state.go_to(Status::Pending);
-            state.tell(Event::Pending);
-        });
+    /// Its own work is done. It waits for the others of its group, and to be finalized.
+    pub(crate) fn done(&self) {
+        self.together(|members, after| members.done(&self.shared, after));
+    }
+
+    /// It could hold its guest at once for its end: it may, when its stage is [`Stage::Closing`].
+    pub(crate) fn near(&self) {
+        self.together(|members, after| members.near(&self.shared, after));
+    }
+
+    /// Everything that can fail is done, and it holds still.
+    /// Whether the others are, too: then its stage has changed.
+    #[must_use]
+    pub(crate) fn prepared(&self, vote: Vote) -> bool {
+        self.together(|members, after| members.prepared(&self.shared, vote, after))
+    }
+
+    /// It is about to let its guest go. To be told before it does.
+    pub(crate) fn let_go(&self) {
+        self.together(|members, after| members.let_go(&self.shared, after));
+    }
+
+    /// The switch is about to be handed out; not if the group has changed its mind.
+    #[must_use]
+    pub(crate) fn take_switch(&self) -> bool {
+        self.together(|_, _| {
+            let mut state = self.shared.lock();
+            let is_granted = state.stage == Stage::Granted;
+            if is_granted {
+                state.stage = Stage::Held;
+            }
+            is_granted
+        })
+    }
+
+    /// The caller has committed its switch.
+    pub(crate) fn vote(&self, guard: QuiesceGuard) {
+        self.together(|members, after| members.vote(&self.shared, guard, after));
+    }
+
+    /// The caller has dropped its switch.
+    pub(crate) fn decline(&self, guard: QuiesceGuard) {
+        self.together(|members, after| members.decline(&self.shared, guard, after));
+    }
+
+    /// The guest that must be pointed back before it goes on.
+    pub(crate) fn take_back(&self) -> Option<QuiesceGuard> {
+        self.together(|_, _| {
+            let mut state = self.shared.lock();
+            state.stage = Stage::None;
+            state.guard.take()
+        })
+    }
+
+    /// For sabotage: as if there had been no switch.
+    pub(crate) fn forget_commit(&self) {
+        self.together(|_, _| self.shared.lock().stage = Stage::None);
     }
 
     pub(crate) fn publish(&self, progress: Progress, is_busy: bool) {
@@ -111,136 +160,58 @@ impl Job {
         operation: OpKind,
         error: io::Error,
     ) -> ErrorAction {
-        let error = Arc::new(error);
-        let mut state = self.shared.lock();
-        let policy = match side {
-            Side::Source => state.options.on_source_error,
-            Side::Target => state.options.on_target_error,
-        };
-        let mut action = policy.action(&error);
-        if action == ErrorAction::Stop && !state.status.allows(Verb::Resume) {
-            // Nobody could resume it. It is tried again instead; cancelling ends that.
-            action = ErrorAction::Ignore;
-        }
-        if state.cancel == Some(Cancel::Force) {
-            // It ends anyway, and what is given up on the way is no news.
-            return ErrorAction::Ignore;
-        }
-        let is_no_space = is_no_space(&error);
-        state.tell(Event::Error(ErrorEvent {
-            side,
-            operation,
-            action,
-            is_no_space,
-            error: Arc::clone(&error),
-            count: 1,
-        }));
-        match action {
-            ErrorAction::Report => {
-                state.error.get_or_insert(JobError::Io {
-                    side,
-                    operation,
-                    error,
-                });
+        self.together(|members, after| {
+            let mut state = self.shared.lock();
+            let action = state.device_failed(side, operation, error);
+            after.listen(&mut state);
+            drop(state);
+            if action == ErrorAction::Report {
+                members.fail(&self.shared, after);
             }
-            ErrorAction::Stop => {
-                state.is_user_paused = true;
-                if state.io_status == IoStatus::Ok {
-                    state.io_status = if is_no_space {
-                        IoStatus::NoSpace
-                    } else {
-                        IoStatus::Failed
-                    };
-                }
-            }
-            ErrorAction::Ignore => {}
-        }
-        let listener = state.events.take_waker();
-        drop(state);
-        wake([None, listener]);
-        action
+            action
+        })
     }
 
     /// Fails with an error that no policy applies to.
     pub(crate) fn fail(&self, error: JobError) {
-        self.shared.lock().error.get_or_insert(error);
+        self.together(|members, after| {
+            self.shared.lock().error.get_or_insert(error);
+            members.fail(&self.shared, after);
+        });
     }
 
-    /// From here on the switch is out, and nothing stops the job. Not if it was cancelled or paused
-    /// before: both are decided under one lock, so that one that was accepted has its effect.
-    pub(crate) fn hold_switch(&self) -> bool {
-        let mut state = self.shared.lock();
-        let may_switch = state.cancel.is_none() && !state.is_paused();
-        if may_switch {
-            state.switch = SwitchState::Held;
-        }
-        may_switch
-    }
-
-    /// The machine is dropped. A job whose switch is out is ended by whoever holds the switch.
+    /// The machine is dropped, and has released everything. A job whose switch is out is ended by whoever
+    /// holds it.
     pub(crate) fn machine_dropped(&self) {
-        self.change_state(|state| match state.switch {
-            SwitchState::Held => state.is_machine_gone = true,
-            SwitchState::Committed => drop(state.conclude(None)),
-            SwitchState::None | SwitchState::Declined => state.end_dropped(),
-        });
-    }
-
-    pub(crate) fn set_switch(&self, switch: SwitchState) {
-        self.change_from_outside(|state| {
-            state.switch = switch;
-            if switch == SwitchState::Declined {
-                // The wish is withdrawn; the job stays in step.
-                state.is_completing = false;
-                state.is_finalizing = false;
-            }
-            if state.is_machine_gone {
-                match switch {
-                    SwitchState::Committed => drop(state.conclude(None)),
-                    SwitchState::None | SwitchState::Held | SwitchState::Declined => {
-                        state.end_dropped();
-                    }
-                }
-            }
-        });
+        self.together(|members, after| members.machine_dropped(&self.shared, after));
     }
 
     /// The last steps of a job that has released everything it held.
     pub(crate) fn conclude(&self, abandoned: Option<usize>) -> Result<(), JobError> {
-        let mut state = self.shared.lock();
-        let result = state.conclude(abandoned);
-        let driver = state.driver.take();
-        let listener = state.events.take_waker();
-        drop(state);
-        drop(driver);
-        wake([None, listener]);
-        result
+        self.together(|members, after| members.conclude(&self.shared, abandoned, after))
     }
 
     /// The result of a job that is over.
     pub(crate) fn result(&self) -> Option<Result<(), JobError>> {
-        let state = self.shared.lock();
-        if !matches!(state.status, Status::Concluded | Status::Null) {
-            return None;
-        }
-        Some(state.error.clone().map_or(Ok(()), Err))
+        self.shared.lock().result()
+    }
+
+    /// As [`cancel`](Job::cancel) by force, but one whose switch is out is cancelled should that be dropped.
+    pub(super) fn cancel_by_force(&self) {
+        self.together(|members, after| {
+            if !self.shared.lock().is_over() {
+                members.cancel(after);
+            }
+        });
     }
 
     /// A change that the machine makes itself: only those who wait for events must know.
     fn change_state(&self, change: impl FnOnce(&mut State)) {
+        let mut after = After::default();
         let mut state = self.shared.lock();
         change(&mut state);
-        let listener = state.events.take_waker();
+        after.listen(&mut state);
         drop(state);
-        wake([None, listener]);
-    }
-
-    /// A change that comes from elsewhere: the machine must know, too.
-    pub(super) fn change_from_outside(&self, change: impl FnOnce(&mut State)) {
-        let mut state = self.shared.lock();
-        change(&mut state);
-        let wakers = state.wakers();
-        drop(state);
-        wake(wakers);
+        after.run();
     }
 }

@@ -4,44 +4,58 @@
 //! drives it. The [`Job`] is a handle for everybody else: cheap to clone, usable from any thread.
 //! What is asked of the handle is noted down and the machine woken; no verb waits for anything.
 //!
+//! Jobs may end together, as members of a [`JobGroup`]; what holds then is said in its module. One
+//! without a group is alone in one of its own.
+//!
 //! Invariants:
 //!
 //! 1. Every change of status is a step of the table in [`Status::may_become`] and one event.
-//! 2. Only the machine changes the status, but for *start* and *dismiss*, which concern no work.
+//! 2. Only the machine changes the status, but for *start* and *dismiss*, which concern no work, the step
+//!    of a whole group to *pending*, and the end of a job that was never started.
 //! 3. A verb that is refused changes nothing.
-//! 4. No event is handed out, and no waker called, cloned or dropped under the lock: the receiver may
+//! 4. No event is handed out, and no waker called, cloned or dropped under a lock: the receiver may
 //!    ask for anything.
 //! 5. Exactly one of [`Event::Completed`] and [`Event::Cancelled`] is told of a job that was started,
 //!    after everything it held is released.
+//! 6. A job succeeds by a commit only, which is decided under the lock that every cancel takes: one that
+//!    was accepted is never followed by success, unless it was soft.
 
 mod error;
 mod event;
+mod group;
 mod info;
+mod kind;
 mod machine;
 mod options;
 mod policy;
+mod registry;
 mod speed;
+mod stage;
 mod state;
 mod status;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Poll, Waker};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 
 pub use error::{JobError, VerbError};
-use event::EventQueue;
 pub use event::{ErrorEvent, Event};
+pub use group::JobGroup;
+use group::{After, Members};
 pub use info::{JobInfo, Progress};
+pub use kind::JobKind;
 pub(crate) use machine::Asked;
 use options::check_somebody_resumes;
 pub use options::{JobOptions, JobOptionsError};
 pub(crate) use policy::Backoff;
 pub use policy::{ErrorAction, IoStatus, OnError};
+use registry::Registry;
+pub use registry::{Jobs, Shutdown};
 pub(crate) use speed::RateLimit;
-pub(crate) use state::SwitchState;
-use state::{State, wake};
+pub(crate) use stage::{Stage, Vote};
+use state::State;
 pub use status::{Status, Verb};
 
 /// How a job is to be cancelled.
@@ -82,7 +96,18 @@ pub struct Change {
 /// ```
 #[derive(Clone)]
 pub struct Job {
-    shared: Arc<Mutex<State>>,
+    shared: Arc<Shared>,
+}
+
+/// What all handles of a job share.
+struct Shared {
+    /// Those that end together with it, itself among them.
+    group: JobGroup,
+    /// Whether that group is its own.
+    is_alone: bool,
+    /// Told when it is over.
+    registry: Weak<Registry>,
+    state: Mutex<State>,
 }
 
 /// Keeps a job from working, as a pause does, but not one that its user can end: for those who must
@@ -92,33 +117,38 @@ pub struct Hold {
     job: Job,
 }
 
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+}
+
 impl Job {
-    pub(crate) fn new(kind: &'static str, options: JobOptions) -> Result<Self, JobOptionsError> {
+    /// A job that has joined its group and its manager. If that fails there is no trace of it.
+    pub(crate) fn new(
+        kind: &'static str,
+        mut options: JobOptions,
+    ) -> Result<Self, JobOptionsError> {
         options.check()?;
-        let mut state = State {
-            kind,
-            options,
-            status: Status::Created,
-            was_started: false,
-            is_user_paused: false,
-            holds: 0,
-            io_status: IoStatus::Ok,
-            cancel: None,
-            is_completing: false,
-            is_finalizing: false,
-            retry_now: false,
-            switch: SwitchState::None,
-            is_machine_gone: false,
-            is_busy: false,
-            progress: Progress::default(),
-            error: None,
-            events: EventQueue::default(),
-            driver: None,
-        };
+        // Jobs must not keep the manager that ends them when nobody has it any more.
+        let (jobs, group) = (options.jobs.take(), options.group.take());
+        let mut state = State::new(kind, options);
         state.tell(Event::Status(Status::Created));
-        Ok(Self {
-            shared: Arc::new(Mutex::new(state)),
-        })
+        let shared = Arc::new(Shared {
+            is_alone: group.is_none(),
+            group: group.unwrap_or_default(),
+            registry: jobs.as_ref().map(Jobs::registry).unwrap_or_default(),
+            state: Mutex::new(state),
+        });
+        let join = || match shared.group.lock().join(&shared) {
+            true => Ok(()),
+            false => Err(JobOptionsError::GroupEnding),
+        };
+        match &jobs {
+            Some(jobs) => jobs.add(&shared, join)?,
+            None => join()?,
+        }
+        Ok(Self { shared })
     }
 
     /// Begins to work.
@@ -222,39 +252,50 @@ impl Job {
     /// Cancels the job. May be asked again; soft may be raised to force, never lowered.
     ///
     /// A soft cancel of a job that is not ready is one by force. A pause of the user is taken back, so
-    /// that the job can end.
+    /// that the job can end. With one that is cancelled by force its whole [group](JobGroup) is. A job that was
+    /// never started is over at once.
     ///
     /// # Errors
     ///
     /// [`VerbError::Finalizing`] once its end cannot be stopped, or if it is over.
     pub fn cancel(&self, how: Cancel) -> Result<(), VerbError> {
-        self.ask(Verb::Cancel, |state| {
-            if state.switch.is_decided() {
+        self.together(|members, after| {
+            let mut state = self.shared.lock();
+            if !state.status.allows(Verb::Cancel) {
+                return Err(state.not_allowed(Verb::Cancel));
+            }
+            if state.stage.is_decided() {
                 return Err(VerbError::Finalizing);
             }
-            let how = if state.status.is_ready() {
-                how
-            } else {
-                Cancel::Force
-            };
-            state.cancel = state.cancel.max(Some(how));
-            state.drop_user_pause();
-            state.retry_now = true;
+            if how == Cancel::Soft && state.status.is_ready() {
+                state.cancel = state.cancel.max(Some(how));
+                state.drop_user_pause();
+                state.retry_now = true;
+                after.wake(&mut state);
+                return Ok(());
+            }
+            drop(state);
+            members.cancel(after);
             Ok(())
         })
     }
 
-    /// Lets a job that is pending come to its end.
+    /// Lets a job that is pending come to its end, and with it its whole [group](JobGroup).
     ///
     /// # Errors
     ///
     /// [`VerbError::Finalizing`] if this was asked already, or if the job is not pending.
     pub fn finalize(&self) -> Result<(), VerbError> {
-        self.ask(Verb::Finalize, |state| {
+        self.together(|members, after| {
+            let state = self.shared.lock();
+            if !state.status.allows(Verb::Finalize) {
+                return Err(state.not_allowed(Verb::Finalize));
+            }
             if state.is_finalizing || state.cancel == Some(Cancel::Force) {
                 return Err(VerbError::Finalizing);
             }
-            state.is_finalizing = true;
+            drop(state);
+            members.finalize(after);
             Ok(())
         })
     }
@@ -274,7 +315,7 @@ impl Job {
     /// Keeps the job from working until the [`Hold`] is dropped. It stands still once
     /// [`query`](Self::query) says so.
     pub fn hold(&self) -> Hold {
-        self.change_from_outside(|state| state.holds += 1);
+        self.note(|state| state.holds += 1);
         Hold { job: self.clone() }
     }
 
@@ -283,6 +324,7 @@ impl Job {
     pub fn query(&self) -> JobInfo {
         let state = self.shared.lock();
         JobInfo {
+            group: (!self.shared.is_alone).then(|| self.shared.group.clone()),
             id: state.options.id.clone(),
             kind: state.kind,
             status: state.status,
@@ -292,10 +334,12 @@ impl Job {
             is_paused: state.is_paused(),
             is_user_paused: state.is_user_paused,
             holds: state.holds,
+            on_source_error: state.options.on_source_error,
+            on_target_error: state.options.on_target_error,
             io_status: state.io_status,
             cancel: state.cancel,
             is_completing: state.is_completing,
-            is_finalizing: state.is_finalizing || state.switch.is_decided(),
+            is_finalizing: state.is_finalizing || state.stage.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
             error: state.error.clone(),
@@ -328,21 +372,39 @@ impl Job {
         verb: Verb,
         apply: impl FnOnce(&mut State) -> Result<(), VerbError>,
     ) -> Result<(), VerbError> {
-        let mut state = self.shared.lock();
-        if !state.status.allows(verb) {
-            return Err(state.not_allowed(verb));
-        }
-        apply(&mut state)?;
-        let wakers = state.wakers();
-        drop(state);
-        wake(wakers);
-        Ok(())
+        self.together(|_, after| {
+            let mut state = self.shared.lock();
+            if !state.status.allows(verb) {
+                return Err(state.not_allowed(verb));
+            }
+            apply(&mut state)?;
+            after.wake(&mut state);
+            Ok(())
+        })
+    }
+
+    /// A change that comes from elsewhere: the machine must know, too.
+    fn note(&self, change: impl FnOnce(&mut State)) {
+        self.together(|_, after| {
+            let mut state = self.shared.lock();
+            change(&mut state);
+            after.wake(&mut state);
+        });
+    }
+
+    /// Does something under the lock of the group, where the end of all its members is decided, and then
+    /// what must be done without a lock.
+    fn together<R>(&self, act: impl FnOnce(&mut Members, &mut After) -> R) -> R {
+        let mut after = After::default();
+        let result = act(&mut self.shared.group.lock(), &mut after);
+        after.run();
+        result
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.job.change_from_outside(|state| state.holds -= 1);
+        self.job.note(|state| state.holds -= 1);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::job::OnError;
+use crate::job::{JobGroup, Jobs, OnError};
 
 /// What a job is made with, whatever its type.
 ///
@@ -19,10 +19,14 @@ use crate::job::OnError;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct JobOptions {
-    /// A name for people and logs: a letter, then letters, digits, `-`, `.` and `_`. A job without one
-    /// is internal: it tells no events, and may not be stopped by an error, for nobody would resume
+    /// A name for people and logs: a letter, then letters, digits, `-`, `.` and `_`. No other job of the
+    /// same [manager](Self::jobs) may have it. A job without one is internal: it tells no events, and may not be stopped by an error, for nobody would resume
     /// it. Default none.
     pub id: Option<String>,
+    /// The manager that knows it from now on. Default none.
+    pub jobs: Option<Jobs>,
+    /// The jobs that end together with it: all with success, or none. Default none.
+    pub group: Option<JobGroup>,
     /// The most to copy, in bytes per second; 0 for no limit. Default 0.
     pub speed: u64,
     /// What to do when the source fails.
@@ -30,9 +34,9 @@ pub struct JobOptions {
     /// What to do when the target fails.
     pub on_target_error: OnError,
     /// Whether the job goes to its end once it may. Else it waits, in step, for
-    /// [`finalize`](Job::finalize). Default yes.
+    /// [`finalize`](crate::Job::finalize), and its whole group with it. Default yes.
     pub auto_finalize: bool,
-    /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](Job::dismiss).
+    /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](crate::Job::dismiss).
     /// Default yes.
     pub auto_dismiss: bool,
     /// How long a job that is cancelled by force waits for operations in flight, before it ends without
@@ -45,6 +49,8 @@ impl Default for JobOptions {
     fn default() -> Self {
         Self {
             id: None,
+            jobs: None,
+            group: None,
             speed: 0,
             on_source_error: OnError::default(),
             on_target_error: OnError::default(),
@@ -65,6 +71,15 @@ pub enum JobOptionsError {
     /// An internal job that an error would stop.
     #[error("a job without an id must not be stopped by an error: nobody would resume it")]
     NobodyResumes,
+    /// Another job of the same manager has that name. One that is over has it until it is dismissed.
+    #[error("there is a job {0:?} already")]
+    IdInUse(String),
+    /// The manager is being shut down.
+    #[error("all jobs are being shut down")]
+    ShuttingDown,
+    /// A member of the group has begun to end.
+    #[error("a job of the group has begun to end")]
+    GroupEnding,
 }
 
 impl JobOptions {

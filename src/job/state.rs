@@ -1,34 +1,18 @@
 //! All that is known of a job, as it lies under its lock.
 
+use std::io;
+use std::sync::Arc;
 use std::task::Waker;
 
+use crate::copy::{OpKind, Side};
 use crate::job::event::EventQueue;
+use crate::job::policy::is_no_space;
+use crate::job::stage::Stage;
 use crate::job::{
-    Cancel, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb, VerbError,
+    Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
+    VerbError,
 };
-
-/// What has become of the switch that was handed out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SwitchState {
-    /// None is out.
-    None,
-    /// The caller has it.
-    Held,
-    /// The caller has switched.
-    Committed,
-    /// The caller has dropped it.
-    Declined,
-}
-
-impl SwitchState {
-    /// Whether the job can no longer be kept from its end.
-    pub(super) fn is_decided(self) -> bool {
-        match self {
-            SwitchState::Held | SwitchState::Committed => true,
-            SwitchState::None | SwitchState::Declined => false,
-        }
-    }
-}
+use crate::node::QuiesceGuard;
 
 pub(super) struct State {
     pub(super) kind: &'static str,
@@ -42,7 +26,11 @@ pub(super) struct State {
     pub(super) is_completing: bool,
     pub(super) is_finalizing: bool,
     pub(super) retry_now: bool,
-    pub(super) switch: SwitchState,
+    pub(super) stage: Stage,
+    /// Holds the guest of a switch that was committed, until all of the group are.
+    pub(super) guard: Option<QuiesceGuard>,
+    /// Whether it is to be cancelled by force should its switch be dropped.
+    pub(super) is_doomed: bool,
     /// Whether the machine was dropped while the switch was out.
     pub(super) is_machine_gone: bool,
     pub(super) is_busy: bool,
@@ -55,6 +43,31 @@ pub(super) struct State {
 }
 
 impl State {
+    pub(super) fn new(kind: &'static str, options: JobOptions) -> Self {
+        Self {
+            kind,
+            options,
+            status: Status::Created,
+            was_started: false,
+            is_user_paused: false,
+            holds: 0,
+            io_status: IoStatus::Ok,
+            cancel: None,
+            is_completing: false,
+            is_finalizing: false,
+            retry_now: false,
+            stage: Stage::None,
+            guard: None,
+            is_doomed: false,
+            is_machine_gone: false,
+            is_busy: false,
+            progress: Progress::default(),
+            error: None,
+            events: EventQueue::default(),
+            driver: None,
+        }
+    }
+
     pub(super) fn is_paused(&self) -> bool {
         self.is_user_paused || self.holds > 0
     }
@@ -80,9 +93,77 @@ impl State {
         }
     }
 
-    pub(super) fn end_dropped(&mut self) {
-        self.error.get_or_insert(JobError::Dropped);
-        drop(self.conclude(None));
+    /// Whether it may be told that it is to commit, if the others of its group may.
+    pub(super) fn is_prepared(&self) -> bool {
+        let is_prepared = matches!(self.stage, Stage::Prepared(_));
+        is_prepared && self.cancel != Some(Cancel::Force) && !self.is_paused()
+    }
+
+    pub(super) fn is_named(&self, id: &str) -> bool {
+        self.status != Status::Null && self.options.id.as_deref() == Some(id)
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        matches!(self.status, Status::Concluded | Status::Null)
+    }
+
+    /// The result of a job that is over.
+    pub(super) fn result(&self) -> Option<Result<(), JobError>> {
+        self.is_over()
+            .then(|| self.error.clone().map_or(Ok(()), Err))
+    }
+
+    /// A device failed: tells it, and does what the policy says.
+    pub(super) fn device_failed(
+        &mut self,
+        side: Side,
+        operation: OpKind,
+        error: io::Error,
+    ) -> ErrorAction {
+        let error = Arc::new(error);
+        let policy = match side {
+            Side::Source => self.options.on_source_error,
+            Side::Target => self.options.on_target_error,
+        };
+        let mut action = policy.action(&error);
+        if action == ErrorAction::Stop && !self.status.allows(Verb::Resume) {
+            // Nobody could resume it. It is tried again instead; cancelling ends that.
+            action = ErrorAction::Ignore;
+        }
+        if self.cancel == Some(Cancel::Force) {
+            // It ends anyway, and what is given up on the way is no news.
+            return ErrorAction::Ignore;
+        }
+        let is_no_space = is_no_space(&error);
+        self.tell(Event::Error(ErrorEvent {
+            side,
+            operation,
+            action,
+            is_no_space,
+            error: Arc::clone(&error),
+            count: 1,
+        }));
+        match action {
+            ErrorAction::Report => {
+                self.error.get_or_insert(JobError::Io {
+                    side,
+                    operation,
+                    error,
+                });
+            }
+            ErrorAction::Stop => {
+                self.is_user_paused = true;
+                if self.io_status == IoStatus::Ok {
+                    self.io_status = if is_no_space {
+                        IoStatus::NoSpace
+                    } else {
+                        IoStatus::Failed
+                    };
+                }
+            }
+            ErrorAction::Ignore => {}
+        }
+        action
     }
 
     /// Success if there was no error and it was not cancelled by force.
@@ -94,6 +175,10 @@ impl State {
                 abandoned: abandoned.unwrap_or(0),
             });
         }
+        assert!(
+            self.error.is_some() || self.stage == Stage::Committed,
+            "a job succeeds by a commit"
+        );
         self.is_busy = false;
         self.drop_user_pause();
         match self.status {
@@ -145,13 +230,4 @@ impl State {
             status: self.status,
         }
     }
-
-    /// Who must be told that something has changed, once the lock is released.
-    pub(super) fn wakers(&mut self) -> [Option<Waker>; 2] {
-        [self.driver.take(), self.events.take_waker()]
-    }
-}
-
-pub(super) fn wake(wakers: [Option<Waker>; 2]) {
-    wakers.into_iter().flatten().for_each(Waker::wake);
 }

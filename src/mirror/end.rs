@@ -5,9 +5,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::copy::OpKind;
-use crate::job::{Asked, Cancel, Status};
+use crate::job::{Asked, Cancel, Stage, Vote};
 use crate::mirror::copying::Copying;
-use crate::mirror::{Mirror, Phase, Step, Switch, Turn};
+use crate::mirror::{Mirror, Phase, Step, Switch, SwitchBack, Turn};
 use crate::node::{Quiesce, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 
@@ -28,7 +28,7 @@ pub(super) enum End {
         guard: QuiesceGuard,
         since: Duration,
     },
-    /// The caller has the switch.
+    /// The caller has the switch, or it is committed and those of others of the group are not yet.
     Switching,
 }
 
@@ -36,18 +36,19 @@ impl Mirror {
     /// Keeps the target in step, and comes to the end when that is asked for.
     pub(super) fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
         let wants_end = asked.cancel.is_some() || asked.is_completing;
-        let is_pending = asked.status == Status::Pending;
-        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
-        let may_end = match is_pending {
+        let is_done = asked.status.is_completed();
+        let may_end = match asked.ends_by_finalize {
             true => asked.is_finalizing,
-            false => wants_end && asked.auto_finalize,
+            false => wants_end,
         };
-        let is_held = matches!(
-            self.phase,
-            Phase::InSync(End::Closing { .. } | End::Quiet { .. })
-        );
-        // A job that waits to be finalized may do so for long.
-        let is_ending = may_end || (wants_end && !is_pending);
+        let is_held = self.is_guest_held();
+        if is_held && !asked.stage.may_hold() {
+            // Another of the group has let its guest go.
+            self.let_guest_go();
+            return Turn::Again;
+        }
+        // A job that waits for others, or to be finalized, may do so for long.
+        let is_ending = may_end || (wants_end && !is_done);
         let is_batching = !is_ending && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
@@ -61,8 +62,13 @@ impl Mirror {
         // than can be copied in the time that it may be held.
         let is_near =
             self.next_retry(now).is_none() && self.left() <= self.pace.bytes_in(self.downtime_max);
-        if waits_to_be_finalized && is_near {
-            self.job.become_pending();
+        if wants_end && asked.ends_by_finalize && !is_done && is_near {
+            self.job.done();
+            return Turn::Again;
+        }
+        if !is_held && !is_near && matches!(asked.stage, Stage::Near | Stage::Closing) {
+            // Not any more: the guest has written.
+            self.let_guest_go();
             return Turn::Again;
         }
         if self.held_until().is_some_and(|until| now >= until) {
@@ -84,11 +90,16 @@ impl Mirror {
                 *end = End::Flushing;
                 Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)))
             }
-            End::Open | End::Flushed if may_end && is_near => {
+            End::Flushed if asked.stage == Stage::Closing => {
                 *end = End::Closing {
                     quiesce: self.node.quiesce(),
                     since: now,
                 };
+                Turn::Again
+            }
+            End::Open | End::Flushed if may_end && is_near && asked.stage == Stage::None => {
+                *end = End::Flushed;
+                self.job.near();
                 Turn::Again
             }
             End::Open | End::Flushing | End::Flushed => self.wait(now, waker, copying),
@@ -110,7 +121,7 @@ impl Mirror {
                 if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
                     return Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)));
                 }
-                self.finish(asked)
+                self.finish(now, waker, asked)
             }
             End::Switching => unreachable!("handled before"),
         }
@@ -127,31 +138,62 @@ impl Mirror {
         }
     }
 
+    fn is_guest_held(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::InSync(End::Closing { .. } | End::Quiet { .. })
+        )
+    }
+
+    /// Whether the switch was handed out.
+    pub(super) fn gave_switch(&self) -> bool {
+        matches!(self.phase, Phase::InSync(End::Switching))
+    }
+
     /// The guest is held, both disks are equal and flushed.
-    pub(super) fn finish(&mut self, asked: Asked) -> Turn {
-        if asked.cancel.is_some() {
-            // A soft cancel: the target is a copy of this instant, and the guest stays where it is. It
-            // goes on before the end is told.
-            return self.conclude(None);
+    fn finish(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
+        // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
+        let vote = match asked.cancel {
+            Some(_) => Vote::AtOnce,
+            None => Vote::BySwitch,
+        };
+        match self.job.prepared(vote) {
+            true => Turn::Again,
+            // The others of the group are not, or it was cancelled or paused since we asked.
+            false => self.wait(now, waker, Copying::Unlimited),
         }
-        if !self.job.hold_switch() {
-            // Cancelled or paused since we asked: no switch is handed out after that was accepted.
+    }
+
+    pub(super) fn hand_out_switch(&mut self) -> Turn {
+        if !self.job.take_switch() {
             return Turn::Again;
         }
         let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
-        let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
-            unreachable!("called in this phase only");
+        let Phase::InSync(End::Quiet { guard, since }) = end else {
+            unreachable!("granted to one whose guest is held only");
         };
         Turn::Step(Step::Switch(Switch::new(self.job.clone(), since, guard)))
     }
 
-    /// A job that does not get on does not hold the guest. What it was about to do starts anew.
+    pub(super) fn hand_out_switch_back(&mut self) -> Turn {
+        self.phase = Phase::InSync(End::Open);
+        match self.job.take_back() {
+            Some(guard) => Turn::Step(Step::SwitchBack(SwitchBack::new(guard))),
+            None => Turn::Again,
+        }
+    }
+
+    /// A job that does not get on does not hold the guest, and neither do others of its group. What it was
+    /// about to do starts anew.
     pub(super) fn let_guest_go(&mut self) {
         match &mut self.phase {
             Phase::Attaching { .. } => self.phase = Phase::Created,
             Phase::InSync(
                 end @ (End::Flushing | End::Flushed | End::Closing { .. } | End::Quiet { .. }),
-            ) => *end = End::Open,
+            ) => {
+                self.job.let_go();
+                *end = End::Open;
+            }
             _ => {}
         }
     }
@@ -219,12 +261,13 @@ impl Mirror {
 }
 
 /// A machine that is dropped ends its job: with success if the switch was used, else with
-/// [`JobError::Dropped`].
+/// [`JobError::Dropped`](crate::JobError::Dropped).
 impl Drop for Mirror {
     fn drop(&mut self) {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
+        self.let_guest_go();
         self.release();
         self.job.machine_dropped();
     }

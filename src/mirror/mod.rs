@@ -40,7 +40,8 @@ use std::time::Duration;
 use crate::bitmap::HBitmap;
 use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
-    Backoff, Cancel, ErrorAction, Job, JobError, Progress, RateLimit, Status, SwitchState,
+    Backoff, Cancel, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit, Stage,
+    Status, Verb,
 };
 use crate::node::{JobBitmap, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
@@ -50,7 +51,7 @@ use end::End;
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 pub use options::{MirrorError, MirrorOptions, MirrorSync};
 use pace::Pace;
-pub use switch::Switch;
+pub use switch::{Switch, SwitchBack};
 
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
@@ -68,6 +69,9 @@ pub enum Step {
     },
     /// Switch now, or drop it.
     Switch(Switch),
+    /// A switch that was committed has no effect, for the group's was declined: point the guest back.
+    /// Never without a [group](crate::JobGroup).
+    SwitchBack(SwitchBack),
     /// The job is over.
     Done(Result<(), JobError>),
 }
@@ -116,6 +120,7 @@ pub enum Step {
 ///             source = target.clone(); // the guest's disk is the target from here on
 ///             switch.commit();
 ///         }
+///         Step::SwitchBack(_) => unreachable!("this job is in no group"),
 ///         Step::Done(result) => break result?,
 ///     }
 /// }
@@ -183,6 +188,29 @@ enum Turn {
 }
 
 impl Mirror {
+    /// What mirrors can do.
+    pub(crate) const KIND: JobKind = JobKind {
+        name: "mirror",
+        verbs: &Verb::ALL,
+        policies: &[
+            OnError::Report,
+            OnError::Ignore,
+            OnError::Enospc,
+            OnError::Stop,
+        ],
+        options: &[
+            "sync",
+            "granularity",
+            "workers",
+            "chunk_max",
+            "buf_size",
+            "unmap",
+            "downtime_max",
+            "hold_max",
+        ],
+        changes: &["on_source_error", "on_target_error"],
+    };
+
     /// A mirror of `node` from the device that holds it now to another, as told by their limits. It
     /// does nothing until [`Job::start`].
     ///
@@ -235,8 +263,9 @@ impl Mirror {
         clean.reserve()?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
-        let job = Job::new("mirror", options.job)?;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
+        // The last step that can fail: there is no trace of a job that could not be made.
+        let job = Job::new(Self::KIND.name, options.job)?;
         Ok(Self {
             job,
             node: node.clone(),
@@ -323,21 +352,33 @@ impl Mirror {
             return Turn::Step(Step::Done(result));
         }
         let asked = self.job.asked(waker);
+        if matches!(asked.status, Status::Concluded | Status::Null) {
+            // Cancelled before it was started.
+            self.release();
+            return Turn::Again;
+        }
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
         if let Some(op) = self.settle(now) {
             return Turn::Step(Step::Op(op));
         }
-        match asked.switch {
-            SwitchState::Held => return Turn::Step(Step::Wait { until: None }),
-            SwitchState::Committed if !is_broken(Sabotage::CopyAfterSwitch) => {
-                return self.conclude(None);
+        match asked.stage {
+            // Others decide, and nothing is copied meanwhile.
+            Stage::Held | Stage::Voted | Stage::Stale => {
+                return Turn::Step(Step::Wait { until: None });
             }
-            SwitchState::Committed | SwitchState::Declined => {
-                self.job.set_switch(SwitchState::None);
+            Stage::Granted => return self.hand_out_switch(),
+            Stage::Back => return self.hand_out_switch_back(),
+            Stage::Committed if self.gave_switch() && is_broken(Sabotage::CopyAfterSwitch) => {
+                self.job.forget_commit();
                 self.phase = Phase::InSync(End::Open);
                 return Turn::Again;
             }
-            SwitchState::None => {}
+            Stage::Committed => return self.conclude(None),
+            Stage::None | Stage::Near | Stage::Closing | Stage::Prepared(_) => {}
+        }
+        if self.gave_switch() {
+            // It was dropped.
+            self.phase = Phase::InSync(End::Open);
         }
         let must_end = asked.cancel == Some(Cancel::Force) || asked.has_failed;
         if must_end && !matches!(self.phase, Phase::Ending { .. }) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use blockjob::{
     Begin, ByteRange, Content, Event, Extent, Job, JobError, JobOptions, Limits, Mirror,
-    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch,
+    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
 };
 
 /// What is known of the source per block of so many bytes.
@@ -61,6 +61,7 @@ impl Out {
 pub(crate) enum Rest {
     Wait(Option<Duration>),
     Switch(Switch),
+    SwitchBack(SwitchBack),
     Done(Result<(), JobError>),
 }
 
@@ -76,6 +77,13 @@ impl Rest {
         match self {
             Rest::Switch(switch) => switch,
             rest => panic!("switches, but {rest:?}"),
+        }
+    }
+
+    pub(crate) fn back(self) -> SwitchBack {
+        match self {
+            Rest::SwitchBack(back) => back,
+            rest => panic!("switches back, but {rest:?}"),
         }
     }
 
@@ -283,6 +291,7 @@ impl Machine {
                 );
                 Some(Rest::Switch(switch))
             }
+            Step::SwitchBack(back) => Some(Rest::SwitchBack(back)),
             Step::Done(result) => Some(Rest::Done(result)),
         }
     }
