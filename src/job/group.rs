@@ -388,10 +388,17 @@ impl Members {
     /// One cannot be held any longer: none is.
     fn end_round(&mut self, after: &mut After) {
         let mut is_doomed = false;
-        for mut state in self.states() {
+        for job in self.jobs.clone() {
+            let mut state = job.lock();
             state.stage = state.stage.after_round(state.guard.is_some());
             is_doomed |= state.is_doomed;
             after.wake(&mut state);
+            let is_lost = state.stage == Stage::Back && state.is_machine_gone;
+            drop(state);
+            if is_lost {
+                // Nobody can be told to point the guest back.
+                self.dropped(&job, after);
+            }
         }
         if is_doomed {
             self.cancel(after);

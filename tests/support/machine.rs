@@ -35,6 +35,10 @@ impl Count {
     pub(crate) fn take(&self) -> usize {
         self.0.swap(0, Ordering::SeqCst)
     }
+
+    pub(crate) fn wake_once(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 impl Wake for Count {
@@ -207,6 +211,10 @@ impl Machine {
 
     pub(crate) fn mirror(&mut self) -> &mut Mirror {
         self.mirror.as_mut().expect("it was not dropped")
+    }
+
+    pub(crate) fn has_mirror(&self) -> bool {
+        self.mirror.is_some()
     }
 
     pub(crate) fn drop_mirror(&mut self) {
