@@ -272,8 +272,7 @@ impl DirtyLog {
         if self.keeps(Rule::FenceBeforeLook) {
             fence(Ordering::SeqCst);
         }
-        if !self.has_path(&granules) {
-            self.set(0, granules);
+        if self.set_granules(&granules) {
             self.wake_up.marked();
         }
     }
@@ -307,26 +306,27 @@ impl DirtyLog {
         Poll::Ready(())
     }
 
-    /// Whether granules of one word are set, and everything above them, up to the top. It says no for
-    /// those of several words. This is all that a write to a dirty place does, so it is kept short:
-    /// what a call must save on the stack the fence would wait for.
+    /// Sets granules and everything above them, up to the top, and says whether something was missing.
+    ///
+    /// For granules of one word this is all, and kept short: what a call must save on the stack the fence
+    /// would wait for.
     #[inline]
-    fn has_path(&self, granules: &Range<u64>) -> bool {
+    fn set_granules(&self, granules: &Range<u64>) -> bool {
         let (first, last) = (granules.start, granules.end - 1);
         let mut index = first >> WORD_SHIFT;
-        if index != last >> WORD_SHIFT {
-            return false;
+        if index != last >> WORD_SHIFT || !self.keeps_order() {
+            self.set(0, granules.clone());
+            return true;
         }
         let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first));
         let mut mask = ones << (first & (WORD_BITS - 1));
+        let mut has_set = false;
         for level in 0..self.top + 1 {
-            if self.word(level, index).load(self.order(Ordering::Acquire)) & mask != mask {
-                return false;
-            }
+            has_set |= self.set_in_word(level, index, mask);
             mask = 1 << (index & (WORD_BITS - 1));
             index >>= WORD_SHIFT;
         }
-        true
+        has_set
     }
 
     /// Whether there is nothing to drain. It looks at one word, however long the disk is.
@@ -402,11 +402,13 @@ impl DirtyLog {
     }
 
     #[inline]
-    fn set_in_word(&self, level: usize, index: u64, mask: u64) {
+    fn set_in_word(&self, level: usize, index: u64, mask: u64) -> bool {
         let word = self.word(level, index);
-        if word.load(self.order(Ordering::Acquire)) & mask != mask {
+        let is_missing = word.load(self.order(Ordering::Acquire)) & mask != mask;
+        if is_missing {
             word.fetch_or(mask, self.order(Ordering::SeqCst));
         }
+        is_missing
     }
 
     #[inline]
@@ -424,6 +426,12 @@ impl DirtyLog {
     #[inline]
     const fn keeps(&self, _rule: Rule) -> bool {
         true
+    }
+
+    /// Whether a mark goes through the levels as it should.
+    #[inline]
+    fn keeps_order(&self) -> bool {
+        self.keeps(Rule::LeafFirst) && self.keeps(Rule::EveryLevel)
     }
 
     /// `kept`, unless a loom test breaks that rule.
@@ -477,7 +485,6 @@ fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(loom), expect(unreachable_pub, reason = "only loom tests name it"))]
-#[cfg_attr(not(loom), expect(dead_code, reason = "only loom tests break some"))]
 pub enum Rule {
     /// Broken, a mark begins without a fence.
     FenceBeforeLook,
