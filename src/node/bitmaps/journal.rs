@@ -9,7 +9,7 @@ use std::mem;
 use super::entry::{Content, Entry, Intent, Named, Usage, unshared};
 use super::list::Plan;
 use super::merge::Locked;
-use super::{BitmapError, BitmapOptions, BusyWith, List};
+use super::{BitmapError, BitmapOptions, BusyWith, List, copy_into};
 use crate::bitmap::HBitmap;
 use crate::node::Node;
 use crate::sabotage::{Sabotage, is_broken};
@@ -141,8 +141,7 @@ impl Journal {
         let (node, name) = target;
         let (id, named) = locked.list(node).find_mut(name)?;
         let map = unshared(named.idle(Intent::Change)?.map);
-        let mut copy = fit(spare, node, map.granularity())?;
-        copy.merge_from(map).expect("it is as long");
+        let copy = copy_into(fit(spare, node, map.granularity())?, map);
         let before = mem::replace(map, copy);
         locked.merge(target, sources);
         self.note(node, id, What::Bits(before));
