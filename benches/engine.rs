@@ -494,7 +494,9 @@ fn run_machine(mirror: &mut Mirror, now: Duration) {
                     mirror.op_done(now, op, outcome);
                 }
             }
-            Step::Switch(_) | Step::Done(_) => unreachable!("nobody asks for the end"),
+            Step::Switch(_) | Step::SwitchBack(_) | Step::Done(_) => {
+                unreachable!("nobody asks for the end")
+            }
         }
     }
 }
@@ -526,7 +528,9 @@ fn run_queue<P: BufferPool>(queue: &mut Queue<P>, now: Duration) {
                     queue.completed(now, id, answer);
                 }
             }
-            Next::Switch(_) | Next::Done(_) => unreachable!("nobody asks for the end"),
+            Next::Switch(_) | Next::SwitchBack(_) | Next::Done(_) => {
+                unreachable!("nobody asks for the end")
+            }
         }
     }
 }

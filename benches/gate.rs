@@ -276,7 +276,9 @@ fn keep_in_step(mut mirror: Mirror, stop: &AtomicBool) {
             Step::Wait { until: Some(at) } => {
                 thread::park_timeout(at.saturating_sub(began.elapsed()));
             }
-            Step::Switch(_) | Step::Done(_) => unreachable!("nobody asks for the end"),
+            Step::Switch(_) | Step::SwitchBack(_) | Step::Done(_) => {
+                unreachable!("nobody asks for the end")
+            }
         }
     }
 }

@@ -315,6 +315,7 @@ where
                 switch.commit();
                 held = clock.now() - since;
             }
+            Driven::SwitchBack(_) => unreachable!("this job is in no group"),
             Driven::Done(result) => {
                 result?;
                 let cost = cost.ok_or("it was never ready")?;

@@ -183,6 +183,7 @@ impl Ends {
                     }
                 }
                 Next::Switch(now) => switch(now),
+                Next::SwitchBack(_) => unreachable!("this job is in no group"),
                 Next::Done(result) => return Ok(result?),
             }
         }

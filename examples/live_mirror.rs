@@ -225,6 +225,7 @@ impl Machine {
         loop {
             match block_on(driver.run(mirror)) {
                 Driven::Switch(switch) => held = Some(self.switch(switch, options)?),
+                Driven::SwitchBack(_) => unreachable!("this job is in no group"),
                 Driven::Done(Ok(())) => return Ok(held.ok_or("the job ended without a switch")?),
                 Driven::Done(Err(error)) => {
                     return Err(format!("the mirror failed: {error}").into());

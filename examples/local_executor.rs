@@ -117,6 +117,7 @@ impl<S: Storage> Vm<S> {
             loop {
                 match driver.run(&mut mirror).await {
                     Driven::Done(result) => return Ok(result?),
+                    Driven::SwitchBack(_) => unreachable!("this job is in no group"),
                     Driven::Switch(switch) => {
                         let target_now = target.0.with(|bytes| bytes.clone());
                         let is_equal = self.source.with(|bytes| *bytes == target_now);

@@ -11,7 +11,7 @@ use futures_util::stream::FuturesUnordered;
 use crate::copy::{Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch};
+use crate::mirror::{Mirror, Step, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// The caller's time: the library reads no clock.
@@ -56,6 +56,9 @@ pub struct Driver<S, T, P, C> {
 pub enum Driven {
     /// Source and target are equal and the guest is held: switch, then run the job on to its end.
     Switch(Switch),
+    /// A switch that was committed has no effect, for the group's was declined: point the guest back, then
+    /// run the job on. Never without a [group](crate::JobGroup).
+    SwitchBack(SwitchBack),
     /// The job is over.
     Done(Result<(), JobError>),
 }
@@ -95,7 +98,8 @@ where
     }
 
     /// Runs the job until it is over, or wants to switch. Call it again after a switch, whether it was
-    /// committed or dropped.
+    /// committed or dropped. Jobs of one [group](crate::JobGroup) wait for each other: run them at the same
+    /// time.
     ///
     /// # Cancel safety
     ///
@@ -116,6 +120,7 @@ where
                 match machine.0.poll(self.clock.now(), cx.waker()) {
                     Step::Op(op) => running.push(self.perform(op, &gives_up)),
                     Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
+                    Step::SwitchBack(back) => return Poll::Ready(Driven::SwitchBack(back)),
                     Step::Done(result) => return Poll::Ready(Driven::Done(result)),
                     Step::Wait { until: None } => return Poll::Pending,
                     Step::Wait { until: Some(at) } => {

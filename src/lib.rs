@@ -176,6 +176,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod bitmap;
+mod capabilities;
 mod copy;
 pub mod driver;
 pub mod io;
@@ -192,18 +193,20 @@ mod transaction;
 mod units;
 
 pub use crate::bitmap::HBitmap;
+pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{
     Content, Extent, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits, ShapeError, Side, Unmap,
 };
 pub use crate::job::{
-    Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError, JobInfo,
-    JobOptions, JobOptionsError, OnError, Progress, Status, Verb, VerbError,
+    Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError, JobGroup,
+    JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown, Status, Verb,
+    VerbError,
 };
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
-pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch};
+pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch, SwitchBack};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::node::GateRule;

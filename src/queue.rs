@@ -21,7 +21,7 @@ use std::time::Duration;
 use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
 use crate::io::BufferPool;
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch};
+use crate::mirror::{Mirror, Step, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// A machine, and the requests of it that are out.
@@ -54,6 +54,9 @@ pub enum Next<B> {
     },
     /// Switch now, or drop it.
     Switch(Switch),
+    /// A switch that was committed has no effect, for the group's was declined: point the guest back.
+    /// Never without a [group](crate::JobGroup).
+    SwitchBack(SwitchBack),
     /// The job is over.
     Done(Result<(), JobError>),
 }
@@ -171,6 +174,7 @@ impl<P: BufferPool> Queue<P> {
                 }
                 Step::Wait { until } => return Next::Wait { until },
                 Step::Switch(switch) => return Next::Switch(switch),
+                Step::SwitchBack(back) => return Next::SwitchBack(back),
                 Step::Done(result) => return Next::Done(result),
             }
         }

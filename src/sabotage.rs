@@ -34,6 +34,18 @@ pub enum Sabotage {
     SwitchWithoutFlush,
     /// Mirror 5: copying goes on after the switch.
     CopyAfterSwitch,
+    /// Group 1: a switch that was committed takes effect at once, whatever becomes of the others.
+    CommitAlone,
+    /// Group 2: a member that fails lets the others go on.
+    OthersGoOn,
+    /// Group 2: a member that was never started waits for somebody to drive it.
+    LeaveCreated,
+    /// Group 4: a switch is handed out while others are not prepared.
+    SwitchAlone,
+    /// Group 5: a guest goes on before all have voted.
+    ReleaseEarly,
+    /// Group 6: a guest is held on when another was let go.
+    KeepHolding,
     /// Node 1: a write is recorded when it begins.
     RecordAtBegin,
     /// Node 1: a ticket that is dropped records nothing.

@@ -214,6 +214,7 @@ fn a_driver_over_files_can_be_sent_to_another_thread() {
             loop {
                 match driver.run(&mut mirror).await {
                     Driven::Switch(switch) => switch.commit(),
+                    Driven::SwitchBack(_) => unreachable!("it is in no group"),
                     Driven::Done(result) => break result,
                 }
             }

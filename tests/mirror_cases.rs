@@ -538,6 +538,7 @@ fn run_with_faults(
                 assert!(machine.is_equal(), "{policy:?} {side}");
                 switch.commit();
             }
+            Rest::SwitchBack(_) => unreachable!("it is in no group"),
             Rest::Done(result) => return (machine, result),
         }
     }

@@ -72,6 +72,7 @@ fn a_guest_that_writes_during_every_flush_does_not_put_off_the_switch() {
                 mirror.op_done(now, op, outcome);
             }
             Step::Switch(switch) => switch.commit(),
+            Step::SwitchBack(_) => unreachable!("it is in no group"),
             Step::Done(result) => {
                 result.unwrap();
                 return;

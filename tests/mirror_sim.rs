@@ -34,7 +34,8 @@ use blockjob::{
     MirrorOptions, MirrorSync, Node, OnError, RangeLimits, Side, Status, Switch, Unmap,
 };
 
-use sim::disk::{Ask, BLOCK, Block, Disk, Faults, Latency, Owner, SimDevice, VecPool, result_of};
+use sim::content::{fill_source, fill_target, is_equal};
+use sim::disk::{Ask, BLOCK, Disk, Faults, Latency, Owner, SimDevice, VecPool, result_of};
 use sim::guest::Guests;
 use sim::rng::Rng;
 use sim::world::{Flag, Happening, SOURCE, Shared, SimClock, TARGET, World};
@@ -226,53 +227,6 @@ impl Plan {
     }
 }
 
-/// Fills a source with runs of data, zeroes, and what was discarded, in layers.
-fn fill_source(disk: &mut Disk, rng: &mut Rng) {
-    let mut index = 0;
-    while index < disk.blocks.len() {
-        let run = rng.between(1, 12) as usize;
-        let content = match rng.below(4) {
-            0 => Content::Zero,
-            1 if rng.one_in(3) => Content::Undefined,
-            _ => Content::Data,
-        };
-        let in_top = rng.one_in(2);
-        for block in index..(index + run).min(disk.blocks.len()) {
-            let start = block * BLOCK as usize;
-            let end = (start + BLOCK as usize).min(disk.bytes.len());
-            let byte = match content {
-                Content::Zero => 0,
-                Content::Data | Content::Undefined => rng.between(1, 255) as u8,
-            };
-            disk.bytes[start..end].fill(byte);
-            disk.blocks[block] = Block { content, in_top };
-        }
-        index += run;
-    }
-}
-
-/// What the target holds before the job: anything, or what the layers below give.
-fn fill_target(source: &Disk, target: &mut Disk, sync: MirrorSync) {
-    for block in 0..source.blocks.len() {
-        let start = block * BLOCK as usize;
-        let end = (start + BLOCK as usize).min(source.bytes.len());
-        let shows_below = match sync {
-            MirrorSync::Full => false,
-            MirrorSync::Top => !source.blocks[block].in_top,
-            MirrorSync::None => true,
-        };
-        if shows_below {
-            target.bytes[start..end].copy_from_slice(&source.bytes[start..end]);
-        } else {
-            target.bytes[start..end].fill(0xaa);
-        }
-        target.blocks[block] = Block {
-            content: Content::Data,
-            in_top: !shows_below,
-        };
-    }
-}
-
 struct Sim {
     plan: Plan,
     world: Shared,
@@ -417,7 +371,7 @@ impl Sim {
             for request in disk.requests.values() {
                 let is_jobs = !matches!(request.owner, Owner::Guest(_));
                 assert!(
-                    !is_jobs || request.is_answered || !request_writes(&request.ask),
+                    !is_jobs || request.is_answered || !request.ask.writes(),
                     "{request:?} is in flight while the job stands still"
                 );
             }
@@ -439,13 +393,13 @@ impl Sim {
         );
         for request in target.requests.values() {
             assert!(
-                request.is_answered || !request_writes(&request.ask),
+                request.is_answered || !request.ask.writes(),
                 "{request:?} is in flight at the switch"
             );
         }
         for block in 0..target.blocks.len() {
             assert!(
-                is_equal(&world, block),
+                is_equal(&world.disks, block),
                 "block {block} differs at the switch"
             );
         }
@@ -465,7 +419,7 @@ impl Sim {
             let start = block as u64 * BLOCK;
             let is_known = self.guests.is_busy(block) || left.any_dirty_in(start..start + BLOCK);
             assert!(
-                is_known || is_equal(&world, block),
+                is_known || is_equal(&world.disks, block),
                 "block {block} differs and nobody knows: {left:?}"
             );
         }
@@ -593,22 +547,6 @@ impl Sim {
     }
 }
 
-fn request_writes(ask: &Ask) -> bool {
-    matches!(ask, Ask::Write(_) | Ask::Zero | Ask::Discard)
-}
-
-/// Whether the target shows what the source shows, wherever that is defined.
-fn is_equal(world: &World, block: usize) -> bool {
-    let [source, target] = &world.disks;
-    if source.blocks[block].content == Content::Undefined {
-        return true;
-    }
-    let start = block * BLOCK as usize;
-    let end = (start + BLOCK as usize).min(source.bytes.len());
-    target.blocks[block].content != Content::Undefined
-        && source.bytes[start..end] == target.bytes[start..end]
-}
-
 fn run(seed: u64) -> Report {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::new(&mut rng);
@@ -639,8 +577,8 @@ fn run(seed: u64) -> Report {
     } else {
         0
     };
-    let world = World::new(rng, [source, target]);
-    let mut guests = Guests::new(&node, &mut world.borrow_mut(), plan.threads);
+    let world = World::new(rng, vec![source, target]);
+    let mut guests = Guests::new(&node, &mut world.borrow_mut(), SOURCE, 0, plan.threads);
     guests.pause = (guest_load.0, guest_load.1);
     guests.len_max = guest_load.2;
     guests.until = guest_load.3;
@@ -718,6 +656,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
         sim.check_coverage(&mirror);
         match driven {
             Some(Driven::Switch(switch)) => sim.switch(switch),
+            Some(Driven::SwitchBack(_)) => unreachable!("it is in no group"),
             Some(Driven::Done(result)) => return sim.ended(result),
             None => {
                 sim.report.drops += 1;
@@ -792,6 +731,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                     sim.switch(switch);
                     flag.clone().wake_it();
                 }
+                Next::SwitchBack(_) => unreachable!("it is in no group"),
                 Next::Done(result) => {
                     sim.take_events();
                     sim.check_coverage(queue.mirror());

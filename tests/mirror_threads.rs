@@ -81,6 +81,7 @@ fn a_guest_write_at_any_moment_is_copied() {
                         }
                     }
                     Step::Switch(_) => unreachable!("nobody completes it"),
+                    Step::SwitchBack(_) => unreachable!("it is in no group"),
                     Step::Done(_) => return,
                 }
             }
@@ -164,6 +165,7 @@ fn a_cancel_is_either_accepted_or_too_late() {
                         switched = true;
                         switch.commit();
                     }
+                    Step::SwitchBack(_) => unreachable!("it is in no group"),
                     Step::Done(result) => break result,
                 }
             };

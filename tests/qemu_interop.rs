@@ -102,7 +102,7 @@ impl Running {
     async fn result(self) -> Result<(), JobError> {
         match join(self.task).await.0 {
             Driven::Done(result) => result,
-            Driven::Switch(_) => panic!("nobody asked it to complete"),
+            Driven::Switch(_) | Driven::SwitchBack(_) => panic!("nobody asked it to complete"),
         }
     }
 }

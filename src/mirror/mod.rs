@@ -27,40 +27,34 @@
 //!    writes to the target now.
 //! 6. The source is never written.
 
+mod copying;
+mod end;
 mod options;
 mod pace;
+mod start;
 mod switch;
 
-use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::Waker;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
-use crate::copy::{
-    Budget, Content, Done, Ends, Engine, Extent, Limits, Op, OpId, OpKind, Outcome, Shape, Side,
-};
+use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
-    Asked, Backoff, Cancel, ErrorAction, Job, JobError, Progress, RateLimit, Status, SwitchState,
+    Backoff, Cancel, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit, Stage,
+    Status, Verb,
 };
-use crate::node::{JobBitmap, JobClaim, Node, Quiesce, QuiesceGuard};
+use crate::node::{JobBitmap, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::{ByteRange, Granularity};
+use crate::units::Granularity;
 
+use end::End;
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 pub use options::{MirrorError, MirrorOptions, MirrorSync};
 use pace::Pace;
-pub use switch::Switch;
+pub use switch::{Switch, SwitchBack};
 
-/// How much of the source is asked about at once while it is scanned.
-const SCAN_MAX: u64 = 8 << 30;
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
-/// How many zero writes are planned at once while the source is scanned.
-const SCAN_ZEROES: u64 = 64;
-/// While in step, a guest write wakes the job at most this often; what is written between is copied
-/// together.
-const BATCH: Duration = Duration::from_millis(10);
 
 /// What the machine wants next.
 #[derive(Debug)]
@@ -75,6 +69,9 @@ pub enum Step {
     },
     /// Switch now, or drop it.
     Switch(Switch),
+    /// A switch that was committed has no effect, for the group's was declined: point the guest back.
+    /// Never without a [group](crate::JobGroup).
+    SwitchBack(SwitchBack),
     /// The job is over.
     Done(Result<(), JobError>),
 }
@@ -123,6 +120,7 @@ pub enum Step {
 ///             source = target.clone(); // the guest's disk is the target from here on
 ///             switch.commit();
 ///         }
+///         Step::SwitchBack(_) => unreachable!("this job is in no group"),
 ///         Step::Done(result) => break result?,
 ///     }
 /// }
@@ -182,27 +180,6 @@ enum Phase {
     Concluded,
 }
 
-/// How far the end of a job in step has come.
-#[derive(Debug)]
-enum End {
-    /// The guest writes; the end was not asked for, or too much is left.
-    Open,
-    /// Flushing what was written until now, so that little is left to flush while the guest is held.
-    Flushing,
-    /// That was done. What was copied meanwhile is not flushed, and is not to be: with a guest that never
-    /// stops there is always something, and the end would never come.
-    Flushed,
-    /// The guest is held, and its writes in flight are to settle.
-    Closing { quiesce: Quiesce, since: Duration },
-    /// The guest is held. The rest is copied, then flushed.
-    Quiet {
-        guard: QuiesceGuard,
-        since: Duration,
-    },
-    /// The caller has the switch.
-    Switching,
-}
-
 /// What one turn of the machine came to.
 enum Turn {
     /// Something has changed: look again.
@@ -211,6 +188,29 @@ enum Turn {
 }
 
 impl Mirror {
+    /// What mirrors can do.
+    pub(crate) const KIND: JobKind = JobKind {
+        name: "mirror",
+        verbs: &Verb::ALL,
+        policies: &[
+            OnError::Report,
+            OnError::Ignore,
+            OnError::Enospc,
+            OnError::Stop,
+        ],
+        options: &[
+            "sync",
+            "granularity",
+            "workers",
+            "chunk_max",
+            "buf_size",
+            "unmap",
+            "downtime_max",
+            "hold_max",
+        ],
+        changes: &["on_source_error", "on_target_error"],
+    };
+
     /// A mirror of `node` from the device that holds it now to another, as told by their limits. It
     /// does nothing until [`Job::start`].
     ///
@@ -263,8 +263,9 @@ impl Mirror {
         clean.reserve()?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
-        let job = Job::new("mirror", options.job)?;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
+        // The last step that can fail: there is no trace of a job that could not be made.
+        let job = Job::new(Self::KIND.name, options.job)?;
         Ok(Self {
             job,
             node: node.clone(),
@@ -351,21 +352,33 @@ impl Mirror {
             return Turn::Step(Step::Done(result));
         }
         let asked = self.job.asked(waker);
+        if matches!(asked.status, Status::Concluded | Status::Null) {
+            // Cancelled before it was started.
+            self.release();
+            return Turn::Again;
+        }
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
         if let Some(op) = self.settle(now) {
             return Turn::Step(Step::Op(op));
         }
-        match asked.switch {
-            SwitchState::Held => return Turn::Step(Step::Wait { until: None }),
-            SwitchState::Committed if !is_broken(Sabotage::CopyAfterSwitch) => {
-                return self.conclude(None);
+        match asked.stage {
+            // Others decide, and nothing is copied meanwhile.
+            Stage::Held | Stage::Voted | Stage::Stale => {
+                return Turn::Step(Step::Wait { until: None });
             }
-            SwitchState::Committed | SwitchState::Declined => {
-                self.job.set_switch(SwitchState::None);
+            Stage::Granted => return self.hand_out_switch(),
+            Stage::Back => return self.hand_out_switch_back(),
+            Stage::Committed if self.gave_switch() && is_broken(Sabotage::CopyAfterSwitch) => {
+                self.job.forget_commit();
                 self.phase = Phase::InSync(End::Open);
                 return Turn::Again;
             }
-            SwitchState::None => {}
+            Stage::Committed => return self.conclude(None),
+            Stage::None | Stage::Near | Stage::Closing | Stage::Prepared(_) => {}
+        }
+        if self.gave_switch() {
+            // It was dropped.
+            self.phase = Phase::InSync(End::Open);
         }
         let must_end = asked.cancel == Some(Cancel::Force) || asked.has_failed;
         if must_end && !matches!(self.phase, Phase::Ending { .. }) {
@@ -422,343 +435,6 @@ impl Mirror {
         }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         self.engine.settle(dirty.as_mut())
-    }
-
-    /// Starts to record, with the guest held for that moment.
-    fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
-        if is_broken(Sabotage::AttachWithoutQuiesce) {
-            let clean = self.clean.take().expect("attached once");
-            self.bitmap = self.node.track_unquiesced(clean);
-            self.phase = self.first_look();
-            return Turn::Again;
-        }
-        let until = self.held_until();
-        let Phase::Attaching { quiesce, .. } = &mut self.phase else {
-            unreachable!("called in this phase only");
-        };
-        let Poll::Ready(guard) = Pin::new(quiesce).poll(&mut Context::from_waker(waker)) else {
-            if until.is_some_and(|until| now >= until) {
-                // A guest write hangs. Others go on, and it is tried again later.
-                self.let_guest_go();
-                self.retry_at = now.saturating_add(self.hold_max);
-                return Turn::Again;
-            }
-            return Turn::Step(Step::Wait { until });
-        };
-        let clean = self.clean.take().expect("attached once");
-        match self.node.track_into(&guard, clean) {
-            Ok(bitmap) => self.bitmap = Some(bitmap),
-            Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
-        }
-        self.phase = self.first_look();
-        Turn::Again
-    }
-
-    fn first_look(&mut self) -> Phase {
-        let shape = self.engine.shape();
-        match self.sync {
-            MirrorSync::None => Phase::Copying { flush: None },
-            // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
-                Phase::Scanning {
-                    next: 0,
-                    asked: None,
-                }
-            }
-            // The zeroes must be written anyway: the copying does that on its way.
-            MirrorSync::Full => {
-                if let Some(bitmap) = &self.bitmap {
-                    bitmap.lock().set_all();
-                }
-                Phase::Copying { flush: None }
-            }
-            MirrorSync::Top => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
-        }
-    }
-
-    /// Asks what the source holds, and zeroes the target on the way.
-    fn scan(&mut self, now: Duration) -> Turn {
-        let copying = match is_broken(Sabotage::CopyWhileScanning) {
-            true => Copying::Unlimited,
-            false => Copying::No,
-        };
-        if let Some(op) = self.next_op(now, copying) {
-            return Turn::Step(Step::Op(op));
-        }
-        let retry = self.next_retry(now);
-        let Phase::Scanning { next, asked } = &mut self.phase else {
-            unreachable!("called in this phase only");
-        };
-        let len = self.engine.shape().len;
-        if *next < len {
-            if asked.is_some() || self.engine.planned() > 0 {
-                return Turn::Step(Step::Wait { until: None });
-            }
-            if retry.is_some() {
-                return Turn::Step(Step::Wait { until: retry });
-            }
-            let end = next.saturating_add(SCAN_MAX).min(len);
-            let op = self.engine.hand_out(OpKind::Status((*next..end).into()));
-            *asked = Some(op.id());
-            return Turn::Step(Step::Op(op));
-        }
-        if self.engine.has_no_claims() {
-            self.phase = Phase::Copying { flush: None };
-            return Turn::Again;
-        }
-        Turn::Step(Step::Wait { until: retry })
-    }
-
-    /// When the first of what failed is tried again, if that is not now.
-    fn next_retry(&self, now: Duration) -> Option<Duration> {
-        let unclaimed = Some(self.retry_at).filter(|&at| at > now);
-        unclaimed.into_iter().chain(self.engine.next_retry()).min()
-    }
-
-    /// The source has told what is at the start of what is left to scan.
-    fn scanned(&mut self, range: ByteRange, extent: Extent) {
-        let Phase::Scanning { next, asked } = &mut self.phase else {
-            return;
-        };
-        *asked = None;
-        let extent = extent.or_data(range);
-        let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
-        let is_zero = extent.content != Content::Data;
-        let shape = self.engine.shape();
-        let most = shape
-            .scan_zeroes()
-            .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
-        let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => {
-                *next = area.end();
-                return;
-            }
-            MirrorSync::Full if is_zero => shape.zeroable(area),
-            MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
-        };
-        if let Some(zeroed) = zeroed {
-            // The rest is asked for again when these are written.
-            let end = zeroed.end().min(zeroed.start().saturating_add(most));
-            area = area
-                .split_at(if end < zeroed.end() { end } else { area.end() })
-                .0;
-        }
-        *next = area.end();
-        let zeroed = zeroed.map(|zeroed| zeroed.intersection(area));
-        let bitmap = self
-            .bitmap
-            .as_ref()
-            .expect("recording started before the scan");
-        let mut dirty = bitmap.lock();
-        match zeroed {
-            Some(zeroed) => {
-                for edge in [area.start()..zeroed.start(), zeroed.end()..area.end()] {
-                    dirty.set(edge.into()).expect("within the disk");
-                }
-                drop(dirty);
-                self.engine.plan_zeroes(zeroed);
-            }
-            None => {
-                dirty.set(area).expect("within the disk");
-            }
-        }
-    }
-
-    /// Copies until nothing is left, flushes, and is ready.
-    fn copy(&mut self, now: Duration, waker: &Waker) -> Turn {
-        if let Some(op) = self.next_op(now, Copying::Limited) {
-            return Turn::Step(Step::Op(op));
-        }
-        let may_flush = self.is_in_step() && self.next_retry(now).is_none();
-        let Phase::Copying { flush } = &mut self.phase else {
-            unreachable!("called in this phase only");
-        };
-        if may_flush && is_broken(Sabotage::ReadyWithoutFlush) {
-            let id = *flush.get_or_insert_with(|| Op::new(OpKind::Flush).id());
-            self.flushed(id);
-            return Turn::Again;
-        }
-        if may_flush && flush.is_none() {
-            let op = self.engine.hand_out(OpKind::Flush);
-            *flush = Some(op.id());
-            return Turn::Step(Step::Op(op));
-        }
-        self.wait(now, waker, Copying::Limited)
-    }
-
-    /// Keeps the target in step, and comes to the end when that is asked for.
-    fn keep_in_sync(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
-        let wants_end = asked.cancel.is_some() || asked.is_completing;
-        let is_pending = asked.status == Status::Pending;
-        let waits_to_be_finalized = wants_end && !asked.auto_finalize && !is_pending;
-        let may_end = match is_pending {
-            true => asked.is_finalizing,
-            false => wants_end && asked.auto_finalize,
-        };
-        let is_held = matches!(
-            self.phase,
-            Phase::InSync(End::Closing { .. } | End::Quiet { .. })
-        );
-        // A job that waits to be finalized may do so for long.
-        let is_ending = may_end || (wants_end && !is_pending);
-        let is_batching = !is_ending && now < self.batch_until;
-        let copying = match (is_held, is_batching) {
-            (true, _) => Copying::Unlimited,
-            (false, true) => Copying::Claimed,
-            (false, false) => Copying::Limited,
-        };
-        if let Some(op) = self.next_op(now, copying) {
-            return Turn::Step(Step::Op(op));
-        }
-        // The guest is not held while something that failed waits to be tried again, nor while more is left
-        // than can be copied in the time that it may be held.
-        let is_near =
-            self.next_retry(now).is_none() && self.left() <= self.pace.bytes_in(self.downtime_max);
-        if waits_to_be_finalized && is_near {
-            self.job.become_pending();
-            return Turn::Again;
-        }
-        if self.held_until().is_some_and(|until| now >= until) {
-            // Something hangs. The guest goes on, for at least as long as it was held.
-            self.let_guest_go();
-            self.retry_at = now.saturating_add(self.hold_max);
-            return Turn::Again;
-        }
-        let is_in_step = self.is_in_step();
-        let Phase::InSync(end) = &mut self.phase else {
-            unreachable!("called in this phase only");
-        };
-        match end {
-            // One from before a pause may still be out: another would only be in its way.
-            End::Open | End::Quiet { .. } if self.engine.is_flushing() => {
-                self.wait(now, waker, copying)
-            }
-            End::Open if may_end && is_near && self.engine.has_unflushed() => {
-                *end = End::Flushing;
-                Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)))
-            }
-            End::Open | End::Flushed if may_end && is_near => {
-                *end = End::Closing {
-                    quiesce: self.node.quiesce(),
-                    since: now,
-                };
-                Turn::Again
-            }
-            End::Open | End::Flushing | End::Flushed => self.wait(now, waker, copying),
-            End::Closing { quiesce, since } => {
-                let polled = Pin::new(quiesce).poll(&mut Context::from_waker(waker));
-                let Poll::Ready(guard) = polled else {
-                    return self.wait(now, waker, copying);
-                };
-                *end = End::Quiet {
-                    guard,
-                    since: *since,
-                };
-                Turn::Again
-            }
-            End::Quiet { .. } => {
-                if !is_in_step && !is_broken(Sabotage::SwitchWithoutRecheck) {
-                    return self.wait(now, waker, copying);
-                }
-                if self.engine.has_unflushed() && !is_broken(Sabotage::SwitchWithoutFlush) {
-                    return Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)));
-                }
-                self.finish(asked)
-            }
-            End::Switching => unreachable!("handled before"),
-        }
-    }
-
-    /// Until when the guest is held at the most, if it is.
-    fn held_until(&self) -> Option<Duration> {
-        match self.phase {
-            Phase::Attaching { since, .. }
-            | Phase::InSync(End::Closing { since, .. } | End::Quiet { since, .. }) => {
-                since.checked_add(self.hold_max)
-            }
-            _ => None,
-        }
-    }
-
-    /// The guest is held, both disks are equal and flushed.
-    fn finish(&mut self, asked: Asked) -> Turn {
-        if asked.cancel.is_some() {
-            // A soft cancel: the target is a copy of this instant, and the guest stays where it is. It
-            // goes on before the end is told.
-            return self.conclude(None);
-        }
-        if !self.job.hold_switch() {
-            // Cancelled or paused since we asked: no switch is handed out after that was accepted.
-            return Turn::Again;
-        }
-        let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
-        let Phase::InSync(End::Quiet { guard, since, .. }) = end else {
-            unreachable!("called in this phase only");
-        };
-        Turn::Step(Step::Switch(Switch::new(self.job.clone(), since, guard)))
-    }
-
-    /// The next operation of the copy machinery.
-    fn next_op(&mut self, now: Duration, copying: Copying) -> Option<Op> {
-        let budget = match copying {
-            Copying::Unlimited => Budget::Claim,
-            Copying::No => Budget::Free,
-            Copying::Claimed | Copying::Limited if self.rate.free_at(now) > now => Budget::Free,
-            Copying::Claimed => Budget::Copy,
-            Copying::Limited => Budget::Claim,
-        };
-        let bitmap = self.bitmap.as_ref()?;
-        let op = self.engine.next(&mut bitmap.lock(), budget)?;
-        self.rate.account(self.engine.cost(op.kind()));
-        Some(op)
-    }
-
-    /// What to wait for when nothing can be handed out.
-    fn wait(&mut self, now: Duration, waker: &Waker, copying: Copying) -> Turn {
-        let bitmap = self
-            .bitmap
-            .as_ref()
-            .expect("recording started before copying");
-        let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
-        let free_at = self.rate.free_at(now);
-        let until = match copying {
-            Copying::No | Copying::Claimed => Some(self.batch_until),
-            Copying::Limited if has_work && free_at > now => Some(free_at),
-            Copying::Limited | Copying::Unlimited if self.engine.has_free_worker() => {
-                // First armed, then looked once more: a guest write that came since the last look
-                // would wake nobody. What is in flight, or waits to be tried again, keeps nobody from
-                // that.
-                bitmap.wake_at_write(waker);
-                if let Some(op) = self.next_op(now, copying) {
-                    return Turn::Step(Step::Op(op));
-                }
-                if matches!(self.phase, Phase::InSync(End::Open)) {
-                    // The next guest write wakes us; those that follow it are left alone for a while.
-                    self.batch_until = now.saturating_add(BATCH);
-                }
-                None
-            }
-            Copying::Limited | Copying::Unlimited => None,
-        };
-        let times = [until, self.next_retry(now), self.held_until()];
-        Turn::Step(Step::Wait {
-            until: times.into_iter().flatten().min(),
-        })
-    }
-
-    fn range_done(&mut self, now: Duration, kind: OpKind, range: ByteRange) {
-        self.backoff.reset();
-        if matches!(self.phase, Phase::Scanning { .. }) {
-            return;
-        }
-        self.done_bytes = self.done_bytes.saturating_add(range.len());
-        // Zeroes go much faster, and say nothing of how long data takes.
-        if let OpKind::Copy(_) = kind {
-            self.pace.add(now, range.len());
-        }
     }
 
     fn flushed(&mut self, id: OpId) {
@@ -827,78 +503,6 @@ impl Mirror {
     /// When the target is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
         self.engine.wants_settle().then_some(self.retry_at)
-    }
-
-    /// A job that does not get on does not hold the guest. What it was about to do starts anew.
-    fn let_guest_go(&mut self) {
-        match &mut self.phase {
-            Phase::Attaching { .. } => self.phase = Phase::Created,
-            Phase::InSync(
-                end @ (End::Flushing | End::Flushed | End::Closing { .. } | End::Quiet { .. }),
-            ) => *end = End::Open,
-            _ => {}
-        }
-    }
-
-    fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
-        if let Some(bitmap) = &self.bitmap {
-            self.engine.give_up_planned(&mut bitmap.lock());
-        }
-        if cancel == Some(Cancel::Force) {
-            let grace = self.job.cancel_grace();
-            self.grace_until = grace.map(|grace| now.saturating_add(grace));
-        }
-        self.phase = Phase::Ending {
-            has_cancelled: false,
-            was_scanned: matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_)),
-        };
-    }
-
-    /// Waits for what is in flight, and is over.
-    fn end(&mut self, now: Duration, cancel: Option<Cancel>) -> Turn {
-        if self.engine.is_idle() {
-            return self.conclude(Some(0));
-        }
-        let Phase::Ending { has_cancelled, .. } = &mut self.phase else {
-            unreachable!("called in this phase only");
-        };
-        if cancel == Some(Cancel::Force) {
-            if !std::mem::replace(has_cancelled, true) {
-                if self.grace_until.is_none() {
-                    let grace = self.job.cancel_grace();
-                    self.grace_until = grace.map(|grace| now.saturating_add(grace));
-                }
-                return Turn::Step(Step::Op(self.engine.hand_out(OpKind::CancelInFlight)));
-            }
-            if self.grace_until.is_some_and(|until| now >= until) {
-                let abandoned = self.engine.unsettled();
-                return self.conclude(Some(abandoned));
-            }
-        }
-        let times = [self.grace_until, self.settle_at()];
-        Turn::Step(Step::Wait {
-            until: times.into_iter().flatten().min(),
-        })
-    }
-
-    fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
-        self.release();
-        let result = self.job.conclude(abandoned);
-        Turn::Step(Step::Done(result))
-    }
-
-    /// Gives back everything that is held, the guest first.
-    fn release(&mut self) {
-        self.publish();
-        if cfg!(debug_assertions) {
-            self.left_at_end = self.left_dirty();
-        }
-        // A guest that was held goes on with this.
-        self.phase = Phase::Concluded;
-        self.clean = None;
-        self.bitmap = None;
-        self.claim = None;
-        let _ = self.engine.lose_running();
     }
 
     /// Whether nothing is dirty and nothing in flight.
@@ -970,30 +574,5 @@ impl Mirror {
         if let Some(bitmap) = &self.bitmap {
             bitmap.lock().check_invariants();
         }
-    }
-}
-
-/// What the copy machinery may hand out.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Copying {
-    /// Only what is planned already and costs nothing.
-    No,
-    /// What is claimed already, as the speed limit allows.
-    Claimed,
-    /// What the speed limit allows.
-    Limited,
-    /// Everything: the guest waits.
-    Unlimited,
-}
-
-/// A machine that is dropped ends its job: with success if the switch was used, else with
-/// [`JobError::Dropped`].
-impl Drop for Mirror {
-    fn drop(&mut self) {
-        if matches!(self.phase, Phase::Concluded) {
-            return;
-        }
-        self.release();
-        self.job.machine_dropped();
     }
 }

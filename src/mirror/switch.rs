@@ -3,23 +3,47 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::job::{Job, SwitchState};
+use crate::job::Job;
 use crate::node::QuiesceGuard;
 
 /// The instant at which source and target are equal, for as long as this lives.
 ///
 /// The guest is held: no write of its is in flight, and none begins. Both disks are equal, and the target
 /// is flushed. Point the guest's path to the target, its reads too, which pass no gate, then
-/// [`commit`](Self::commit). If that does not
-/// work out, drop this: the guest goes on with the source, the job stays in step with it, and may be
-/// completed again. Nothing is lost either way.
+/// [`commit`](Self::commit). If that does not work out, point it back and drop this: the guest goes on with
+/// the source, the job stays in step with it, and may be completed again. Nothing is lost either way.
+///
+/// # In a group
+///
+/// Each member of a [`JobGroup`](crate::JobGroup) hands out its own switch, while the guests of all are
+/// held.
+///
+/// 1. It takes effect when all are committed. Until then every guest stays held, those whose switches
+///    are committed, too.
+/// 2. If one is dropped instead, all are declined. Every job stays in step and pending; ask any of them to
+///    [`finalize`](crate::Job::finalize) to try again.
+/// 3. If a driver or a machine is dropped before it has handed out its switch, the others are void, too. With
+///    the driver it is tried again when the machine is driven; with the machine the group fails.
+/// 4. Each switch that was committed is answered by its own machine: by [`Step::Done`](crate::Step::Done) with
+///    success, or by [`Step::SwitchBack`](crate::Step::SwitchBack), with the guest still held, to point it back
+///    to the source. A switch that is void already is answered in the same way.
+/// 5. A machine that is dropped with its switch out, or committed, cannot answer. Its job succeeds if all are
+///    committed; else it fails, and its guest goes on where its path leads.
 #[must_use = "dropping the switch declines it"]
 pub struct Switch {
     job: Job,
     held_since: Duration,
-    /// Opens the node's gate when it is dropped, after everything else here.
+    /// Opens the node's gate when it is dropped. `None` only while this is.
+    guard: Option<QuiesceGuard>,
+}
+
+/// The guest whose switch was committed must go back, for that of another member of its group was not.
+///
+/// The guest is held, and has been since before the switch was handed out. Point its path back to the source,
+/// then drop this: it goes on, and the job stays in step with it.
+#[must_use = "the guest's path must be pointed back before this is dropped"]
+pub struct SwitchBack {
     guard: QuiesceGuard,
-    is_committed: bool,
 }
 
 impl Switch {
@@ -28,15 +52,18 @@ impl Switch {
         Self {
             job,
             held_since,
-            guard,
-            is_committed: false,
+            guard: Some(guard),
         }
     }
 
     /// The guest's disk is the target now. The guest goes on, and the job is over with success once it is
     /// polled.
+    ///
+    /// In a group that is so when all members have committed: see [above](Self#in-a-group).
     pub fn commit(mut self) {
-        self.is_committed = true;
+        if let Some(guard) = self.guard.take() {
+            self.job.vote(guard);
+        }
     }
 
     /// When the guest was held, by the clock of [`Mirror::poll`](crate::Mirror::poll).
@@ -47,18 +74,27 @@ impl Switch {
 
     /// The guard that holds the guest, for those who exchange a device under it.
     pub fn guard(&self) -> &QuiesceGuard {
-        &self.guard
+        self.guard.as_ref().expect("taken when this is gone only")
     }
 }
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        // Before the guest goes on: nothing may be copied to a target that the guest writes to.
-        self.job.set_switch(if self.is_committed {
-            SwitchState::Committed
-        } else {
-            SwitchState::Declined
-        });
+        // Noted before the guest goes on: nothing may be copied to a target that the guest writes to.
+        if let Some(guard) = self.guard.take() {
+            self.job.decline(guard);
+        }
+    }
+}
+
+impl SwitchBack {
+    pub(super) fn new(guard: QuiesceGuard) -> Self {
+        Self { guard }
+    }
+
+    /// The guard that holds the guest, for those who exchange a device under it.
+    pub fn guard(&self) -> &QuiesceGuard {
+        &self.guard
     }
 }
 
@@ -67,5 +103,11 @@ impl fmt::Debug for Switch {
         f.debug_struct("Switch")
             .field("held_since", &self.held_since)
             .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for SwitchBack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SwitchBack").finish_non_exhaustive()
     }
 }

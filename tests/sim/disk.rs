@@ -317,7 +317,7 @@ impl Disk {
 }
 
 impl Ask {
-    fn writes(&self) -> bool {
+    pub(crate) fn writes(&self) -> bool {
         matches!(self, Ask::Write(_) | Ask::Zero | Ask::Discard)
     }
 }

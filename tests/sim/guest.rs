@@ -6,7 +6,7 @@ use std::task::Waker;
 use blockjob::{Begin, ByteRange, Content, GuestQueue, Lane, Node, OwnedTicket, PendingWrite};
 
 use super::disk::{Ask, BLOCK, Owner};
-use super::world::{Flag, Happening, SOURCE, World};
+use super::world::{Flag, Happening, World};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -35,6 +35,8 @@ struct Thread {
 pub(crate) struct Guests {
     node: Node,
     threads: Vec<Thread>,
+    /// What the first thread is called in the world.
+    base: usize,
     /// What the disk holds, by all that was answered.
     model: Vec<u8>,
     /// Blocks whose content is undefined.
@@ -52,8 +54,15 @@ pub(crate) struct Guests {
 }
 
 impl Guests {
-    pub(crate) fn new(node: &Node, world: &mut World, threads: usize) -> Self {
-        let disk = &world.disks[SOURCE];
+    /// So many threads of a guest on the disk `source`. The world knows them from `base` on.
+    pub(crate) fn new(
+        node: &Node,
+        world: &mut World,
+        source: usize,
+        base: usize,
+        threads: usize,
+    ) -> Self {
+        let disk = &world.disks[source];
         let undefined = disk
             .blocks
             .iter()
@@ -73,7 +82,8 @@ impl Guests {
             busy: vec![false; undefined.len()],
             model,
             undefined,
-            current: SOURCE,
+            base,
+            current: source,
             until: 0,
             pause: (0, 100),
             len_max: 4096,
@@ -85,12 +95,23 @@ impl Guests {
     pub(crate) fn start(&self, world: &mut World) {
         for index in 0..self.threads.len() {
             let delay = world.rng.between(self.pause.0, self.pause.1);
-            world.after(delay, Happening::Guest(index));
+            world.after(delay, Happening::Guest(self.base + index));
         }
     }
 
+    /// Keeps these threads from a block, which others write to.
+    pub(crate) fn reserve(&mut self, block: usize) {
+        self.busy[block] = true;
+    }
+
+    /// Whether the world's thread of that number is one of these.
+    pub(crate) fn owns(&self, thread: usize) -> bool {
+        (self.base..self.base + self.threads.len()).contains(&thread)
+    }
+
     /// A thread makes its next write.
-    pub(crate) fn act(&mut self, world: &mut World, index: usize) {
+    pub(crate) fn act(&mut self, world: &mut World, thread: usize) {
+        let index = thread - self.base;
         if world.now >= self.until || self.model.is_empty() {
             return;
         }
@@ -108,7 +129,7 @@ impl Guests {
             .any(|block| self.busy[block])
         {
             let delay = world.rng.between(self.pause.0, self.pause.1);
-            world.after(delay + 1, Happening::Guest(index));
+            world.after(delay + 1, Happening::Guest(thread));
             return;
         }
         for block in world.disks[self.current].blocks_of(range) {
@@ -166,12 +187,13 @@ impl Guests {
         };
         // The disk is chosen after the gate let the write in.
         let disk = self.current;
-        world.submit(disk, Owner::Guest(index), range, ask);
+        world.submit(disk, Owner::Guest(self.base + index), range, ask);
         self.threads[index].state = State::Writing { ticket, kind, disk };
     }
 
     /// A write was answered.
-    pub(crate) fn answered(&mut self, world: &mut World, index: usize, id: u64) {
+    pub(crate) fn answered(&mut self, world: &mut World, thread: usize, id: u64) {
+        let index = thread - self.base;
         let state = std::mem::replace(&mut self.threads[index].state, State::Idle);
         let State::Writing { ticket, kind, disk } = state else {
             panic!("nothing was in flight");
@@ -226,7 +248,7 @@ impl Guests {
         }
         self.threads[index].state = State::Idle;
         let delay = world.rng.between(self.pause.0, self.pause.1);
-        world.after(delay, Happening::Guest(index));
+        world.after(delay, Happening::Guest(self.base + index));
     }
 
     /// Whether a write is in flight that was let in.

@@ -1,6 +1,7 @@
 //! A deterministic world: virtual time, disks that delay, reorder, tear and fail, and a guest that
 //! writes all the while. One seed decides everything.
 
+pub(crate) mod content;
 pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod rng;

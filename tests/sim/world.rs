@@ -40,7 +40,8 @@ pub(crate) struct World {
     queue: BinaryHeap<Reverse<(u64, u64, u64)>>,
     happenings: std::collections::BTreeMap<u64, Happening>,
     pub rng: Rng,
-    pub disks: [Disk; 2],
+    /// Each source is followed by its target.
+    pub disks: Vec<Disk>,
     /// What guests whose requests were answered are to be told: (guest, request).
     pub guest_answers: Vec<(usize, u64)>,
     /// The same for a driver without futures: (disk, request).
@@ -50,7 +51,7 @@ pub(crate) struct World {
 pub(crate) type Shared = Rc<RefCell<World>>;
 
 impl World {
-    pub(crate) fn new(rng: Rng, disks: [Disk; 2]) -> Shared {
+    pub(crate) fn new(rng: Rng, disks: Vec<Disk>) -> Shared {
         Rc::new(RefCell::new(Self {
             now: 0,
             steps: 0,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use blockjob::{
     Begin, ByteRange, Content, Event, Extent, Job, JobError, JobOptions, Limits, Mirror,
-    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch,
+    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
 };
 
 /// What is known of the source per block of so many bytes.
@@ -34,6 +34,10 @@ pub(crate) struct Count(AtomicUsize);
 impl Count {
     pub(crate) fn take(&self) -> usize {
         self.0.swap(0, Ordering::SeqCst)
+    }
+
+    pub(crate) fn wake_once(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
     }
 }
 
@@ -61,6 +65,7 @@ impl Out {
 pub(crate) enum Rest {
     Wait(Option<Duration>),
     Switch(Switch),
+    SwitchBack(SwitchBack),
     Done(Result<(), JobError>),
 }
 
@@ -76,6 +81,13 @@ impl Rest {
         match self {
             Rest::Switch(switch) => switch,
             rest => panic!("switches, but {rest:?}"),
+        }
+    }
+
+    pub(crate) fn back(self) -> SwitchBack {
+        match self {
+            Rest::SwitchBack(back) => back,
+            rest => panic!("switches back, but {rest:?}"),
         }
     }
 
@@ -201,6 +213,10 @@ impl Machine {
         self.mirror.as_mut().expect("it was not dropped")
     }
 
+    pub(crate) fn has_mirror(&self) -> bool {
+        self.mirror.is_some()
+    }
+
     pub(crate) fn drop_mirror(&mut self) {
         self.mirror = None;
     }
@@ -284,6 +300,7 @@ impl Machine {
                 );
                 Some(Rest::Switch(switch))
             }
+            Step::SwitchBack(back) => Some(Rest::SwitchBack(back)),
             Step::Done(result) => Some(Rest::Done(result)),
         }
     }

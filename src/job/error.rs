@@ -1,0 +1,67 @@
+//! Why a job did not succeed, and why a verb was refused.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::copy::{OpKind, Side};
+use crate::job::{JobOptionsError, Status, Verb};
+
+/// Why a job did not succeed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum JobError {
+    /// A device failed, and the policy was to fail with it.
+    #[error("{side} failed: {operation:?}: {error}")]
+    Io {
+        /// The device.
+        side: Side,
+        /// What was tried.
+        operation: OpKind,
+        /// How it failed.
+        #[source]
+        error: Arc<io::Error>,
+    },
+    /// It was cancelled.
+    #[error("cancelled")]
+    Cancelled {
+        /// Operations that had not ended within the time of grace.
+        abandoned: usize,
+    },
+    /// What did the work was dropped before it had come to an end.
+    #[error("the job was dropped before its end")]
+    Dropped,
+    /// The guest's writes could not be recorded.
+    #[error(transparent)]
+    Track(#[from] Arc<crate::node::TrackError>),
+}
+
+/// Why a verb was refused. Nothing has changed.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VerbError {
+    /// Not in this status.
+    #[error("job {id}: {verb} is not allowed while it is {status}")]
+    NotAllowed {
+        /// The job's name, or `(internal)`.
+        id: String,
+        /// What was asked.
+        verb: Verb,
+        /// Where the job is.
+        status: Status,
+    },
+    /// The user has paused it already.
+    #[error("the job is paused already")]
+    AlreadyPaused,
+    /// The user has not paused it.
+    #[error("the job was not paused by its user")]
+    NotPaused,
+    /// It was cancelled and will not complete.
+    #[error("the job was cancelled and cannot be completed")]
+    CannotComplete,
+    /// Its end has begun and cannot be stopped.
+    #[error("the job is being finalized")]
+    Finalizing,
+    /// An internal job that an error would stop.
+    #[error(transparent)]
+    Options(#[from] JobOptionsError),
+}

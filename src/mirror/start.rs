@@ -1,0 +1,157 @@
+//! How a mirror starts: records what the guest writes, and asks what the source holds.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::copy::{Content, Extent, OpKind};
+use crate::job::JobError;
+use crate::mirror::copying::Copying;
+use crate::mirror::{Mirror, MirrorSync, Phase, Step, Turn};
+use crate::sabotage::{Sabotage, is_broken};
+use crate::units::ByteRange;
+
+/// How much of the source is asked about at once while it is scanned.
+const SCAN_MAX: u64 = 8 << 30;
+/// How many zero writes are planned at once while the source is scanned.
+const SCAN_ZEROES: u64 = 64;
+
+impl Mirror {
+    /// Starts to record, with the guest held for that moment.
+    pub(super) fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
+        if is_broken(Sabotage::AttachWithoutQuiesce) {
+            let clean = self.clean.take().expect("attached once");
+            self.bitmap = self.node.track_unquiesced(clean);
+            self.phase = self.first_look();
+            return Turn::Again;
+        }
+        let until = self.held_until();
+        let Phase::Attaching { quiesce, .. } = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        let Poll::Ready(guard) = Pin::new(quiesce).poll(&mut Context::from_waker(waker)) else {
+            if until.is_some_and(|until| now >= until) {
+                // A guest write hangs. Others go on, and it is tried again later.
+                self.let_guest_go();
+                self.retry_at = now.saturating_add(self.hold_max);
+                return Turn::Again;
+            }
+            return Turn::Step(Step::Wait { until });
+        };
+        let clean = self.clean.take().expect("attached once");
+        match self.node.track_into(&guard, clean) {
+            Ok(bitmap) => self.bitmap = Some(bitmap),
+            Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
+        }
+        self.phase = self.first_look();
+        Turn::Again
+    }
+
+    pub(super) fn first_look(&mut self) -> Phase {
+        let shape = self.engine.shape();
+        match self.sync {
+            MirrorSync::None => Phase::Copying { flush: None },
+            // The target can be made zero for next to nothing where the source is.
+            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+                Phase::Scanning {
+                    next: 0,
+                    asked: None,
+                }
+            }
+            // The zeroes must be written anyway: the copying does that on its way.
+            MirrorSync::Full => {
+                if let Some(bitmap) = &self.bitmap {
+                    bitmap.lock().set_all();
+                }
+                Phase::Copying { flush: None }
+            }
+            MirrorSync::Top => Phase::Scanning {
+                next: 0,
+                asked: None,
+            },
+        }
+    }
+
+    /// Asks what the source holds, and zeroes the target on the way.
+    pub(super) fn scan(&mut self, now: Duration) -> Turn {
+        let copying = match is_broken(Sabotage::CopyWhileScanning) {
+            true => Copying::Unlimited,
+            false => Copying::No,
+        };
+        if let Some(op) = self.next_op(now, copying) {
+            return Turn::Step(Step::Op(op));
+        }
+        let retry = self.next_retry(now);
+        let Phase::Scanning { next, asked } = &mut self.phase else {
+            unreachable!("called in this phase only");
+        };
+        let len = self.engine.shape().len;
+        if *next < len {
+            if asked.is_some() || self.engine.planned() > 0 {
+                return Turn::Step(Step::Wait { until: None });
+            }
+            if retry.is_some() {
+                return Turn::Step(Step::Wait { until: retry });
+            }
+            let end = next.saturating_add(SCAN_MAX).min(len);
+            let op = self.engine.hand_out(OpKind::Status((*next..end).into()));
+            *asked = Some(op.id());
+            return Turn::Step(Step::Op(op));
+        }
+        if self.engine.has_no_claims() {
+            self.phase = Phase::Copying { flush: None };
+            return Turn::Again;
+        }
+        Turn::Step(Step::Wait { until: retry })
+    }
+
+    /// The source has told what is at the start of what is left to scan.
+    pub(super) fn scanned(&mut self, range: ByteRange, extent: Extent) {
+        let Phase::Scanning { next, asked } = &mut self.phase else {
+            return;
+        };
+        *asked = None;
+        let extent = extent.or_data(range);
+        let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
+        let is_zero = extent.content != Content::Data;
+        let shape = self.engine.shape();
+        let most = shape
+            .scan_zeroes()
+            .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
+        let zeroed = match self.sync {
+            MirrorSync::Top if !extent.in_top => {
+                *next = area.end();
+                return;
+            }
+            MirrorSync::Full if is_zero => shape.zeroable(area),
+            MirrorSync::Full | MirrorSync::Top | MirrorSync::None => None,
+        };
+        if let Some(zeroed) = zeroed {
+            // The rest is asked for again when these are written.
+            let end = zeroed.end().min(zeroed.start().saturating_add(most));
+            area = area
+                .split_at(if end < zeroed.end() { end } else { area.end() })
+                .0;
+        }
+        *next = area.end();
+        let zeroed = zeroed.map(|zeroed| zeroed.intersection(area));
+        let bitmap = self
+            .bitmap
+            .as_ref()
+            .expect("recording started before the scan");
+        let mut dirty = bitmap.lock();
+        match zeroed {
+            Some(zeroed) => {
+                for edge in [area.start()..zeroed.start(), zeroed.end()..area.end()] {
+                    dirty.set(edge.into()).expect("within the disk");
+                }
+                drop(dirty);
+                self.engine.plan_zeroes(zeroed);
+            }
+            None => {
+                dirty.set(area).expect("within the disk");
+            }
+        }
+    }
+}

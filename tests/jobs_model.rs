@@ -1,0 +1,527 @@
+//! Jobs of a group against what must hold of them: every verb in every status, and every trouble at every
+//! step of their common end.
+
+#[path = "support/machine.rs"]
+mod machine;
+#[path = "support/together.rs"]
+mod together;
+
+use std::io::ErrorKind;
+
+use blockjob::{Cancel, Change, Hold, Job, JobError, OnError, Side, Status, Verb, VerbError};
+
+use machine::{KIB, MS, Rest};
+use together::{On, Together};
+
+const LEN: u64 = 16 * KIB;
+
+// Every verb in every status
+
+/// What is to come of a verb.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Ok,
+    No,
+    AlreadyPaused,
+    NotPaused,
+}
+
+/// What is to become of the other member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Other {
+    Untouched,
+    Cancelled,
+    Finalizing,
+}
+
+fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
+    match verb {
+        Verb::Start => job.start(),
+        Verb::Cancel => job.cancel(Cancel::Force),
+        Verb::Pause => job.pause(),
+        Verb::Resume => job.resume(),
+        Verb::SetSpeed => job.set_speed(1 << 40),
+        Verb::Change => job.change(Change {
+            on_source_error: Some(OnError::Stop),
+            on_target_error: None,
+        }),
+        Verb::Complete => job.complete(),
+        Verb::Finalize => job.finalize(),
+        Verb::Dismiss => job.dismiss(),
+    }
+}
+
+/// Two members, the first one in that status, at rest.
+fn first_in(status: Status) -> Together {
+    let mut all = Together::new(2, LEN, |_, options| {
+        options.job.auto_finalize = status != Status::Pending;
+        options.job.auto_dismiss = status == Status::Null;
+    });
+    let [first, second] = &mut all.members[..] else {
+        unreachable!("two were made");
+    };
+    second.machine.job.start().unwrap();
+    let _ = second.machine.drive().wait();
+    let job = first.machine.job.clone();
+    if status != Status::Created {
+        job.start().unwrap();
+    }
+    match status {
+        Status::Created => {}
+        Status::Running => {
+            let _ = first.machine.take_all();
+        }
+        Status::Paused => {
+            job.pause().unwrap();
+            let _ = first.machine.drive();
+        }
+        Status::Ready => {
+            let _ = first.machine.drive();
+        }
+        Status::Standby => {
+            let _ = first.machine.drive();
+            job.pause().unwrap();
+            let _ = first.machine.drive();
+        }
+        Status::Waiting => {
+            let _ = first.machine.drive();
+            job.complete().unwrap();
+            all.run();
+        }
+        Status::Pending => {
+            let _ = first.machine.drive();
+            all.complete();
+            all.run();
+        }
+        Status::Concluded | Status::Null => {
+            let _ = first.machine.drive();
+            all.complete();
+            all.run();
+            all.commit();
+            all.run();
+        }
+        Status::Aborting => unreachable!("no job rests there: it is over in the same step"),
+    }
+    assert_eq!(all.info(0).status, status);
+    all
+}
+
+#[test]
+fn every_verb_in_every_status_of_a_member() {
+    use Answer::{AlreadyPaused, No, NotPaused, Ok};
+    let table = [
+        (Status::Created, [Ok, Ok, Ok, NotPaused, Ok, Ok, No, No, No]),
+        (Status::Running, [No, Ok, Ok, NotPaused, Ok, Ok, No, No, No]),
+        (
+            Status::Paused,
+            [No, Ok, AlreadyPaused, Ok, Ok, Ok, No, No, No],
+        ),
+        (Status::Ready, [No, Ok, Ok, NotPaused, Ok, Ok, Ok, No, No]),
+        (
+            Status::Standby,
+            [No, Ok, AlreadyPaused, Ok, Ok, Ok, Ok, No, No],
+        ),
+        (Status::Waiting, [No, Ok, No, No, No, No, No, No, No]),
+        (Status::Pending, [No, Ok, No, No, No, No, No, Ok, No]),
+        (Status::Concluded, [No, No, No, No, No, No, No, No, Ok]),
+        (Status::Null, [No; 9]),
+    ];
+    for (status, row) in table {
+        for (verb, expected) in Verb::ALL.into_iter().zip(row) {
+            check_cell(status, verb, expected);
+        }
+    }
+}
+
+fn check_cell(status: Status, verb: Verb, expected: Answer) {
+    let mut all = first_in(status);
+    let cell = format!("{verb} while {status}");
+    let show = |all: &Together, index| format!("{:?}", all.info(index));
+    let (before, other_before) = (show(&all, 0), show(&all, 1));
+    let result = ask(&all.members[0].machine.job, verb);
+    let (after, other_after) = (show(&all, 0), show(&all, 1));
+    match expected {
+        Answer::Ok => {
+            result.unwrap_or_else(|error| panic!("{cell}: {error}"));
+            assert_ne!(before, after, "{cell} shows");
+        }
+        Answer::No => {
+            let id = "m0".to_owned();
+            assert_eq!(
+                result,
+                Err(VerbError::NotAllowed { id, verb, status }),
+                "{cell}"
+            );
+        }
+        Answer::AlreadyPaused => assert_eq!(result, Err(VerbError::AlreadyPaused), "{cell}"),
+        Answer::NotPaused => assert_eq!(result, Err(VerbError::NotPaused), "{cell}"),
+    }
+    let other = match (expected, verb) {
+        (Answer::Ok, Verb::Cancel) => Other::Cancelled,
+        (Answer::Ok, Verb::Finalize) => Other::Finalizing,
+        _ => Other::Untouched,
+    };
+    if expected != Answer::Ok {
+        assert_eq!(before, after, "{cell} was refused and changes nothing");
+    }
+    let info = all.info(1);
+    match other {
+        Other::Untouched => assert_eq!(other_before, other_after, "{cell}"),
+        Other::Cancelled => assert_eq!(info.cancel, Some(Cancel::Force), "{cell}"),
+        Other::Finalizing => assert!(info.is_finalizing && info.cancel.is_none(), "{cell}"),
+    }
+    // Whatever was asked, all can be cancelled, and end once.
+    if !matches!(status, Status::Concluded | Status::Null) {
+        let _ = all.members[1].machine.job.cancel(Cancel::Force);
+        for member in &mut all.members {
+            member.machine.answer_all();
+            member.machine.woken.wake_once();
+        }
+        all.run();
+        all.assert_all_or_none();
+    }
+    for member in &mut all.members {
+        assert!(member.machine.job.query().status >= Status::Concluded);
+        member.assert_good_events();
+    }
+}
+
+#[test]
+fn a_soft_cancel_is_soft_where_the_member_is_ready_and_by_force_elsewhere() {
+    for status in Status::ALL {
+        if status == Status::Aborting {
+            continue;
+        }
+        let all = first_in(status);
+        let result = all.members[0].machine.job.cancel(Cancel::Soft);
+        let (own, other) = (all.info(0).cancel, all.info(1).cancel);
+        match status {
+            Status::Ready | Status::Standby => {
+                assert_eq!((own, other), (Some(Cancel::Soft), None), "{status}");
+            }
+            Status::Concluded | Status::Null => {
+                result.unwrap_err();
+                assert_eq!((own, other), (None, None));
+            }
+            _ => {
+                let force = Some(Cancel::Force);
+                assert_eq!((own, other), (force, force), "{status}");
+            }
+        }
+    }
+}
+
+// Every trouble at every step
+
+/// What befalls one member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    Nothing,
+    Cancel(Cancel),
+    Pause,
+    Hold,
+    /// The next operation that is answered fails, and the policy is to report it.
+    Fail,
+    /// The next operation that is answered fails, and is tried again.
+    FailOnce,
+    DropMachine,
+    LoseOperations,
+    /// If the switch is out: it is dropped.
+    Decline,
+    GuestWrite,
+}
+
+const TROUBLES: [Trouble; 11] = [
+    Trouble::Nothing,
+    Trouble::Cancel(Cancel::Soft),
+    Trouble::Cancel(Cancel::Force),
+    Trouble::Pause,
+    Trouble::Hold,
+    Trouble::Fail,
+    Trouble::FailOnce,
+    Trouble::DropMachine,
+    Trouble::LoseOperations,
+    Trouble::Decline,
+    Trouble::GuestWrite,
+];
+
+/// What came of a play.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Played {
+    steps: usize,
+    succeeded: bool,
+    /// Whether the trouble could befall.
+    was_hit: bool,
+    backs: usize,
+}
+
+/// A group's whole life in single steps: each is one question to one machine, one answer, or one commit.
+struct Play {
+    all: Together,
+    trouble: Trouble,
+    victim: usize,
+    hold: Option<Hold>,
+    hit_at: Option<usize>,
+    /// Whether the next operation of the victim fails.
+    fails: bool,
+    was_declined: bool,
+    /// Guests whose machine was dropped with its switch committed: nobody can point them back.
+    is_unguided: bool,
+}
+
+fn play(count: usize, trouble: Trouble, victim: usize, at: usize) -> Played {
+    let all = Together::new(count, LEN, |index, options| {
+        options.job.auto_finalize = index != 1;
+        options.chunk_max = 4 * KIB;
+        options.job.on_target_error = match trouble {
+            Trouble::FailOnce => OnError::Ignore,
+            _ => OnError::Report,
+        };
+        options.job.on_source_error = options.job.on_target_error;
+    });
+    let mut play = Play {
+        all,
+        trouble,
+        victim,
+        hold: None,
+        hit_at: None,
+        fails: false,
+        was_declined: false,
+        is_unguided: false,
+    };
+    let mut step = 0;
+    while !play.is_over() {
+        assert!(
+            step < 20_000,
+            "{trouble:?} of {victim} at {at}: no end, {:?}",
+            play.all.statuses()
+        );
+        let index = step % count;
+        if step == at {
+            play.hit(step);
+        }
+        play.soothe(step);
+        play.step(index, step);
+        play.check();
+        step += 1;
+    }
+    play.check_end(step)
+}
+
+impl Play {
+    fn is_over(&self) -> bool {
+        self.all
+            .members
+            .iter()
+            .all(|member| member.result.is_some() || !member.machine.has_mirror())
+            && self
+                .all
+                .members
+                .iter()
+                .all(|member| member.switch.is_none())
+    }
+
+    fn hit(&mut self, step: usize) {
+        let member = &mut self.all.members[self.victim];
+        let job = member.machine.job.clone();
+        let was_hit = match self.trouble {
+            Trouble::Nothing => false,
+            Trouble::Cancel(how) => job.cancel(how).is_ok(),
+            Trouble::Pause => job.pause().is_ok(),
+            Trouble::Hold => {
+                self.hold = Some(job.hold());
+                true
+            }
+            Trouble::Fail | Trouble::FailOnce => {
+                self.fails = true;
+                true
+            }
+            Trouble::DropMachine => {
+                self.is_unguided = member.guest == On::Target && member.result.is_none();
+                member.machine.drop_mirror();
+                member.machine.out.clear();
+                true
+            }
+            Trouble::LoseOperations => {
+                member.machine.out.clear();
+                if member.result.is_none() {
+                    member.machine.mirror().ops_lost();
+                }
+                true
+            }
+            Trouble::Decline => {
+                self.was_declined = member.switch.take().is_some();
+                self.was_declined
+            }
+            Trouble::GuestWrite => {
+                let may_write = !member.machine.is_guest_held() && member.guest == On::Source;
+                if may_write {
+                    member.machine.guest_write(100..5000, 0x5a);
+                }
+                may_write
+            }
+        };
+        self.hit_at = was_hit.then_some(step);
+    }
+
+    /// What keeps a job from its end is taken away a while later.
+    fn soothe(&mut self, step: usize) {
+        if self.hit_at.is_some_and(|at| step == at + 40) {
+            self.hold = None;
+            let _ = self.all.members[self.victim].machine.job.resume();
+        }
+    }
+
+    fn step(&mut self, index: usize, step: usize) {
+        let count = self.all.members.len();
+        let round = step / count;
+        // Those who wait for something that never comes let time pass.
+        for member in &mut self.all.members {
+            member.machine.now += MS;
+        }
+        let member = &mut self.all.members[index];
+        let job = member.machine.job.clone();
+        let status = job.query().status;
+        let may_write = member.guest == On::Source && !member.machine.is_guest_held();
+        if round % 7 == 3 && round < 70 && may_write && status < Status::Aborting {
+            member.machine.guest_write(0..5000, round as u8);
+        }
+        match status {
+            // One after the other, each after a while.
+            Status::Created if round == 3 * index => drop(job.start()),
+            Status::Ready if round > 20 + 5 * index => drop(job.complete()),
+            Status::Pending if round > 60 => drop(job.finalize()),
+            _ => {}
+        }
+        if member.result.is_some() || !member.machine.has_mirror() {
+            member.commit();
+            return;
+        }
+        if round % 3 == 0 && member.switch.is_some() {
+            member.commit();
+            return;
+        }
+        if round % 2 == 0 && !member.machine.out.is_empty() {
+            if index == self.victim && std::mem::take(&mut self.fails) {
+                let side = match member.machine.out[0].kind().writes_target() {
+                    true => Side::Target,
+                    false => Side::Source,
+                };
+                member.machine.fail(0, side, ErrorKind::Other);
+            } else {
+                member.machine.answer(0);
+            }
+            return;
+        }
+        match member.machine.poll() {
+            None | Some(Rest::Wait(_)) => {}
+            Some(rest) => member.take(rest),
+        }
+    }
+
+    fn check(&self) {
+        let members = &self.all.members;
+        let infos: Vec<_> = members.iter().map(|m| m.machine.job.query()).collect();
+        let is_pending = |status| matches!(status, Status::Pending);
+        let is_early = |status: Status| !status.is_completed();
+        if infos.iter().any(|info| is_pending(info.status)) {
+            assert!(
+                !infos.iter().any(|info| is_early(info.status)),
+                "pending before all are done: {:?}",
+                self.all.statuses()
+            );
+        }
+        // From the first switch to the last vote all are held.
+        let is_out = members.iter().any(|m| m.switch.is_some());
+        let round_goes_on = infos
+            .iter()
+            .all(|info| info.is_finalizing && info.cancel != Some(Cancel::Force));
+        if is_out && round_goes_on && !self.was_declined && self.hit_at.is_none() {
+            assert!(self.all.held().iter().all(|&held| held));
+        }
+    }
+
+    fn check_end(mut self, steps: usize) -> Played {
+        let what = format!("{:?} of {} at {:?}", self.trouble, self.victim, self.hit_at);
+        let infos: Vec<_> = (0..self.all.members.len())
+            .map(|index| self.all.info(index))
+            .collect();
+        let succeeded = infos[0].error.is_none();
+        for (index, info) in infos.iter().enumerate() {
+            assert_eq!(info.error.is_none(), succeeded, "{what}: {infos:?}");
+            assert_eq!(info.status, Status::Null, "{what}");
+            let member = &mut self.all.members[index];
+            member.assert_good_events();
+            assert!(!member.machine.is_guest_held(), "{what}: {index} is held");
+            // The trigger keeps its own error, the others were cancelled.
+            if let Some(error) = &info.error {
+                let is_trigger = index == self.victim;
+                let is_expected = match (is_trigger, self.trouble) {
+                    (true, Trouble::Fail) => matches!(error, JobError::Io { .. }),
+                    (true, Trouble::DropMachine) => matches!(error, JobError::Dropped),
+                    _ => matches!(error, JobError::Cancelled { .. }),
+                };
+                assert!(is_expected, "{what}: {index} ended with {error}");
+            }
+            let is_soft = info.cancel == Some(Cancel::Soft);
+            let expected = match succeeded && !is_soft {
+                true => On::Target,
+                false => On::Source,
+            };
+            let is_unguided = self.is_unguided && index == self.victim;
+            assert!(
+                member.guest == expected || is_unguided,
+                "{what}: the guest of {index} is on its {:?}",
+                member.guest
+            );
+            if succeeded {
+                assert!(member.machine.is_equal(), "{what}");
+            }
+        }
+        Played {
+            steps,
+            succeeded,
+            was_hit: self.hit_at.is_some(),
+            backs: self.all.members.iter().map(|member| member.backs).sum(),
+        }
+    }
+}
+
+#[test]
+fn every_trouble_at_every_step_ends_all_or_none() {
+    for count in [2, 3] {
+        let undisturbed = play(count, Trouble::Nothing, 0, 0);
+        assert!(undisturbed.succeeded);
+        let mut backs = 0;
+        for trouble in TROUBLES {
+            let (mut hits, mut successes) = (0, 0);
+            for victim in 0..count {
+                for at in 0..undisturbed.steps {
+                    let played = play(count, trouble, victim, at);
+                    backs += played.backs;
+                    hits += usize::from(played.was_hit);
+                    successes += usize::from(played.was_hit && played.succeeded);
+                }
+            }
+            println!("{count} members, {trouble:?}: {hits} hits, {successes} successes");
+            match trouble {
+                Trouble::Nothing => assert_eq!(hits, 0),
+                Trouble::Cancel(Cancel::Force) => {
+                    assert_eq!(successes, 0, "accepted, then success")
+                }
+                Trouble::Pause
+                | Trouble::Hold
+                | Trouble::FailOnce
+                | Trouble::LoseOperations
+                | Trouble::Decline
+                | Trouble::GuestWrite => assert!(hits > 0 && hits == successes, "{trouble:?}"),
+                // Soft while ready succeeds; a machine may be dropped after the vote; and after the last
+                // operation nothing is left to fail.
+                Trouble::Cancel(Cancel::Soft) | Trouble::DropMachine | Trouble::Fail => {
+                    assert!(successes > 0 && successes < hits, "{trouble:?}");
+                }
+            }
+        }
+        assert!(backs > 0, "nobody ever went back");
+    }
+}
