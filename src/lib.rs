@@ -27,9 +27,11 @@
 //! |---|---|---|
 //! | 3 | [`driver`] | an async loop over a machine and the caller's devices ([`io`]) and clock; decides nothing |
 //! | | [`queue`] | the same for completion queues, without any future |
-//! | 2 | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
+//! | 2 | [`Transaction`] | bitmaps of several disks changed, and jobs started, at one instant or not at all |
+//! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
 //! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
 //! | 1 | [`Node`] | one disk: the gate for guest writes, and the bitmaps that record them |
+//! | | [`Bitmaps`] | its named dirty bitmaps: for incremental backups, by jobs or by other programs |
 //! | 0 | [`HBitmap`] | a hierarchical bitmap, as a plain value ([`bitmap`] has its rules) |
 //! | | [`DirtyLog`] | marking by many threads without a lock, drained into bitmaps |
 //! | | [`ByteRange`], [`Granularity`] | bytes and granules, and all rounding between them |
@@ -164,6 +166,13 @@
 //! | switch | the instant at which the guest's disk becomes the target |
 //! | soft cancel | end at such an instant without switching: the target is a copy of it |
 //! | drain | move what the log has recorded into the bitmaps |
+//! | recording, enabled | guest writes make granules of the bitmap dirty |
+//! | busy, in use | an operation has the bitmap to itself: no verb may use or change it |
+//! | successor | an anonymous bitmap that records in the place of one whose bits belong to an operation |
+//! | abdicate, reclaim | the successor takes the place of the bitmap; both become one again |
+//! | checkpoint | a bitmap that does not record any more: what was written from one instant to another |
+//! | persistent | saved with the image |
+//! | inconsistent | its stored copy was not closed, so that nobody knows what is dirty |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod bitmap;

@@ -15,7 +15,8 @@ use blockjob::io::{
     AlignedBuf, BlockDevice, BufResult, BufferPool, GuestDisk, HeapPool, ReadAt, WriteAt,
 };
 use blockjob::{
-    ByteRange, Content, Extent, Granularity, JobBitmap, Limits, Node, QuiesceGuard, Unmap,
+    BitmapOptions, BitmapStorage, ByteRange, Content, Extent, Granularity, JobBitmap, Limits, Node,
+    QuiesceGuard, Unmap,
 };
 
 const LEN: u64 = 1 << 20;
@@ -271,6 +272,38 @@ fn a_write_past_the_last_offset_is_refused_with_its_buffer() {
     assert_eq!(result.unwrap_err().kind(), io::ErrorKind::InvalidInput);
     assert_eq!(buf.as_ref()[0], 5);
     assert!(bitmap.lock().is_clean());
+}
+
+#[test]
+fn a_read_only_bitmap_has_writes_fail_before_the_device_sees_them() {
+    let device = Device::plain();
+    let (disk, bitmap) = recorded(&device);
+    let bitmaps = disk.node().bitmaps();
+    bitmaps.set_storage(Some(BitmapStorage::default()));
+    let mut options = BitmapOptions::default();
+    options.persistent = true;
+    bitmaps.add_disabled("stored", options).unwrap();
+    bitmaps
+        .mark_readonly(&quiesced(disk.node()), "stored")
+        .unwrap();
+    let (result, buf) = now(disk.write_at(0, full_of(7)));
+    assert_eq!(buf.as_ref()[0], 7);
+    let results = [
+        result,
+        now(disk.write_zeroes(granule(1), Unmap::Forbidden)),
+        now(disk.discard(granule(2))),
+    ];
+    for result in results {
+        let kind = result.unwrap_err().kind();
+        assert_eq!(kind, io::ErrorKind::PermissionDenied);
+    }
+    now(disk.flush()).unwrap();
+    assert_eq!(device.byte(0), 0);
+    assert!(bitmap.lock().is_clean());
+    bitmaps.mark_writable("stored").unwrap();
+    now(disk.write_at(0, full_of(7))).0.unwrap();
+    assert_eq!(device.byte(0), 7);
+    assert_eq!(dirty(&bitmap), [granule(0)]);
 }
 
 #[test]

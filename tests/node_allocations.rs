@@ -4,7 +4,7 @@
 //! no system call is not tested: it would take a tracer. It has none to make as long as it allocates
 //! nothing and takes no lock.
 
-use blockjob::{Begin, Granularity, Node, Way};
+use blockjob::{Begin, BitmapOptions, Granularity, Grown, Node, Way};
 
 const WRITES: u64 = 1000;
 
@@ -42,6 +42,31 @@ fn nothing_is_allocated_while_writes_are_recorded() {
     assert_nothing_allocated(&node);
     assert_eq!(bitmap.lock().iter().count() as u64, WRITES);
     assert_nothing_allocated(&node);
+}
+
+#[test]
+fn nothing_is_allocated_with_named_bitmaps() {
+    let node = Node::new(WRITES * 65536);
+    let guard = node.quiesce().try_guard().expect("no write is in flight");
+    let bitmaps = node.bitmaps();
+    for name in ["a", "b", "c", "d"] {
+        bitmaps.add(&guard, name, BitmapOptions::default()).unwrap();
+    }
+    // What the disk has grown by is in a piece of the log of its own.
+    let resize = node
+        .resize(&guard, 2 * WRITES * 65536, Grown::Clean)
+        .unwrap();
+    resize.commit();
+    drop(guard);
+    assert_nothing_allocated(&node);
+    let queue = node.queue();
+    let beyond = |range: blockjob::ByteRange| {
+        let start = WRITES * 65536 + range.start();
+        queue.begin_write((start..start + range.len()).into())
+    };
+    assert_eq!(allocations(beyond), 0);
+    let infos = node.bitmaps().query_all();
+    assert!(infos.iter().all(|info| info.dirty_bytes == info.len));
 }
 
 #[test]

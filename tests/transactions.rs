@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use blockjob::{
     ActionError, ActionKind, Begin, BitmapError, BitmapInfo, BitmapOptions, BitmapStorage,
-    BusyWith, Cancel, Granularity, HBitmap, Job, Limits, Mirror, MirrorOptions, Node, Prepared,
-    QuiesceGuard, SnapshotOf, Status, Transaction, TransactionError, VerbError,
+    BusyWith, Cancel, ClaimFor, Granularity, HBitmap, Job, Limits, Mirror, MirrorOptions, Node,
+    Prepared, QuiesceGuard, SnapshotOf, Status, Transaction, TransactionError, VerbError,
 };
 
 const LEN: u64 = 1 << 20;
@@ -642,6 +642,64 @@ fn no_write_falls_between_two_bitmaps() {
         }
         assert!(differed > ROUNDS, "the guests hardly wrote");
     });
+}
+
+/// A guest writes while a bitmap is claimed, given back, given up, merged and cleared, and nobody holds the
+/// guest. What was taken out of the bitmap is kept: with what is left it is all that was written, and no more.
+#[test]
+fn no_write_is_lost_by_verbs_that_hold_nobody() {
+    const GRANULES: u64 = 4096;
+    let node = Node::new(GRANULES * 512);
+    let bitmaps = node.bitmaps();
+    bitmaps.add(&quiesced(&node), "a", options(512)).unwrap();
+    bitmaps.add_disabled("sum", options(512)).unwrap();
+    let mut kept = HBitmap::new(GRANULES * 512, Granularity::from_bytes(512).unwrap()).unwrap();
+    let is_over = AtomicBool::new(false);
+    let guest = |seed: u64| {
+        let queue = node.queue();
+        let mut written = std::collections::BTreeSet::new();
+        let mut random = seed;
+        while !is_over.load(Ordering::Relaxed) {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let at = (random >> 40) % GRANULES * 512;
+            let begin = queue.begin_write((at..at + 512).into());
+            begin.go().expect("nobody holds the node").finish(());
+            written.insert(at);
+        }
+        written
+    };
+    let mut written = thread::scope(|scope| {
+        let guests = [1, 2].map(|seed| scope.spawn(move || guest(seed)));
+        let over = Raised(&is_over);
+        for round in 0..600 {
+            match round % 4 {
+                0 | 1 => {
+                    let claim = bitmaps.claim("a", ClaimFor::Change).unwrap();
+                    let claimed = claim.snapshot(SnapshotOf::Bitmap).unwrap();
+                    thread::yield_now();
+                    assert!(claim.snapshot(SnapshotOf::Bitmap).unwrap() == claimed);
+                    if round % 4 == 0 {
+                        claim.abdicate();
+                        kept.merge_from(&claimed).unwrap();
+                    }
+                }
+                2 => bitmaps.merge("sum", &[(&node, "a")]).unwrap(),
+                _ => bitmaps.merge("a", &[(&node, "sum")]).unwrap(),
+            }
+        }
+        drop(over);
+        guests.map(|guest| guest.join().unwrap())
+    });
+    for name in ["a", "sum"] {
+        let bits = bitmaps.snapshot(name, SnapshotOf::Bitmap).unwrap();
+        kept.merge_from(&bits).unwrap();
+    }
+    let [all, other] = &mut written;
+    all.append(other);
+    assert!(all.len() > 100, "the guests hardly wrote");
+    assert!(kept.iter().eq(all.iter().copied()));
 }
 
 /// Two who exchange bitmaps on the same disks at the same time, and name them in opposite orders.

@@ -3,21 +3,34 @@
 //! ```text
 //!  guest ─▶ begin_write ─▶ Go(ticket) ─▶ the VMM's own write ─▶ ticket.finish(result)
 //!               │                                                    │
-//!               └▶ Wait(pending): the node is quiesced               └▶ log ─ ─ drained into ─▶ bitmaps
+//!               ├▶ Wait(pending): the node is quiesced               └▶ log ─ ─ drained into ─▶ bitmaps
+//!               └▶ Refused: a bitmap is read-only and could not record it
 //! ```
 //!
 //! This layer knows no jobs, no devices and no executor. It can be used without the rest: to hold a
 //! guest's writes for a moment, or to know what was written.
+//!
+//! | file | what |
+//! |---|---|
+//! | `gate` | letting writes in, holding them, refusing them |
+//! | `lane`, `ticket`, `quiesce` | what callers have of it |
+//! | `record`, `growing` | from the end of a write to the bitmaps |
+//! | `job_bitmap` | bitmaps of jobs, without a name |
+//! | `bitmaps` | those with a name, and all that may be asked of them |
+//! | `resize` | a disk that changes its length |
 //!
 //! Invariants, beside those of the gate:
 //!
 //! 1. A write is recorded after it settled and before it counts as finished, whether it succeeded or
 //!    not: a failed write may have landed in part. A ticket that is dropped records, too.
 //! 2. Whether and where a write is recorded is fixed when it begins. Recording therefore starts, and
-//!    moves to another log, only while the node is quiesced: [`Node::track`] wants the guard.
+//!    moves to another log, only while the node is quiesced: [`Node::track`], [`Bitmaps::add`] and
+//!    [`Bitmaps::enable`] want the guard.
 //! 3. One log at a time is written to. Its granularity is that of the finest bitmap or finer.
-//! 4. Whoever looks at a bitmap drains the log into **every** bitmap first, under one lock. So a
-//!    guest write costs the same with one bitmap or ten.
+//! 4. Whoever looks at a bitmap drains the log into **every** bitmap that records first, under one lock. So
+//!    a guest write costs the same with one bitmap or ten.
+//! 5. The length of the disk changes only while the node is quiesced. Bitmaps and the log that is written
+//!    to are as long, or longer.
 
 mod bitmaps;
 mod gate;
@@ -95,6 +108,7 @@ struct Inner {
     /// One place per granularity, filled when it is first needed. A log that was outgrown stays: its
     /// memory is that of one more bitmap of its granularity.
     logs: [OnceLock<Box<GrowingLog>>; LOGS],
+    /// All bitmaps, of jobs and with a name.
     list: Mutex<List>,
 }
 

@@ -9,7 +9,7 @@ use std::mem;
 use super::entry::{Content, Entry, Intent, Named, Usage, unshared};
 use super::list::Plan;
 use super::merge::Locked;
-use super::{BitmapError, BitmapOptions, BusyWith, List};
+use super::{BitmapError, BitmapOptions, BusyWith, List, copy_into, is_recordable};
 use crate::bitmap::HBitmap;
 use crate::node::Node;
 use crate::sabotage::{Sabotage, is_broken};
@@ -141,8 +141,7 @@ impl Journal {
         let (node, name) = target;
         let (id, named) = locked.list(node).find_mut(name)?;
         let map = unshared(named.idle(Intent::Change)?.map);
-        let mut copy = fit(spare, node, map.granularity())?;
-        copy.merge_from(map).expect("it is as long");
+        let copy = copy_into(fit(spare, node, map.granularity())?, map);
         let before = mem::replace(map, copy);
         locked.merge(target, sources);
         self.note(node, id, What::Bits(before));
@@ -253,7 +252,8 @@ impl Node {
     /// A clean map as a new bitmap of this node would have, if there is memory: made beforehand, it need
     /// not be made while the guest waits.
     pub(crate) fn spare(&self, granularity: Granularity) -> Option<HBitmap> {
-        self.inner().new_map(granularity).ok()
+        // What cannot be recorded in may be as fine as to want any amount of memory.
+        is_recordable(granularity).then(|| self.inner().new_map(granularity).ok())?
     }
 
     /// The same, for a bitmap that there is.

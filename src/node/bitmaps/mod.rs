@@ -316,9 +316,17 @@ impl Inner {
 
 /// An independent copy of `map`.
 fn copy_of(map: &HBitmap) -> Result<HBitmap, BitmapError> {
-    let mut copy = reserved(map.len(), map.granularity())?;
-    copy.merge_from(map).expect("it is as long");
-    Ok(copy)
+    let copy = reserved(map.len(), map.granularity())?;
+    Ok(copy_into(copy, map))
+}
+
+/// What is in `map`, in the memory of one that is as long and as fine, and clean.
+fn copy_into(mut clean: HBitmap, map: &HBitmap) -> HBitmap {
+    // A copy of a map that has nothing has no memory, and so would give up its own.
+    if !map.is_clean() {
+        clean.clone_from(map);
+    }
+    clean
 }
 
 /// A clean map that has its memory: neither a guest write nor a bit that is put back is to be lost for want of
