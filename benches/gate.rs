@@ -5,6 +5,8 @@
 //! gate/nothing/…    nothing attached
 //! gate/dirty/…      tracking, and the granule is dirty already
 //! gate/clean/…      tracking, and the granule is clean: neighbours, and each in a word of its own
+//! gate/bitmaps/N/…  as dirty, with N named bitmaps that record: what is between two rows of a path and a
+//!                   number of threads is what a bitmap more costs
 //! gate/mirror/…     a mirror is in step, on a thread of its own, and woken by the writes
 //!        …/node/N   N threads through one `Node`
 //!        …/queue/N  N threads, each through its own `GuestQueue`
@@ -26,8 +28,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blockjob::{
-    Begin, ByteRange, Granularity, Job, JobBitmap, Limits, Mirror, MirrorOptions, MirrorSync, Node,
-    Outcome, Status, Step, Way,
+    Begin, BitmapOptions, ByteRange, Granularity, Job, JobBitmap, Limits, Mirror, MirrorOptions,
+    MirrorSync, Node, Outcome, Status, Step, Way,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
@@ -229,6 +231,31 @@ fn clean(group: &mut BenchmarkGroup<'_, WallTime>) {
     }
 }
 
+fn bitmaps(group: &mut BenchmarkGroup<'_, WallTime>) {
+    for count in [0, 1, 4, 16] {
+        let node = Node::new(GRANULES * GRANULE);
+        let guard = node.quiesce().try_guard().expect("nobody writes");
+        for index in 0..count {
+            let name = index.to_string();
+            let added = node.bitmaps().add(&guard, &name, BitmapOptions::default());
+            added.expect("a new name");
+        }
+        drop(guard);
+        for thread in 0..4 {
+            pass(node.begin_write(granule(thread)));
+        }
+        for path in Path::ALL {
+            let name = format!("bitmaps/{count}/{}", path.name());
+            bench(group, &name, |threads, iters| {
+                wall(threads, |thread, start| {
+                    path.write(&node, start, iters, |_| granule(thread as u64))
+                })
+            });
+        }
+        assert_eq!(node.bitmaps().query_all().len(), count);
+    }
+}
+
 /// Wakes a parked thread.
 struct Unpark(thread::Thread);
 
@@ -306,6 +333,7 @@ fn gate(criterion: &mut Criterion) {
     nothing(&mut group);
     dirty(&mut group);
     clean(&mut group);
+    bitmaps(&mut group);
     mirror(&mut group);
     group.finish();
 }

@@ -370,7 +370,7 @@ fn write_now_and_then(
     while !stop.load(Ordering::Relaxed) {
         at = (at + 4096 * 7919) % len;
         let range = ByteRange::at(at, 4096).expect("within the disk");
-        let ticket = block_on(async { queue.begin_write(range).await });
+        let ticket = block_on(async { queue.begin_write(range).await })?;
         // After the switch this is the old disk, which nobody looks at any more.
         ticket.finish(disk.write_all_at(&block, at))?;
         thread::sleep(Duration::from_millis(1));

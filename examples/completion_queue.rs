@@ -317,6 +317,7 @@ impl<'a> Guest<'a> {
                 self.written.waited += 1;
                 self.waiting = Some(Waiting { pending, block });
             }
+            Begin::Refused(refused) => return Err(refused.into()),
         }
         Ok(())
     }
@@ -347,7 +348,7 @@ impl<'a> Guest<'a> {
     fn wait_and_reap(&mut self) -> io::Result<()> {
         if let Some(mut waiting) = self.waiting.take() {
             match waiting.pending.poll_begin(&self.waker) {
-                Poll::Ready(ticket) => self.submit(ticket, waiting.block)?,
+                Poll::Ready(begun) => self.submit(begun?, waiting.block)?,
                 Poll::Pending => self.waiting = Some(waiting),
             }
         }

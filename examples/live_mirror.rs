@@ -244,7 +244,7 @@ impl Machine {
             return Err("a write was let in while the guest was held".into());
         };
         let held = self.commit(switch);
-        let ticket = block_on(poll_fn(|cx| waiting.poll_begin(cx.waker())));
+        let ticket = block_on(poll_fn(|cx| waiting.poll_begin(cx.waker())))?;
         let stamp = Stamp::new(NOBODY, 1);
         apply(ticket, &self.current, Change::Write(stamp), &mut Vec::new())?;
         if self.target.stamps.of(0) != stamp || self.source.stamps.of(0) == stamp {

@@ -180,6 +180,7 @@ pub mod queue;
 #[doc(hidden)]
 pub mod sabotage;
 mod sync;
+mod transaction;
 mod units;
 
 pub use crate::bitmap::HBitmap;
@@ -201,7 +202,12 @@ pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Sw
 #[doc(hidden)]
 pub use crate::node::GateRule;
 pub use crate::node::{
-    Begin, BeginFuture, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
-    PendingWrite, Quiesce, QuiesceGuard, Ticket, TrackError, Way,
+    Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
+    BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
+    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
+    PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
+};
+pub use crate::transaction::{
+    ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,
 };
 pub use crate::units::{ByteRange, Granularity};

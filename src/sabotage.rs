@@ -50,6 +50,34 @@ pub enum Sabotage {
     RecordAtBegin,
     /// Node 1: a ticket that is dropped records nothing.
     ForgetDropped,
+    /// Bitmaps 5: a merge checks each source when its turn comes.
+    MergeOneByOne,
+    /// Bitmaps 1: a verb looks at the bitmaps before what was recorded has come there.
+    VerbWithoutDrain,
+    /// Bitmaps 4: what is frozen is not kept from being changed.
+    FreezeWithoutHolding,
+    /// Bitmaps 6: a claim ends without its successor's recording.
+    EndDisabled,
+    /// Bitmaps 6: a successor that takes the bitmap's place does not take its flags.
+    AbdicateForgetsFlags,
+    /// Bitmaps 6: what was recorded while a bitmap was claimed is lost when it is reclaimed.
+    ReclaimForgetsSuccessor,
+    /// Bitmaps 7: writes are let in although a bitmap is read-only.
+    LetInReadonly,
+    /// Bitmaps 8: nodes are locked in the order in which they are named.
+    LockAsNamed,
+    /// Growing log 1: it does not grow with the disk.
+    LogStaysShort,
+    /// Resize 2: what is new is clean.
+    GrowClean,
+    /// Transactions 1: the guests go on before it is decided.
+    LetGoBeforeCommit,
+    /// Transactions 3: what was done before an act that fails is kept.
+    KeepHalf,
+    /// Transactions 3: undoing goes from the first to the last.
+    RollBackForward,
+    /// Transactions 4: a bitmap goes before it is decided.
+    RemoveAtOnce,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
 }

@@ -10,6 +10,9 @@
 //!                   recorded
 //! waiting           nobody sleeps on when what he waits for has come: such a model deadlocks
 //! track             a write is on the disk when recording starts, or is recorded
+//! read-only         a write is recorded before the bitmap is read-only, or refused
+//! bitmaps           a write is in one of two bitmaps that take turns, and in both that overlap
+//! resize            a write is recorded also where the disk has just grown to
 //! ```
 //!
 //! Each rule of the gate is also broken on purpose, in a scenario that passes when it is kept.
@@ -19,7 +22,10 @@ use std::future::poll_fn;
 use std::sync::atomic::AtomicBool;
 use std::task::{Poll, Wake, Waker};
 
-use blockjob::{Begin, ByteRange, GateRule, Granularity, JobBitmap, Node, QuiesceGuard, Way};
+use blockjob::{
+    Begin, BitmapOptions, BitmapStorage, ByteRange, ClaimFor, GateRule, Granularity, Grown,
+    JobBitmap, Node, QuiesceGuard, SnapshotOf, Transaction, Way,
+};
 use loom::future::block_on;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -67,11 +73,39 @@ impl Disk {
 
     /// What a guest does: waits to be let in, writes and says so.
     fn write<L: Way>(&self, begin: Begin<L>) {
-        let ticket = block_on(begin.into_future());
+        let ticket = block_on(begin.into_future()).unwrap();
         let granule = &self.data[(ticket.range().start() / GRANULE) as usize];
         granule.store(TORN, Relaxed);
         granule.store(NEW, Relaxed);
         ticket.finish(());
+    }
+
+    /// As [`write`](Self::write) of the first granule, and whether it was let in.
+    fn try_write(&self, path: Path) -> bool {
+        let queue = self.node.queue();
+        let begin = match path {
+            Path::Node => self.node.begin_write(at(0)),
+            Path::Queue => queue.begin_write(at(0)),
+        };
+        let Ok(ticket) = block_on(begin.into_future()) else {
+            return false;
+        };
+        self.data[0].store(TORN, Relaxed);
+        self.data[0].store(NEW, Relaxed);
+        ticket.finish(());
+        true
+    }
+
+    /// Adds a bitmap that records from the start on.
+    fn add(&self, name: &str, is_persistent: bool) {
+        let guard = self.node.quiesce().try_guard().expect("nobody writes yet");
+        let bitmaps = self.node.bitmaps();
+        bitmaps.add(&guard, name, options(is_persistent)).unwrap();
+    }
+
+    /// Whether anything is in a bitmap.
+    fn dirty(&self, name: &str) -> bool {
+        self.node.bitmaps().query(name).unwrap().dirty_bytes > 0
     }
 
     fn read(&self) -> Vec<u64> {
@@ -90,6 +124,14 @@ impl Disk {
         }
         assert_eq!(data, self.read(), "a write was in flight");
     }
+}
+
+/// What a bitmap of a disk of few granules is made with.
+fn options(is_persistent: bool) -> BitmapOptions {
+    let mut options = BitmapOptions::default();
+    options.granularity = Granularity::from_bytes(GRANULE);
+    options.persistent = is_persistent;
+    options
 }
 
 /// That exactly the granules written are recorded.
@@ -187,6 +229,109 @@ fn track(guests: &'static [Path], broken: Option<GateRule>) {
         join(guests);
         let is_recorded = !bitmap.lock().is_clean();
         assert!(copied == [NEW] || is_recorded, "lost a write");
+    });
+}
+
+/// A bitmap becomes read-only while a guest writes: the write is in it by then, or refused.
+fn mark_readonly(guests: &'static [Path], broken: Option<GateRule>) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, broken);
+        let bitmaps = disk.node.bitmaps();
+        bitmaps.set_storage(Some(BitmapStorage::default()));
+        disk.add("a", true);
+        let guests: Vec<_> = guests
+            .iter()
+            .map(|path| {
+                let (disk, path) = (disk.clone(), *path);
+                thread::spawn(move || disk.try_write(path))
+            })
+            .collect();
+        let guard = block_on(disk.node.quiesce());
+        bitmaps.mark_readonly(&guard, "a").unwrap();
+        let (data, dirty) = (disk.read(), disk.dirty("a"));
+        assert_eq!(data == [NEW], dirty, "what is written is what is recorded");
+        drop(guard);
+        let written = guests.into_iter().map(|guest| guest.join().unwrap());
+        let written: Vec<_> = written.collect();
+        assert_eq!(written.contains(&true), dirty, "a write was let in");
+        assert_eq!(
+            (disk.read(), disk.dirty("a")),
+            (data, dirty),
+            "a write was let in"
+        );
+    });
+}
+
+/// One bitmap is put off and another one put on, under the guard and in either order, while a guest writes.
+fn take_turns(guests: &'static [Path], is_first_added: bool) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, None);
+        disk.add("old", false);
+        let guests = start_guests(&disk, guests);
+        let mut list = Transaction::new();
+        if is_first_added {
+            list.add(&disk.node, "new", options(false));
+        }
+        list.disable(&disk.node, "old");
+        if !is_first_added {
+            list.add(&disk.node, "new", options(false));
+        }
+        let prepared = block_on(list.prepare()).unwrap();
+        let (data, dirty) = (disk.read(), disk.dirty("old"));
+        assert!(!data.contains(&TORN), "a write was in flight");
+        assert_eq!(data == [NEW], dirty, "what is written is what is recorded");
+        prepared.commit();
+        join(guests);
+        assert_eq!(disk.dirty("old"), dirty, "it does not record");
+        assert_ne!(disk.dirty("new"), dirty, "a write is in one of them");
+    });
+}
+
+/// A bitmap is claimed, and given back, while a guest writes and nobody holds it.
+fn claim(guests: &'static [Path]) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, None);
+        disk.add("a", false);
+        let guests = start_guests(&disk, guests);
+        let claim = disk.node.bitmaps().claim("a", ClaimFor::Change).unwrap();
+        let claimed = !claim.snapshot(SnapshotOf::Bitmap).unwrap().is_clean();
+        // What is in the claimed bits is on the disk.
+        assert!(
+            !claimed || disk.read() == [NEW],
+            "recorded before it settled"
+        );
+        drop(claim);
+        join(guests);
+        assert!(disk.dirty("a"), "lost a write");
+    });
+}
+
+/// The disk grows while a guest writes to where it was, and then writes to where it is.
+fn resize(guests: &'static [Path]) {
+    explore(1 + guests.len(), move || {
+        let disk = Disk::new(1, None);
+        disk.add("a", false);
+        let guests = start_guests(&disk, guests);
+        let guard = block_on(disk.node.quiesce());
+        let resize = disk
+            .node
+            .resize(&guard, 200 * GRANULE, Grown::Clean)
+            .unwrap();
+        resize.commit();
+        drop(guard);
+        let queue = disk.node.queue();
+        let late = thread::spawn(move || {
+            let ticket = queue.begin_write(at(199)).go();
+            ticket.expect("nobody holds the node").finish(());
+        });
+        join(guests);
+        late.join().unwrap();
+        let bits = disk
+            .node
+            .bitmaps()
+            .snapshot("a", SnapshotOf::Bitmap)
+            .unwrap();
+        assert!(bits.iter().eq([0, 199 * GRANULE]), "lost a write");
     });
 }
 
@@ -301,6 +446,29 @@ fn a_write_of_a_queue_is_there_when_recording_starts_or_is_recorded() {
 }
 
 #[test]
+fn a_write_is_recorded_before_a_bitmap_is_read_only_or_refused() {
+    mark_readonly(&[Path::Node], None);
+    mark_readonly(&[Path::Queue], None);
+}
+
+#[test]
+fn a_write_is_in_one_of_two_bitmaps_that_take_turns() {
+    take_turns(&[Path::Queue], true);
+    take_turns(&[Path::Queue], false);
+    take_turns(&[Path::Node], false);
+}
+
+#[test]
+fn a_write_is_in_a_bitmap_that_is_claimed_and_given_back() {
+    claim(&[Path::Queue]);
+}
+
+#[test]
+fn a_write_is_recorded_wherever_the_disk_has_grown_to() {
+    resize(&[Path::Queue]);
+}
+
+#[test]
 fn a_write_that_waits_is_woken_when_the_guard_goes() {
     wait();
     ask_once(None);
@@ -378,7 +546,7 @@ fn a_waiting_write_dropped_while_the_gate_opens_is_nowhere() {
         let dropper = thread::spawn(move || {
             block_on(poll_fn(|cx| {
                 // Whether it is let in or not, the ticket goes, and the one who waits with it.
-                if let Poll::Ready(ticket) = dropped.poll_begin(cx.waker()) {
+                if let Poll::Ready(Ok(ticket)) = dropped.poll_begin(cx.waker()) {
                     ticket.cancel();
                 }
                 Poll::Ready(())
@@ -469,6 +637,12 @@ mod sabotage {
     #[should_panic(expected = "lost a write")]
     fn looked_at_the_flag_before_counting_when_recording_starts() {
         track(&[Path::Node], Some(GateRule::CountThenLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "a write was let in")]
+    fn looked_at_the_flag_before_counting_when_writes_are_refused() {
+        mark_readonly(&[Path::Queue], Some(GateRule::CountThenLook));
     }
 
     #[test]

@@ -759,7 +759,7 @@ fn a_guest_write_that_waits_at_the_gate_lands_on_the_new_disk_only() {
     assert!(machine.is_equal());
     switch.commit();
     assert!(machine.woken.take() > 0, "who waits is woken");
-    let Poll::Ready(ticket) = pending.poll_begin(Waker::noop()) else {
+    let Poll::Ready(Ok(ticket)) = pending.poll_begin(Waker::noop()) else {
         panic!("the guest goes on");
     };
     machine.target[0] = 0xf1;

@@ -68,7 +68,7 @@ fn go<L: Way>(begin: Begin<L>) -> Ticket<L> {
 fn wait<L: Way>(begin: Begin<L>) -> PendingWrite<L> {
     match begin {
         Begin::Wait(pending) => pending,
-        Begin::Go(_) => panic!("the node is quiesced"),
+        begun => panic!("the node is quiesced: {begun:?}"),
     }
 }
 
@@ -214,7 +214,7 @@ mod waiting {
             assert_eq!(alarm.rings(), 0);
             drop(guard);
             assert_eq!(alarm.rings(), 1);
-            let Poll::Ready(ticket) = pending.poll_begin(&waker) else {
+            let Poll::Ready(Ok(ticket)) = pending.poll_begin(&waker) else {
                 panic!("the node is open");
             };
             ticket.finish(());
@@ -286,7 +286,7 @@ mod waiting {
         assert!(begin.as_mut().poll(&mut cx).is_pending());
         drop(guard);
         assert_eq!(alarm.rings(), 1);
-        let Poll::Ready(ticket) = begin.poll(&mut cx) else {
+        let Poll::Ready(Ok(ticket)) = begin.poll(&mut cx) else {
             panic!("the node is open");
         };
         ticket.finish(());
@@ -421,7 +421,11 @@ mod quiesce {
         assert!(pending.try_begin().is_none());
         drop(inner);
         assert_eq!(alarm.rings(), 1);
-        pending.try_begin().expect("the node is open").finish(());
+        pending
+            .try_begin()
+            .expect("the node is open")
+            .unwrap()
+            .finish(());
     }
 
     #[test]
@@ -784,11 +788,12 @@ fn settle<L: Way>(begin: Begin<L>, write: impl Fn()) {
             let waker = Waker::from(Arc::new(Unpark(thread::current())));
             loop {
                 match pending.poll_begin(&waker) {
-                    Poll::Ready(ticket) => break ticket,
+                    Poll::Ready(begun) => break begun.expect("no bitmap is read-only"),
                     Poll::Pending => thread::park_timeout(Duration::from_secs(10)),
                 }
             }
         }
+        Begin::Refused(refused) => panic!("{refused}"),
     };
     write();
     ticket.finish(());

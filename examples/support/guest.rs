@@ -217,8 +217,9 @@ impl Guest<'_> {
                 Begin::Go(ticket) => ticket,
                 Begin::Wait(mut pending) => {
                     report.waited += 1;
-                    block_on(poll_fn(|cx| pending.poll_begin(cx.waker())))
+                    block_on(poll_fn(|cx| pending.poll_begin(cx.waker())))?
                 }
+                Begin::Refused(refused) => return Err(refused.into()),
             };
             apply(ticket, self.current, change, &mut buf)?;
             report.longest = report.longest.max(before.elapsed());

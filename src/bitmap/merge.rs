@@ -242,7 +242,7 @@ impl HBitmap {
         self.check_len(other)?;
         if self.granularity == other.granularity {
             let mut words = other.dirty_words();
-            return Ok(words.any(|word| self.word(word) & other.word(word) != 0));
+            return Ok(words.any(|(at, bits)| self.word(at) & bits != 0));
         }
         // Each skips to where the other goes on, until both are at the same byte.
         let mut from = 0;
@@ -258,12 +258,17 @@ impl HBitmap {
 
     /// The two maps are equally long.
     fn check_len(&self, other: &HBitmap) -> Result<(), MergeError> {
-        if self.len == other.len {
+        self.check_as_long_as(other.len)
+    }
+
+    /// The map is so long.
+    pub(crate) fn check_as_long_as(&self, other_len: u64) -> Result<(), MergeError> {
+        if self.len == other_len {
             return Ok(());
         }
         Err(MergeError::LengthMismatch {
             len: self.len,
-            other_len: other.len,
+            other_len,
         })
     }
 }
@@ -273,11 +278,8 @@ impl HBitmap {
 /// Made several times over, for what processors have: the work is counting ones.
 #[multiversion(targets = "simd")]
 fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
-    let mut next = other.summary.next_block(0);
-    while let Some(block) = next {
-        next = other.summary.next_block(block + 1);
-        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
-        else {
+    for (block, theirs) in other.summary.blocks_from(0) {
+        let Some(mine) = map.summary.block(block) else {
             break;
         };
         let (words, added) = (&mut map.words[block * 64..], &other.words[block * 64..]);
@@ -292,13 +294,13 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
             added.split_first_chunk::<64>(),
         ) {
             // All 64 words are mixed in both: without a question the compiler makes wide instructions.
-            let mut fullest = 0;
+            let mut has_full = false;
             for (word, added) in words.iter_mut().zip(added) {
                 count += u64::from((added & !*word).count_ones());
                 *word |= added;
-                fullest = fullest.max(*word);
+                has_full |= *word == !0;
             }
-            if fullest == !0 {
+            if has_full {
                 after = classes(words);
             }
         } else {
@@ -331,11 +333,8 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
 /// Takes from `map` what `other` has, which has the same granules. Both have memory.
 #[multiversion(targets = "simd")]
 fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
-    let mut next = other.summary.next_block(0);
-    while let Some(block) = next {
-        next = other.summary.next_block(block + 1);
-        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
-        else {
+    for (block, theirs) in other.summary.blocks_from(0) {
+        let Some(mine) = map.summary.block(block) else {
             break;
         };
         let (words, taken) = (&mut map.words[block * 64..], &other.words[block * 64..]);
@@ -346,13 +345,13 @@ fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
             words.split_first_chunk_mut::<64>(),
             taken.split_first_chunk::<64>(),
         ) {
-            let mut emptiest = !0;
+            let mut has_empty = false;
             for (word, taken) in words.iter_mut().zip(taken) {
                 count += u64::from((*word & taken).count_ones());
                 *word &= !taken;
-                emptiest = emptiest.min(*word);
+                has_empty |= *word == 0;
             }
-            if emptiest == 0 {
+            if has_empty {
                 after = classes(words);
             }
         } else {

@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::word::{Cut, bit, bits_from, lowest, word_of, words_for};
+use super::word::{Cut, bit, bits_from, bits_to, lowest, word_of, words_for};
 use crate::memory::{self, OutOfMemory};
 
 /// What a word, or all that a pair stands for, holds.
@@ -62,6 +62,12 @@ impl Pair {
     #[inline]
     pub(super) const fn lacking(self) -> u64 {
         !self.full
+    }
+
+    /// Whether all 64 children are empty, or all full.
+    #[inline]
+    const fn is_uniform(self) -> bool {
+        self.full == !0 || self.any() == 0
     }
 
     /// The class of all 64 children together.
@@ -157,7 +163,7 @@ impl Summary {
 
     /// Number of pairs of the lowest level.
     #[inline]
-    pub(super) fn blocks(&self) -> usize {
+    pub(super) fn block_count(&self) -> usize {
         self.lowest.len()
     }
 
@@ -165,6 +171,25 @@ impl Summary {
     #[inline]
     pub(super) fn block(&self, block: usize) -> Option<Pair> {
         self.lowest.get(block).copied().map(Pair::from)
+    }
+
+    /// Makes a word of this class, empty or full, a mixed one, if it is of that class and another word of
+    /// its block is mixed: then nobody above has to learn of it. Says whether it did.
+    #[inline]
+    pub(super) fn mix(&mut self, word: usize, class: Class) -> bool {
+        let Some(stored) = self.lowest.get_mut(word / 64) else {
+            return false;
+        };
+        let before = Pair::from(*stored);
+        let is_full = before.full & bit(word as u64) != 0;
+        if before.mixed == 0 || is_full != (class == Class::Full) {
+            return false;
+        }
+        *stored = Stored::from(Pair {
+            mixed: before.mixed | bit(word as u64),
+            full: before.full & !bit(word as u64),
+        });
+        true
     }
 
     /// What a word holds. All are empty in a map without memory.
@@ -192,12 +217,17 @@ impl Summary {
         }
     }
 
-    /// One word is of another class now.
+    /// One word is of another class now than it was.
     #[inline]
     pub(super) fn mark(&mut self, word: usize, class: Class) {
-        let block = word / 64;
-        let before = Pair::from(self.lowest[block]);
-        self.set_block(block, before.with(bit(word as u64), class));
+        let stored = &mut self.lowest[word / 64];
+        let before = Pair::from(*stored);
+        let after = before.with(bit(word as u64), class);
+        *stored = after.into();
+        // Otherwise the block was mixed and is. As one word has changed, it cannot be uniform both times.
+        if before.is_uniform() || after.is_uniform() {
+            self.tell(1, word / 64, after.class());
+        }
     }
 
     /// All of these words, of which there must be one, are of one class now: empty or full.
@@ -211,6 +241,17 @@ impl Summary {
             let whole = Pair { mixed: 0, full: 0 }.with(!0, class);
             self.lowest[body.clone()].fill(whole.into());
             self.tell_run(body, class);
+        }
+    }
+
+    /// The same for words of one block.
+    #[inline]
+    pub(super) fn mark_in_block(&mut self, words: Range<usize>, class: Class) {
+        let children = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
+        let before = Pair::from(self.lowest[words.start / 64]);
+        let after = before.with(children, class);
+        if after != before {
+            self.set_block(words.start / 64, after);
         }
     }
 
@@ -238,31 +279,54 @@ impl Summary {
     }
 
     /// The first word at or after `from` that is not empty.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_any(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::any)
     }
 
     /// The first word at or after `from` that is not full.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_lacking(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::lacking)
     }
 
-    /// The first block at or after `from` that is not empty.
+    /// The blocks from `first` on that are not empty.
     #[inline]
-    pub(super) fn next_block(&self, from: usize) -> Option<usize> {
-        if Pair::from(*self.lowest.get(from)?).any() != 0 {
-            return Some(from);
+    pub(super) fn blocks_from(&self, first: usize) -> Blocks<'_> {
+        let group = first / 64;
+        Blocks {
+            summary: self,
+            group,
+            rest: self.group(group) & bits_from(first as u64),
         }
-        self.next_any((from + 1) << 6).map(|word| word >> 6)
+    }
+
+    /// Which of 64 neighbouring blocks are not empty.
+    #[inline]
+    fn group(&self, group: usize) -> u64 {
+        match self.upper.first() {
+            Some(level) => level.get(group).map_or(0, |pair| Pair::from(*pair).any()),
+            // There is one block, or none.
+            None => u64::from(group == 0 && self.block(0).is_some_and(|pair| pair.any() != 0)),
+        }
     }
 
     /// The first word at or after `from` that `pick` has in its pair, and in all above.
     #[inline]
     fn next(&self, from: usize, pick: impl Fn(Pair) -> u64) -> Option<usize> {
+        self.next_above(0, from, pick)
+    }
+
+    /// The same for children of the pairs of another level.
+    #[inline]
+    fn next_above(
+        &self,
+        lowest_height: usize,
+        from: usize,
+        pick: impl Fn(Pair) -> u64,
+    ) -> Option<usize> {
         let mut index = from as u64;
-        let mut height = 0;
+        let mut height = lowest_height;
         // Up, while there is nothing to the right below the same pair.
         let mut found = loop {
             let at = word_of(index);
@@ -274,7 +338,7 @@ impl Summary {
             height += 1;
         };
         // Down to the first. A child past the end is not full either, but not there.
-        for height in (0..height).rev() {
+        for height in (lowest_height..height).rev() {
             let pair = *self.level(height)?.get(found)?;
             found = lowest(found, pick(pair.into())) as usize;
         }
@@ -345,6 +409,36 @@ impl Summary {
         };
         rebuilt.rebuild();
         assert_eq!(rebuilt.upper, self.upper, "2: what upper levels say");
+    }
+}
+
+/// Blocks of 64 words that are not empty, ascending, with what is known of them.
+#[derive(Clone, Debug)]
+pub(super) struct Blocks<'a> {
+    summary: &'a Summary,
+    /// 64 blocks, of which `rest` are to come.
+    group: usize,
+    rest: u64,
+}
+
+impl Iterator for Blocks<'_> {
+    type Item = (usize, Pair);
+
+    #[inline]
+    fn next(&mut self) -> Option<(usize, Pair)> {
+        if self.rest == 0 {
+            let next = self.group + 1;
+            if self.summary.group(next) == 0 {
+                // Children of the pairs two levels up are groups.
+                self.group = self.summary.next_above(2, next, Pair::any)?;
+            } else {
+                self.group = next;
+            }
+            self.rest = self.summary.group(self.group);
+        }
+        let block = lowest(self.group, self.rest) as usize;
+        self.rest &= self.rest - 1;
+        Some((block, self.summary.block(block)?))
     }
 }
 

@@ -1,6 +1,5 @@
 //! A device for a guest whose path is async: writes pass the node's gate on their way.
 
-use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
@@ -8,7 +7,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::copy::{Extent, Limits, Unmap};
 use crate::io::{BlockDevice, BufResult, ReadAt, WriteAt};
-use crate::node::{Node, OwnedTicket, QuiesceGuard};
+use crate::node::{Node, OwnedTicket, QuiesceGuard, WriteRefused};
 use crate::units::ByteRange;
 
 /// A guest's disk: a device behind the gate of a [`Node`], which can be exchanged for another while
@@ -16,7 +15,7 @@ use crate::units::ByteRange;
 ///
 /// Writes, write-zeroes and discards wait while the node is quiesced and are recorded when they have
 /// settled; each picks the device after it was let in, so that one that waited for a switch goes to the
-/// new device only. Reads and flushes go straight to the device.
+/// new device only. While the node refuses them they fail with `PermissionDenied`, and nothing is written. Reads and flushes go straight to the device.
 ///
 /// # Cancel safety
 ///
@@ -75,20 +74,14 @@ impl<D> GuestDisk<D> {
 }
 
 impl<D: WriteAt> GuestDisk<D> {
-    async fn write<R>(&self, range: ByteRange, write: impl AsyncFnOnce(&D) -> R) -> R {
+    /// Waits until a write is let in. The device is to be chosen after that.
+    async fn begin(&self, range: ByteRange) -> Result<InFlight<'_, D>, WriteRefused> {
         self.settle_abandoned().await;
-        let ticket = self.node.begin_write_owned(range).await;
-        let mut in_flight = InFlight {
+        let ticket = self.node.begin_write_owned(range).await?;
+        Ok(InFlight {
             disk: self,
             ticket: Some(ticket),
-        };
-        let device = self.device();
-        let result = write(&device).await;
-        let ticket = in_flight
-            .ticket
-            .take()
-            .expect("only dropping takes it otherwise");
-        ticket.finish(result)
+        })
     }
 
     async fn settle_abandoned(&self) {
@@ -103,6 +96,15 @@ impl<D: WriteAt> GuestDisk<D> {
         };
         self.device().settle().await;
         taken.tickets.clear();
+    }
+}
+
+impl<D> InFlight<'_, D> {
+    /// The write has settled.
+    fn finish<R>(mut self, result: R) -> R {
+        let ticket = self.ticket.take();
+        let ticket = ticket.expect("only dropping takes it otherwise");
+        ticket.finish(result)
     }
 }
 
@@ -150,18 +152,21 @@ impl<D: WriteAt> WriteAt for GuestDisk<D> {
             let error = io::Error::new(io::ErrorKind::InvalidInput, "the write ends past 2^64");
             return (Err(error), buf);
         };
-        self.write(range, async |device: &D| device.write_at(offset, buf).await)
-            .await
+        let in_flight = match self.begin(range).await {
+            Ok(in_flight) => in_flight,
+            Err(refused) => return (Err(refused.into()), buf),
+        };
+        in_flight.finish(self.device().write_at(offset, buf).await)
     }
 
-    fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>> {
-        self.write(range, async move |device: &D| {
-            device.write_zeroes(range, unmap).await
-        })
+    async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+        let in_flight = self.begin(range).await?;
+        in_flight.finish(self.device().write_zeroes(range, unmap).await)
     }
 
-    fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
-        self.write(range, async move |device: &D| device.discard(range).await)
+    async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        let in_flight = self.begin(range).await?;
+        in_flight.finish(self.device().discard(range).await)
     }
 
     async fn flush(&self) -> io::Result<()> {

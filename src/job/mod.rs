@@ -383,6 +383,20 @@ impl Job {
         })
     }
 
+    /// Whether [`start`](Self::start) would do: what a transaction asks before it does.
+    pub(crate) fn check_start(&self) -> Result<(), VerbError> {
+        let state = self.shared.lock();
+        if state.status.allows(Verb::Start) && state.cancel.is_none() {
+            return Ok(());
+        }
+        Err(state.not_allowed(Verb::Start))
+    }
+
+    /// Whether two handles stand for one job.
+    pub(crate) fn is(&self, other: &Job) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
     /// A change that comes from elsewhere: the machine must know, too.
     fn note(&self, change: impl FnOnce(&mut State)) {
         self.together(|_, after| {

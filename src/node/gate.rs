@@ -38,6 +38,8 @@ use crate::sync::{Arc, Mutex};
 const CLOSED: u64 = 1;
 /// Somebody wants to be woken by the next write that leaves.
 const ARMED: u64 = 2;
+/// Writes are refused: a bitmap could not record them.
+const REFUSED: u64 = 4;
 /// Above this bit: which log writes are recorded in, plus one; 0 for none.
 const LOG_SHIFT: u32 = 8;
 
@@ -165,6 +167,14 @@ pub(super) struct Gate {
 /// One lane's counter, as its queue and its tickets hold it.
 pub(super) struct LaneCounter(Arc<Padded<Counter>>);
 
+/// Why a write was not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Turned {
+    /// The gate is closed. Whether the write is refused shows when it is open again.
+    Closed,
+    Refused,
+}
+
 /// What a write that was let in must know when it leaves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry {
@@ -214,27 +224,30 @@ impl Gate {
         WaiterId(state.next_waiter)
     }
 
-    /// Lets a write in, unless the gate is closed.
+    /// Lets a write in, unless the gate is closed or writes are refused.
     #[inline]
-    pub(super) fn try_enter(&self, lane: &LaneCounter) -> Option<Entry> {
+    pub(super) fn try_enter(&self, lane: &LaneCounter) -> Result<Entry, Turned> {
         self.enter_by(lane, Counter::enter)
     }
 
     /// As [`try_enter`](Self::try_enter), for a write that had to wait: on any thread.
-    pub(super) fn try_enter_late(&self, lane: &LaneCounter) -> Option<Entry> {
+    pub(super) fn try_enter_late(&self, lane: &LaneCounter) -> Result<Entry, Turned> {
         self.enter_by(lane, Counter::enter_late)
     }
 
     #[inline]
-    fn enter_by(&self, lane: &LaneCounter, count: impl FnOnce(&Counter)) -> Option<Entry> {
+    fn enter_by(&self, lane: &LaneCounter, count: impl FnOnce(&Counter)) -> Result<Entry, Turned> {
         let flags = self.look_after(GateRule::CountThenLook, || count(&lane.0.0));
-        if flags & CLOSED == 0 {
-            return Some(Entry {
+        if flags & (CLOSED | REFUSED) == 0 {
+            return Ok(Entry {
                 log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
             });
         }
         self.leave(lane);
-        None
+        if flags & CLOSED != 0 {
+            return Err(Turned::Closed);
+        }
+        Err(Turned::Refused)
     }
 
     /// The flags as they are after `count` was called; before, if that `rule` is broken.
@@ -257,7 +270,7 @@ impl Gate {
         lane: &LaneCounter,
         id: WaiterId,
         waker: &Waker,
-    ) -> Option<Entry> {
+    ) -> Result<Entry, Turned> {
         // The waker goes in while the gate is known to be closed, so that whoever opens finds it.
         let mut state = self.state.lock();
         let is_closed = state.closers > 0;
@@ -273,10 +286,10 @@ impl Gate {
         drop(state);
         drop(unused);
         if is_closed {
-            return None;
+            return Err(Turned::Closed);
         }
         let entry = self.try_enter_late(lane);
-        if entry.is_none() {
+        if matches!(entry, Err(Turned::Closed)) {
             // Closed again in between: the next poll registers.
             waker.wake_by_ref();
         }
@@ -370,13 +383,30 @@ impl Gate {
         drop(removed);
     }
 
+    /// Whether writes are refused from now on. For those that were let in before it is no answer: to
+    /// refuse, the gate is closed and quiet.
+    pub(super) fn refuse_writes(&self, are_refused: bool) {
+        let _state = self.state.lock();
+        if are_refused && !is_broken(Sabotage::LetInReadonly) {
+            self.flags.0.fetch_or(REFUSED, Ordering::SeqCst);
+        } else {
+            self.flags.0.fetch_and(!REFUSED, Ordering::SeqCst);
+        }
+    }
+
+    /// Which log writes are recorded in. For tests.
+    pub(super) fn recorded_in(&self) -> Option<usize> {
+        let log = self.flags.0.load(Ordering::SeqCst) >> LOG_SHIFT;
+        log.checked_sub(1).map(|log| log as usize)
+    }
+
     /// Which log writes are recorded in from now on. Going to another log while writes are inside
     /// would let one be recorded where nobody looks any more, so the gate is closed and quiet then;
     /// going to none is harmless at any time.
     pub(super) fn record_in(&self, log: Option<usize>) {
         let bits = log.map_or(0, |index| index as u64 + 1) << LOG_SHIFT;
         let _state = self.state.lock();
-        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED);
+        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED | REFUSED);
         // Every change of the flags is made under the lock, so nothing is lost by a plain store.
         self.flags.0.store(rest | bits, Ordering::SeqCst);
     }

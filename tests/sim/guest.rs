@@ -151,6 +151,7 @@ impl Guests {
                 thread.flag = Flag::new();
                 thread.state = State::Waiting(pending, kind);
             }
+            Begin::Refused(_) => unreachable!("no bitmap is read-only"),
         }
     }
 
@@ -166,7 +167,7 @@ impl Guests {
             }
             let kind = *kind;
             let waker = Waker::from(Arc::clone(&thread.flag));
-            if let std::task::Poll::Ready(ticket) = pending.poll_begin(&waker) {
+            if let std::task::Poll::Ready(Ok(ticket)) = pending.poll_begin(&waker) {
                 self.write(world, index, ticket, kind);
             }
         }

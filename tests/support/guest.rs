@@ -179,7 +179,10 @@ async fn live(shared: Arc<Shared>, mut memory: Memory, mut random: Random) -> Me
             Path::Disk => deed.perform(&*shared.disk).await,
             Path::Gate => {
                 let node = shared.disk.node();
-                let ticket = node.begin_write(deed.range()).await;
+                let ticket = node
+                    .begin_write(deed.range())
+                    .await
+                    .expect("no bitmap is read-only");
                 if shared.must_stop.load(Ordering::SeqCst) {
                     ticket.cancel();
                     break;

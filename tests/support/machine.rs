@@ -263,6 +263,7 @@ impl Machine {
                 false
             }
             Begin::Wait(_) => true,
+            Begin::Refused(_) => unreachable!("no bitmap is read-only"),
         }
     }
 

@@ -1,0 +1,219 @@
+//! Bitmaps whose bits belong to an operation for a while.
+
+use std::fmt;
+use std::mem;
+
+use super::entry::{Content, Intent, Named, Successor, Usage, unshared};
+use super::{BitmapError, Bitmaps, SnapshotOf};
+use crate::bitmap::HBitmap;
+use crate::node::{Inner, JobBitmapGuard, QuiesceGuard};
+use crate::sabotage::{Sabotage, is_broken};
+use crate::sync::Arc;
+
+/// What a claimed bitmap is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClaimFor {
+    /// The operation goes by it and leaves it as it is: it may be read-only.
+    Reading,
+    /// The operation changes it, or abdicates when it succeeds.
+    Change,
+}
+
+/// How a claim ends.
+enum End {
+    Abdicate,
+    Reclaim,
+}
+
+/// That the bits of a bitmap belong to an operation, a backup as a rule, while an anonymous *successor*
+/// records in its place.
+///
+/// Made by [`Bitmaps::claim`]. It ends in one of two ways: [`abdicate`](Self::abdicate) when the
+/// operation has dealt with what was dirty, or [`reclaim`](Self::reclaim), and so when it is dropped, when
+/// it has not.
+///
+/// # Examples
+///
+/// ```
+/// use blockjob::{BitmapOptions, ClaimFor, Node, SnapshotOf};
+///
+/// let node = Node::new(1 << 20);
+/// let bitmaps = node.bitmaps();
+/// let guard = node.quiesce().try_guard().expect("no write is in flight");
+/// bitmaps.add(&guard, "daily", BitmapOptions::default())?;
+/// drop(guard);
+/// let write = |at| node.begin_write((at..at + 1).into()).go().expect("nobody quiesces it").finish(());
+///
+/// write(0);
+/// let claim = bitmaps.claim("daily", ClaimFor::Change)?;
+/// write(1 << 19);
+/// assert_eq!(claim.snapshot(SnapshotOf::Bitmap)?.dirty_bytes(), 65536);
+/// drop(claim); // the backup has failed
+/// assert_eq!(bitmaps.query("daily")?.dirty_bytes, 2 * 65536);
+///
+/// let claim = bitmaps.claim("daily", ClaimFor::Change)?;
+/// write(0);
+/// claim.abdicate(); // the backup has all that was written before it
+/// assert_eq!(bitmaps.query("daily")?.dirty_bytes, 65536);
+/// # Ok::<(), blockjob::BitmapError>(())
+/// ```
+#[must_use = "the claim is given up when this is dropped"]
+pub struct BitmapClaim {
+    /// `None` once it has ended.
+    node: Option<Arc<Inner>>,
+    id: u64,
+}
+
+impl Bitmaps<'_> {
+    /// Takes the bits of a bitmap, which do not change by guest writes from now on, and has a clean
+    /// successor record in its place if it did.
+    ///
+    /// That is one instant for all writes, but not one without writes in flight: such a write is on the
+    /// disk by then or not, and recorded by the successor. Where that matters the node is quiesced.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](BitmapError::NotFound), [`Busy`](BitmapError::Busy),
+    /// [`ReadOnly`](BitmapError::ReadOnly) if it is for change,
+    /// [`Inconsistent`](BitmapError::Inconsistent), [`OutOfMemory`](BitmapError::OutOfMemory).
+    pub fn claim(&self, name: &str, claim: ClaimFor) -> Result<BitmapClaim, BitmapError> {
+        let mut list = self.inner().lock_drained();
+        let (id, named) = list.find_mut(name)?;
+        let idle = named.idle(match claim {
+            ClaimFor::Reading => Intent::Use,
+            ClaimFor::Change => Intent::Change,
+        })?;
+        let map = self.inner().new_map(idle.map.granularity())?;
+        let is_enabled = idle.usage.is_enabled();
+        *idle.usage = Usage::Claimed(Successor { map, is_enabled });
+        Ok(BitmapClaim {
+            node: Some(Arc::clone(self.inner())),
+            id,
+        })
+    }
+}
+
+impl BitmapClaim {
+    /// The successor takes the place of the bitmap, under its name, with its flags and at its place in
+    /// the order; the claimed bits are gone. For an operation that has dealt with them.
+    pub fn abdicate(mut self) {
+        self.end(End::Abdicate);
+    }
+
+    /// The bitmap has back its bits and what was recorded meanwhile, and records if its successor did.
+    /// Never fails. Dropping the claim does the same.
+    pub fn reclaim(mut self) {
+        self.end(End::Reclaim);
+    }
+
+    /// Has the successor record from now on. It does already if the bitmap did when it was claimed; no
+    /// error then.
+    ///
+    /// # Errors
+    ///
+    /// [`OtherNode`](BitmapError::OtherNode) of the guard, [`TooLarge`](BitmapError::TooLarge) and
+    /// [`OutOfMemory`](BitmapError::OutOfMemory) of the log.
+    pub fn enable_successor(&self, guard: &QuiesceGuard) -> Result<(), BitmapError> {
+        if !guard.is_of_inner(self.node()) {
+            return Err(BitmapError::OtherNode);
+        }
+        let mut list = self.node().lock_drained();
+        let granularity = list.owned(self.id).granularity();
+        self.node().start_recording(&mut list, granularity)?;
+        list.owned_mut(self.id).successor_mut().is_enabled = true;
+        Ok(())
+    }
+
+    /// A copy of the claimed bits, alone or with those of the successor at this moment.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfMemory`](BitmapError::OutOfMemory).
+    pub fn snapshot(&self, of: SnapshotOf) -> Result<HBitmap, BitmapError> {
+        self.node().lock_drained().owned(self.id).snapshot(of)
+    }
+
+    /// The claimed bits, to change them: those of a backup that keeps what it has copied, say.
+    ///
+    /// # Errors
+    ///
+    /// [`ReadOnly`](BitmapError::ReadOnly).
+    pub fn lock(&self) -> Result<JobBitmapGuard<'_>, BitmapError> {
+        let list = self.node().lock_drained();
+        let named = list.owned(self.id);
+        if named.is_readonly() {
+            return Err(named.readonly());
+        }
+        Ok(JobBitmapGuard::new(list, self.id))
+    }
+
+    fn node(&self) -> &Arc<Inner> {
+        self.node.as_ref().expect("what ends it consumes it")
+    }
+
+    fn end(&mut self, end: End) {
+        let Some(node) = self.node.take() else {
+            return;
+        };
+        let mut list = node.lock_drained();
+        let unused = list.owned_mut(self.id).end_claim(end);
+        drop(list);
+        drop(unused);
+    }
+}
+
+impl Drop for BitmapClaim {
+    fn drop(&mut self) {
+        self.end(End::Reclaim);
+    }
+}
+
+impl fmt::Debug for BitmapClaim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BitmapClaim")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Named {
+    fn successor_mut(&mut self) -> &mut Successor {
+        match &mut self.content {
+            Content::Known {
+                usage: Usage::Claimed(successor),
+                ..
+            } => successor,
+            Content::Known { .. } | Content::Inconsistent { .. } => {
+                unreachable!("it has a successor for as long as it is claimed")
+            }
+        }
+    }
+
+    /// Gives back the map that is not needed any more, for the caller to drop outside of the lock.
+    fn end_claim(&mut self, end: End) -> HBitmap {
+        let Content::Known { map, usage } = &mut self.content else {
+            unreachable!("an inconsistent bitmap is not claimed")
+        };
+        let idle = Usage::Idle { is_enabled: false };
+        let Usage::Claimed(successor) = mem::replace(usage, idle) else {
+            unreachable!("it has a successor for as long as it is claimed")
+        };
+        let is_enabled = successor.is_enabled && !is_broken(Sabotage::EndDisabled);
+        *usage = Usage::Idle { is_enabled };
+        let map = unshared(map);
+        match end {
+            End::Abdicate => {
+                if is_broken(Sabotage::AbdicateForgetsFlags) {
+                    self.stored = self.stored.map(|_| super::entry::Stored::default());
+                }
+                mem::replace(map, successor.map)
+            }
+            End::Reclaim => {
+                if !is_broken(Sabotage::ReclaimForgetsSuccessor) {
+                    map.merge_from(&successor.map).expect("it is as long");
+                }
+                successor.map
+            }
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Being let in, waiting to be let in, and saying that a write has settled.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+use std::mem;
+use std::ops::Deref;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
+use super::Lane;
+use super::gate::{Entry, Turned, WaiterId};
+use crate::sabotage::{Sabotage, is_broken};
+use crate::sync::Arc;
+use crate::units::ByteRange;
+
+/// What became of the wish to write.
+#[must_use = "a write that was let in keeps the node from being quiesced until its ticket is gone"]
+pub enum Begin<L: Way> {
+    /// Write now, and finish the ticket when the write has settled.
+    Go(Ticket<L>),
+    /// The node is quiesced: do not write yet.
+    Wait(PendingWrite<L>),
+    /// Do not write: it could not be recorded. Tell the guest that the disk is read-only.
+    Refused(WriteRefused),
+}
+
+/// A write that is not let in, for a bitmap of the node is [read-only](crate::Bitmaps::mark_readonly) and could
+/// not record it. Nothing was written, and nothing is recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a dirty bitmap of the disk is read-only, and so is the disk")]
+pub struct WriteRefused;
+
+impl From<WriteRefused> for io::Error {
+    fn from(refused: WriteRefused) -> Self {
+        Self::new(io::ErrorKind::PermissionDenied, refused)
+    }
+}
+
+/// A write that was let in and has not settled.
+///
+/// Dropping it without [`finish`](Self::finish) counts as a write that may have happened: it is
+/// recorded. For a write that was never issued there is [`cancel`](Self::cancel).
+#[must_use = "dropping the ticket says that the write has settled"]
+pub struct Ticket<L: Way> {
+    /// `None` once the write has left.
+    lane: Option<L>,
+    range: ByteRange,
+    entry: Entry,
+}
+
+/// A [`Ticket`] that borrows nothing, for those who keep it beside a request in flight.
+pub type OwnedTicket = Ticket<Arc<Lane>>;
+
+/// How a ticket leads to its [`Lane`]: `&Lane`, or `Arc<Lane>` for one that borrows nothing.
+pub trait Way: Deref<Target = Lane> + Clone + Unpin {}
+
+impl<L: Deref<Target = Lane> + Clone + Unpin> Way for L {}
+
+/// A write that waits until the node is no longer quiesced.
+///
+/// Ask with [`try_begin`](Self::try_begin), have any waker called with
+/// [`poll_begin`](Self::poll_begin), or await it. Dropping it gives the write up.
+#[must_use]
+pub struct PendingWrite<L: Way> {
+    lane: L,
+    range: ByteRange,
+    id: Option<WaiterId>,
+}
+
+/// Waits for [`Begin`]; made by its `IntoFuture`.
+#[must_use]
+pub struct BeginFuture<L: Way>(Option<Begin<L>>);
+
+impl<L: Way> Ticket<L> {
+    #[inline]
+    fn new(lane: L, range: ByteRange, entry: Entry) -> Self {
+        if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log) {
+            lane.node.record(log, range);
+        }
+        Self {
+            lane: Some(lane),
+            range,
+            entry,
+        }
+    }
+
+    /// What is written.
+    #[must_use]
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// The write has settled: nothing that belongs to it will change the disk any more.
+    ///
+    /// Takes what the write came to, and hands it back as it is. A failed write is recorded like any
+    /// other, for part of it may have landed. Call this before the guest is told.
+    #[inline]
+    pub fn finish<R>(mut self, result: R) -> R {
+        let lane = self.lane.take();
+        let (range, entry) = (self.range, self.entry);
+        // Nothing is left in it to drop. With the drop, also the one of unwinding, goes what would keep
+        // the ticket in memory rather than in registers.
+        mem::forget(self);
+        if let Some(lane) = lane {
+            lane.settle(range, entry);
+        }
+        result
+    }
+
+    /// The write was not issued and will not be: nothing is recorded.
+    pub fn cancel(mut self) {
+        if let Some(lane) = self.lane.take() {
+            lane.node.gate.leave(&lane.counter);
+        }
+    }
+}
+
+impl<L: Way> Drop for Ticket<L> {
+    fn drop(&mut self) {
+        if is_broken(Sabotage::ForgetDropped) {
+            self.entry.log = None;
+        }
+        if let Some(lane) = self.lane.take() {
+            lane.settle(self.range, self.entry);
+        }
+    }
+}
+
+impl<L: Way> fmt::Debug for Ticket<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Ticket")
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<L: Way> Begin<L> {
+    #[inline]
+    pub(super) fn new(lane: L, range: ByteRange) -> Self {
+        match lane.node.gate.try_enter(&lane.counter) {
+            Ok(entry) => Begin::Go(Ticket::new(lane, range, entry)),
+            Err(Turned::Closed) => Begin::Wait(PendingWrite {
+                lane,
+                range,
+                id: None,
+            }),
+            Err(Turned::Refused) => Begin::Refused(WriteRefused),
+        }
+    }
+
+    /// The ticket, if the write was let in at once.
+    #[must_use]
+    pub fn go(self) -> Option<Ticket<L>> {
+        match self {
+            Begin::Go(ticket) => Some(ticket),
+            Begin::Wait(_) | Begin::Refused(_) => None,
+        }
+    }
+}
+
+impl<L: Way> fmt::Debug for Begin<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Begin::Go(ticket) => ticket.fmt(f),
+            Begin::Wait(pending) => pending.fmt(f),
+            Begin::Refused(refused) => refused.fmt(f),
+        }
+    }
+}
+
+/// Awaiting waits until the node is open.
+///
+/// # Errors
+///
+/// [`WriteRefused`].
+///
+/// # Cancel safety
+///
+/// Dropping the future gives the write up; nothing is recorded.
+impl<L: Way> IntoFuture for Begin<L> {
+    type Output = Result<Ticket<L>, WriteRefused>;
+    type IntoFuture = BeginFuture<L>;
+
+    fn into_future(self) -> BeginFuture<L> {
+        BeginFuture(Some(self))
+    }
+}
+
+impl<L: Way> Future for BeginFuture<L> {
+    type Output = Result<Ticket<L>, WriteRefused>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.0.take().expect("not polled after it was ready") {
+            Begin::Go(ticket) => Poll::Ready(Ok(ticket)),
+            Begin::Refused(refused) => Poll::Ready(Err(refused)),
+            Begin::Wait(mut pending) => {
+                let poll = pending.poll_begin(cx.waker());
+                if poll.is_pending() {
+                    self.0 = Some(Begin::Wait(pending));
+                }
+                poll
+            }
+        }
+    }
+}
+
+impl<L: Way> Drop for BeginFuture<L> {
+    fn drop(&mut self) {
+        // A ticket that nobody was given: nothing was written.
+        if let Some(Begin::Go(ticket)) = self.0.take() {
+            ticket.cancel();
+        }
+    }
+}
+
+impl<L: Way> PendingWrite<L> {
+    /// What is to be written.
+    #[must_use]
+    pub fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// The ticket, or that there will be none, if the node is open by now.
+    pub fn try_begin(&mut self) -> Option<Result<Ticket<L>, WriteRefused>> {
+        self.answer(self.lane.node.gate.try_enter_late(&self.lane.counter))
+    }
+
+    /// As [`try_begin`](Self::try_begin); if the node is not open, `waker` is called when it is worth asking
+    /// again. The waker of the last call counts.
+    pub fn poll_begin(&mut self, waker: &Waker) -> Poll<Result<Ticket<L>, WriteRefused>> {
+        let gate = &self.lane.node.gate;
+        let id = *self.id.get_or_insert_with(|| gate.new_waiter());
+        let entered = gate.enter_or_wait(&self.lane.counter, id, waker);
+        self.answer(entered).map_or(Poll::Pending, Poll::Ready)
+    }
+
+    fn answer(&self, entered: Result<Entry, Turned>) -> Option<Result<Ticket<L>, WriteRefused>> {
+        match entered {
+            Ok(entry) => Some(Ok(Ticket::new(self.lane.clone(), self.range, entry))),
+            Err(Turned::Closed) => None,
+            Err(Turned::Refused) => Some(Err(WriteRefused)),
+        }
+    }
+}
+
+impl<L: Way> Drop for PendingWrite<L> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.lane.node.gate.forget_writer(id);
+        }
+    }
+}
+
+impl<L: Way> fmt::Debug for PendingWrite<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PendingWrite")
+            .field("range", &self.range)
+            .finish_non_exhaustive()
+    }
+}

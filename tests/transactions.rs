@@ -1,0 +1,685 @@
+//! Transactions: what fails at every place of a list, who is held and for how long, jobs, and writers that
+//! must not see a half of it.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a test brings the threads"
+)]
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+use std::time::Duration;
+
+use blockjob::{
+    ActionError, ActionKind, Begin, BitmapError, BitmapInfo, BitmapOptions, BitmapStorage,
+    BusyWith, Cancel, Granularity, HBitmap, Job, Limits, Mirror, MirrorOptions, Node, Prepared,
+    QuiesceGuard, SnapshotOf, Status, Transaction, TransactionError, VerbError,
+};
+
+const LEN: u64 = 1 << 20;
+const G: u64 = 1 << 16;
+
+fn quiesced(node: &Node) -> QuiesceGuard {
+    node.quiesce().try_guard().expect("no write is in flight")
+}
+
+fn write(node: &Node, at: u64) {
+    let begin = node.begin_write((at..at + 1).into());
+    begin.go().expect("nobody holds the node").finish(());
+}
+
+fn is_held(node: &Node) -> bool {
+    match node.begin_write((0..1).into()) {
+        Begin::Go(ticket) => {
+            ticket.cancel();
+            false
+        }
+        Begin::Wait(_) => true,
+        Begin::Refused(_) => panic!("no bitmap is read-only"),
+    }
+}
+
+/// Of a transaction when no write is in flight.
+fn prepare(transaction: Transaction) -> Result<Prepared, TransactionError> {
+    let prepared = transaction.prepare().try_prepared();
+    prepared.expect("no write is in flight")
+}
+
+fn run(transaction: Transaction) -> Result<(), TransactionError> {
+    prepare(transaction).map(Prepared::commit)
+}
+
+fn options(granule: u64) -> BitmapOptions {
+    let mut options = BitmapOptions::default();
+    options.granularity = Some(Granularity::from_bytes(granule).unwrap());
+    options
+}
+
+fn names(node: &Node) -> Vec<String> {
+    let infos = node.bitmaps().query_all().into_iter();
+    infos.map(|info| info.name).collect()
+}
+
+fn dirty(node: &Node, name: &str) -> Vec<u64> {
+    let bits = node.bitmaps().snapshot(name, SnapshotOf::Bitmap).unwrap();
+    bits.iter().map(|start| start / G).collect()
+}
+
+/// Everything that can be seen of the bitmaps of nodes.
+fn picture(nodes: &[Node]) -> Vec<(BitmapInfo, HBitmap)> {
+    let mut seen = Vec::new();
+    for node in nodes {
+        node.bitmaps().check_invariants();
+        for info in node.bitmaps().query_all() {
+            let bits = node
+                .bitmaps()
+                .snapshot(&info.name, SnapshotOf::WithSuccessor);
+            seen.push((info, bits.unwrap()));
+        }
+    }
+    seen
+}
+
+/// Two nodes, each with `on`, which records, `off`, which does not, and `held`, which records and is in
+/// use. `on` has something that a log still holds.
+fn two_nodes() -> ([Node; 2], Vec<blockjob::BitmapHold>) {
+    let nodes = [Node::new(LEN), Node::new(LEN)];
+    let mut holds = Vec::new();
+    for node in &nodes {
+        let guard = quiesced(node);
+        node.bitmaps().add(&guard, "on", options(G)).unwrap();
+        node.bitmaps().add(&guard, "off", options(G)).unwrap();
+        node.bitmaps().add(&guard, "held", options(4096)).unwrap();
+        drop(guard);
+        write(node, 3 * G);
+        node.bitmaps().disable("off").unwrap();
+        write(node, 5 * G);
+        holds.push(node.bitmaps().hold("held").unwrap());
+    }
+    (nodes, holds)
+}
+
+/// A kind of act, and how one of it is put on a list.
+type Act = (ActionKind, fn(&mut Transaction, &Node, &Node));
+
+const GOOD: &[Act] = &[
+    (ActionKind::Add, |list, node, _| {
+        list.add(node, "new", options(512));
+    }),
+    (ActionKind::Add, |list, node, _| {
+        list.add_disabled(node, "idle", options(G));
+    }),
+    (ActionKind::Disable, |list, node, _| {
+        list.disable(node, "on");
+    }),
+    (ActionKind::Enable, |list, node, _| {
+        list.enable(node, "off");
+    }),
+    (ActionKind::Merge, |list, node, other| {
+        list.merge(node, "off", &[(node, "on"), (other, "on")]);
+    }),
+    (ActionKind::Clear, |list, node, _| {
+        list.clear(node, "on");
+    }),
+    (ActionKind::Rename, |list, node, _| {
+        list.rename(node, "on", "renamed");
+    }),
+    (ActionKind::Remove, |list, node, _| {
+        list.remove(node, "off");
+    }),
+];
+
+const BAD: &[Act] = &[
+    (ActionKind::Add, |list, node, _| {
+        list.add(node, "held", options(G));
+    }),
+    (ActionKind::Add, |list, node, _| {
+        list.add_disabled(node, "", options(G));
+    }),
+    (ActionKind::Disable, |list, node, _| {
+        list.disable(node, "held");
+    }),
+    (ActionKind::Enable, |list, node, _| {
+        list.enable(node, "held");
+    }),
+    (ActionKind::Enable, |list, node, _| {
+        list.enable(node, "nobody");
+    }),
+    (ActionKind::Merge, |list, node, other| {
+        list.merge(node, "held", &[(other, "on")]);
+    }),
+    (ActionKind::Merge, |list, node, other| {
+        list.merge(other, "held", &[(node, "held")]);
+    }),
+    (ActionKind::Clear, |list, node, _| {
+        list.clear(node, "held");
+    }),
+    (ActionKind::Rename, |list, node, _| {
+        list.rename(node, "nobody", "somebody");
+    }),
+    (ActionKind::Remove, |list, node, _| {
+        list.remove(node, "held");
+    }),
+    (ActionKind::Start, |list, node, _| {
+        // Its machine is gone.
+        list.start(&job(node));
+    }),
+    (ActionKind::Abort, |list, _, _| {
+        list.abort();
+    }),
+];
+
+fn job(node: &Node) -> Job {
+    let limits = Limits::new(node.len());
+    let mirror = Mirror::new(node, limits, limits, MirrorOptions::default()).unwrap();
+    mirror.job().clone()
+}
+
+fn push_good(list: &mut Transaction, nodes: &[Node; 2], index: usize) {
+    let (node, other) = (&nodes[index % 2], &nodes[(index + 1) % 2]);
+    // Each kind on each node, in turn.
+    GOOD[index / 2].1(list, node, other);
+}
+
+#[test]
+fn whatever_fails_at_whatever_place_all_is_as_before() {
+    for (kind, bad) in BAD {
+        for place in 0..=GOOD.len() * 2 {
+            let (nodes, _holds) = two_nodes();
+            let mut list = Transaction::new();
+            for index in 0..GOOD.len() * 2 {
+                if index == place {
+                    bad(&mut list, &nodes[0], &nodes[1]);
+                }
+                push_good(&mut list, &nodes, index);
+            }
+            if place == GOOD.len() * 2 {
+                bad(&mut list, &nodes[0], &nodes[1]);
+            }
+            let (reference, _reference_holds) = two_nodes();
+            let error = run(list).unwrap_err();
+            assert_eq!((error.index, error.kind), (place, *kind), "{error}");
+            assert_eq!(picture(&nodes), picture(&reference), "{error}");
+            assert!(!nodes.iter().any(is_held), "{error}");
+            // What records goes on, each in its granules.
+            for pair in [&nodes, &reference] {
+                pair.iter().for_each(|node| write(node, 9 * G));
+            }
+            assert_eq!(picture(&nodes), picture(&reference), "{error}");
+        }
+    }
+}
+
+#[test]
+fn what_is_prepared_and_dropped_is_as_before_at_every_length() {
+    for length in 0..=GOOD.len() * 2 {
+        let (nodes, _holds) = two_nodes();
+        let (reference, _reference_holds) = two_nodes();
+        let mut list = Transaction::new();
+        (0..length).for_each(|index| push_good(&mut list, &nodes, index));
+        let prepared = prepare(list).unwrap();
+        assert_eq!(is_held(&nodes[0]), length > 0);
+        drop(prepared);
+        assert_eq!(picture(&nodes), picture(&reference), "{length} acts");
+        assert!(!nodes.iter().any(is_held));
+    }
+}
+
+#[test]
+fn what_is_committed_is_done() {
+    let (nodes, _holds) = two_nodes();
+    let mut list = Transaction::new();
+    (0..GOOD.len() * 2).for_each(|index| push_good(&mut list, &nodes, index));
+    run(list).unwrap();
+    for node in &nodes {
+        node.bitmaps().check_invariants();
+        assert_eq!(names(node), ["renamed", "held", "new", "idle"]);
+        assert!(dirty(node, "renamed").is_empty());
+        write(node, 0);
+        let recording = |name| node.bitmaps().query(name).unwrap().is_recording;
+        assert!(recording("new") && recording("held"));
+        assert!(!recording("renamed") && !recording("idle"));
+        assert_eq!(node.bitmaps().query("new").unwrap().dirty_bytes, 512);
+    }
+}
+
+#[test]
+fn each_act_sees_what_those_before_it_did() {
+    let node = Node::new(LEN);
+    let mut list = Transaction::new();
+    list.add(&node, "a", options(G))
+        .add_disabled(&node, "b", options(G));
+    run(list).unwrap();
+    write(&node, 0);
+    let mut list = Transaction::new();
+    list.add_disabled(&node, "sum", options(G))
+        .merge(&node, "sum", &[(&node, "a")])
+        .clear(&node, "a")
+        .merge(&node, "b", &[(&node, "a")])
+        .rename(&node, "sum", "total")
+        .enable(&node, "total")
+        .disable(&node, "a");
+    run(list).unwrap();
+    assert_eq!(
+        (dirty(&node, "total"), dirty(&node, "b")),
+        (vec![0], vec![])
+    );
+    write(&node, G);
+    assert_eq!(
+        (dirty(&node, "total"), dirty(&node, "a")),
+        (vec![0, 1], vec![])
+    );
+}
+
+#[test]
+fn what_is_about_to_go_is_in_use() {
+    let (nodes, _holds) = two_nodes();
+    let node = &nodes[0];
+    let in_use = |then: for<'a> fn(&'a mut Transaction, &Node) -> &'a mut Transaction| {
+        let mut list = Transaction::new();
+        list.remove(node, "on");
+        then(&mut list, node);
+        let error = run(list).unwrap_err();
+        assert_eq!(error.index, 1);
+        error.why
+    };
+    let name = || "on".to_owned();
+    let with = BusyWith::Transaction;
+    let busy = ActionError::from(BitmapError::Busy { name: name(), with });
+    assert_eq!(in_use(|list, node| list.clear(node, "on")), busy);
+    assert_eq!(in_use(|list, node| list.remove(node, "on")), busy);
+    assert_eq!(in_use(|list, node| list.enable(node, "on")), busy);
+    let source = in_use(|list, node| list.merge(node, "off", &[(node, "on")]));
+    assert_eq!(source, busy);
+    let taken = in_use(|list, node| list.add(node, "on", options(G)));
+    assert_eq!(taken, BitmapError::NameExists { name: name() }.into());
+}
+
+#[test]
+fn what_a_list_has_touched_nobody_else_has_until_it_is_decided() {
+    let (nodes, _holds) = two_nodes();
+    let node = &nodes[0];
+    let mut list = Transaction::new();
+    list.clear(node, "on")
+        .remove(node, "off")
+        .add(node, "new", options(G));
+    let prepared = prepare(list).unwrap();
+    let bitmaps = node.bitmaps();
+    for name in ["on", "off", "new"] {
+        let with = BusyWith::Transaction;
+        let busy = |answer| {
+            let name = name.to_owned();
+            assert_eq!(answer, Err(BitmapError::Busy { name, with }));
+        };
+        busy(bitmaps.clear(name));
+        busy(bitmaps.remove(name));
+        busy(bitmaps.disable(name));
+        busy(bitmaps.merge(name, &[(&nodes[1], "on")]));
+        busy(bitmaps.hold(name).map(drop));
+        assert_eq!(bitmaps.query(name).unwrap().busy_with, Some(with));
+    }
+    let mut other = Transaction::new();
+    other.clear(node, "on");
+    let error = run(other).unwrap_err();
+    assert!(matches!(
+        error.why,
+        ActionError::Bitmap(BitmapError::Busy { .. })
+    ));
+    prepared.commit();
+    assert_eq!(names(node), ["on", "held", "new"]);
+    node.bitmaps().clear("on").unwrap();
+}
+
+#[test]
+fn an_empty_list_succeeds() {
+    run(Transaction::new()).unwrap();
+}
+
+mod held {
+    use super::*;
+
+    #[derive(Default)]
+    struct Alarm(AtomicUsize);
+
+    impl Wake for Alarm {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn all_guests_wait_until_the_last_write_in_flight_has_settled() {
+        let (nodes, _holds) = two_nodes();
+        let third = Node::new(LEN);
+        let tickets = nodes.each_ref().map(|node| {
+            let begin = node.begin_write_owned((0..1).into());
+            begin.go().expect("nobody holds it")
+        });
+        let mut list = Transaction::new();
+        // The second is named as a source only.
+        list.clear(&nodes[0], "on")
+            .merge(&nodes[0], "on", &[(&nodes[1], "on")]);
+        let mut preparing = pin!(list.prepare());
+        let alarm = Arc::new(Alarm::default());
+        let waker = Waker::from(Arc::clone(&alarm));
+        let mut cx = Context::from_waker(&waker);
+        assert!(preparing.as_mut().poll(&mut cx).is_pending());
+        assert!(nodes.iter().all(is_held));
+        assert!(!is_held(&third), "it was not named");
+        let [first, last] = tickets;
+        first.finish(());
+        assert!(alarm.0.swap(0, Ordering::SeqCst) > 0);
+        assert!(preparing.as_mut().poll(&mut cx).is_pending());
+        last.finish(());
+        assert!(alarm.0.swap(0, Ordering::SeqCst) > 0);
+        let Poll::Ready(prepared) = preparing.as_mut().poll(&mut cx) else {
+            panic!("all have settled");
+        };
+        let prepared = prepared.unwrap();
+        assert!(nodes.iter().all(is_held));
+        assert!(prepared.guard(&nodes[0]).unwrap().is_of(&nodes[0]));
+        assert!(prepared.guard(&third).is_none());
+        prepared.commit();
+        assert!(!nodes.iter().any(is_held));
+        assert_eq!(dirty(&nodes[0], "on"), [0, 3, 5], "what the other has");
+    }
+
+    #[test]
+    fn who_gives_up_lets_all_guests_go_on() {
+        let (nodes, _holds) = two_nodes();
+        let ticket = nodes[1].begin_write((0..1).into()).go().unwrap();
+        let before = picture(&nodes);
+        let mut list = Transaction::new();
+        list.clear(&nodes[0], "on").clear(&nodes[1], "on");
+        let preparing = list.prepare().try_prepared();
+        let preparing = preparing.expect_err("a write is in flight");
+        assert!(nodes.iter().all(is_held));
+        drop(preparing);
+        assert!(!nodes.iter().any(is_held));
+        ticket.cancel();
+        assert_eq!(picture(&nodes), before);
+    }
+
+    #[test]
+    fn what_was_recorded_before_is_in_it_and_rolled_back_with_it() {
+        let node = Node::new(LEN);
+        node.bitmaps()
+            .add(&quiesced(&node), "a", options(G))
+            .unwrap();
+        write(&node, 0); // The log has it, and no bitmap yet.
+        let mut list = Transaction::new();
+        list.clear(&node, "a")
+            .add(&node, "fine", options(512))
+            .abort();
+        run(list).unwrap_err();
+        assert_eq!(dirty(&node, "a"), [0]);
+        write(&node, G);
+        let mut list = Transaction::new();
+        list.clear(&node, "a").disable(&node, "a");
+        drop(prepare(list).unwrap());
+        assert_eq!(dirty(&node, "a"), [0, 1]);
+        write(&node, 2 * G);
+        assert_eq!(dirty(&node, "a"), [0, 1, 2], "it records again");
+        node.bitmaps().check_invariants();
+    }
+
+    #[test]
+    fn a_refused_enable_does_not_disable() {
+        // What records although it is in use goes on recording when a list wants to enable it.
+        let (nodes, holds) = two_nodes();
+        let mut list = Transaction::new();
+        list.enable(&nodes[0], "held");
+        run(list).unwrap_err();
+        drop(holds);
+        assert!(nodes[0].bitmaps().query("held").unwrap().is_recording);
+    }
+
+    #[test]
+    fn what_was_left_out_of_exports_stays_so_when_its_removal_is_undone() {
+        let node = Node::new(LEN);
+        node.bitmaps().set_storage(Some(BitmapStorage::default()));
+        let mut persistent = options(G);
+        persistent.persistent = true;
+        node.bitmaps().add_disabled("a", persistent).unwrap();
+        node.bitmaps().hold("a").unwrap().hand_over();
+        let mut list = Transaction::new();
+        list.remove(&node, "a");
+        drop(prepare(list).unwrap());
+        let export = node.bitmaps().export_state(&quiesced(&node)).unwrap();
+        assert_eq!(export.to_keep, ["a"]);
+    }
+}
+
+mod jobs {
+    use super::*;
+
+    /// A machine whose job is to be started.
+    fn mirror(node: &Node) -> Mirror {
+        let limits = Limits::new(node.len());
+        Mirror::new(node, limits, limits, MirrorOptions::default()).unwrap()
+    }
+
+    fn status(mirror: &Mirror) -> Status {
+        mirror.job().query().status
+    }
+
+    #[test]
+    fn they_start_together_with_what_else_is_on_the_list() {
+        let nodes = [Node::new(LEN), Node::new(LEN)];
+        let mirrors = nodes.each_ref().map(mirror);
+        let list = |is_aborted: bool| {
+            let mut list = Transaction::new();
+            for (node, mirror) in nodes.iter().zip(&mirrors) {
+                list.add(node, "since", options(G)).start(mirror.job());
+            }
+            if is_aborted {
+                list.abort();
+            }
+            list
+        };
+        assert_eq!(run(list(true)).unwrap_err().index, 4);
+        let prepared = prepare(list(false)).unwrap();
+        assert!(
+            mirrors
+                .iter()
+                .all(|mirror| status(mirror) == Status::Created)
+        );
+        drop(prepared);
+        assert!(
+            mirrors
+                .iter()
+                .all(|mirror| status(mirror) == Status::Created)
+        );
+        run(list(false)).unwrap();
+        assert!(
+            mirrors
+                .iter()
+                .all(|mirror| status(mirror) == Status::Running)
+        );
+        assert_eq!(nodes.each_ref().map(|node| names(node).len()), [1, 1]);
+    }
+
+    #[test]
+    fn what_cannot_start_is_told() {
+        let node = Node::new(LEN);
+        let mirror = mirror(&node);
+        let start = |times: usize| {
+            let mut list = Transaction::new();
+            list.add(&node, "a", options(G));
+            for _ in 0..times {
+                list.start(mirror.job());
+            }
+            list
+        };
+        let error = run(start(2)).unwrap_err();
+        assert_eq!((error.index, error.kind), (2, ActionKind::Start));
+        assert_eq!(error.why, ActionError::StartedBefore);
+        mirror.job().start().unwrap();
+        let error = run(start(1)).unwrap_err();
+        assert!(matches!(
+            error.why,
+            ActionError::Job(VerbError::NotAllowed { .. })
+        ));
+        assert_eq!(error.to_string().matches("action 1").count(), 1, "{error}");
+        assert!(names(&node).is_empty());
+    }
+
+    #[test]
+    fn one_that_is_cancelled_meanwhile_does_not_start() {
+        let node = Node::new(LEN);
+        let mirror = mirror(&node);
+        let mut list = Transaction::new();
+        list.start(mirror.job()).add(&node, "a", options(G));
+        let prepared = prepare(list).unwrap();
+        mirror.job().cancel(Cancel::Force).unwrap();
+        prepared.commit();
+        assert_ne!(status(&mirror), Status::Running);
+        assert_eq!(names(&node), ["a"]);
+    }
+}
+
+/// A guest writes to two disks while one bitmap is exchanged for the next, on both at one instant, in either
+/// order, and every other time in vain. Under the guards each disk is read: what differs from the last time
+/// is what the bitmap has that is put off, no more and no less.
+#[test]
+fn no_write_falls_between_two_bitmaps() {
+    const ROUNDS: usize = 200;
+    const GRANULES: usize = 512;
+    let nodes = [(); 2].map(|()| Node::new(GRANULES as u64 * 512));
+    let disks = nodes
+        .each_ref()
+        .map(|_| [(); GRANULES].map(|()| AtomicU64::new(0)));
+    let is_over = AtomicBool::new(false);
+    let mut first = Transaction::new();
+    for node in &nodes {
+        first.add(node, "0", options(512));
+    }
+    run(first).unwrap();
+
+    let guest = |mut random: u64| {
+        while !is_over.load(Ordering::Relaxed) {
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            let (disk, granule) = (
+                (random >> 40) as usize % 2,
+                (random >> 41) as usize % GRANULES,
+            );
+            let at = granule as u64 * 512;
+            match nodes[disk].begin_write((at..at + 1).into()) {
+                Begin::Go(ticket) => {
+                    disks[disk][granule].fetch_add(1, Ordering::Relaxed);
+                    ticket.finish(());
+                }
+                Begin::Wait(_) => thread::yield_now(),
+                Begin::Refused(_) => panic!("no bitmap is read-only"),
+            }
+        }
+    };
+    let read = || {
+        disks
+            .each_ref()
+            .map(|disk| disk.each_ref().map(|data| data.load(Ordering::Relaxed)))
+    };
+    let until_prepared = |list: Transaction| {
+        let mut preparing = list.prepare();
+        loop {
+            match preparing.try_prepared() {
+                Ok(prepared) => break prepared,
+                Err(again) => preparing = again,
+            }
+            thread::yield_now();
+        }
+    };
+    thread::scope(|scope| {
+        for seed in 1..=2 {
+            scope.spawn(move || guest(seed));
+        }
+        let _over = Raised(&is_over);
+        let mut before = [[0; GRANULES]; 2];
+        let mut differed = 0;
+        for round in 0..ROUNDS {
+            thread::sleep(Duration::from_micros(300));
+            let (old, new) = (round.to_string(), (round + 1).to_string());
+            let list = || {
+                let mut list = Transaction::new();
+                for node in &nodes {
+                    if round % 2 == 0 {
+                        list.add(node, &new, options(512)).disable(node, &old);
+                    } else {
+                        list.disable(node, &old).add(node, &new, options(512));
+                    }
+                }
+                list
+            };
+            // In vain, by an act that fails or by a change of mind.
+            let mut vain = list();
+            if round % 3 == 0 {
+                vain.abort();
+            }
+            drop(until_prepared(vain));
+            let prepared = until_prepared(list()).unwrap();
+            let now = read();
+            for (index, node) in nodes.iter().enumerate() {
+                let bits = node.bitmaps().snapshot(&old, SnapshotOf::Bitmap).unwrap();
+                let granules = 0..GRANULES;
+                let differs = granules.filter(|at| now[index][*at] != before[index][*at]);
+                let differs: Vec<_> = differs.map(|at| at as u64 * 512).collect();
+                assert!(bits.iter().eq(differs.iter().copied()), "round {round}");
+                differed += differs.len();
+                let next = node.bitmaps().snapshot(&new, SnapshotOf::Bitmap).unwrap();
+                assert!(next.is_clean());
+            }
+            assert_eq!(now, read(), "a guest wrote");
+            prepared.commit();
+            before = now;
+            nodes
+                .iter()
+                .for_each(|node| node.bitmaps().remove(&old).unwrap());
+        }
+        assert!(differed > ROUNDS, "the guests hardly wrote");
+    });
+}
+
+/// Two who exchange bitmaps on the same disks at the same time, and name them in opposite orders.
+#[test]
+fn transactions_on_the_same_disks_do_not_wait_for_each_other() {
+    const ROUNDS: usize = 500;
+    let (nodes, _holds) = two_nodes();
+    let merge = |into: usize, from: usize| {
+        let mut done = 0;
+        for _ in 0..ROUNDS {
+            let mut list = Transaction::new();
+            list.merge(&nodes[into], "on", &[(&nodes[from], "on")])
+                .merge(&nodes[from], "off", &[(&nodes[into], "off")]);
+            match run(list) {
+                Ok(()) => done += 1,
+                Err(error) => assert!(
+                    matches!(error.why, ActionError::Bitmap(BitmapError::Busy { .. })),
+                    "{error}"
+                ),
+            }
+        }
+        done
+    };
+    let done: usize = thread::scope(|scope| {
+        let threads = [scope.spawn(|| merge(0, 1)), scope.spawn(|| merge(1, 0))];
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .sum()
+    });
+    assert!(done > 0);
+    assert!(!nodes.iter().any(is_held));
+}
+
+struct Raised<'a>(&'a AtomicBool);
+
+impl Drop for Raised<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
