@@ -21,7 +21,7 @@ use blockjob::{
     OnError, OpKind, Side, Status, VerbError,
 };
 
-use machine::{KIB, MS, Machine, options};
+use machine::{KIB, MS, Machine, Rest, options};
 use together::{On, Together, is_cancelled};
 
 const LEN: u64 = 64 * KIB;
@@ -576,6 +576,36 @@ fn when_one_switch_is_dropped_all_guests_go_back() {
         for member in &mut all.members {
             member.assert_good_events();
         }
+    }
+}
+
+#[test]
+fn nothing_goes_on_before_a_guest_is_pointed_back() {
+    for is_cancelled in [false, true] {
+        let mut all = two_switches();
+        all.members[0].votes += 1;
+        all.members[0].guest = On::Target;
+        all.members[0].switch.take().unwrap().commit();
+        drop(all.members[1].switch.take());
+        let back = all.members[0].machine.drive_now().back();
+        // It is asked for again, or cancelled, while the caller is at it.
+        if is_cancelled {
+            all.members[0].machine.job.cancel(Cancel::Force).unwrap();
+        } else {
+            all.members[1].machine.job.finalize().unwrap();
+        }
+        all.run();
+        assert_eq!(all.held(), [true, false]);
+        assert!(all.members[0].result.is_none() && all.members[0].switch.is_none());
+        all.members[0].take(Rest::SwitchBack(back));
+        assert_eq!(all.members[0].guest, On::Source);
+        all.run();
+        if !is_cancelled {
+            all.commit();
+            all.run();
+        }
+        all.assert_all_or_none();
+        assert_eq!(all.members[0].guest == On::Target, !is_cancelled);
     }
 }
 

@@ -30,7 +30,7 @@ use std::task::{Context, Poll, Waker};
 use blockjob::driver::{Driven, Driver};
 use blockjob::queue::{Answer, Next, Queue, Work};
 use blockjob::{
-    ByteRange, Cancel, Change, Content, Event, Granularity, Hold, Job, JobError, Limits, Mirror,
+    ByteRange, Cancel, Change, Event, Granularity, Hold, Job, JobError, Limits, Mirror,
     MirrorOptions, MirrorSync, Node, OnError, RangeLimits, Side, Status, Switch, Unmap,
 };
 
@@ -220,6 +220,7 @@ impl Plan {
             flush: rng.pick(&[0, 0, 2, 5]),
             status: rng.pick(&[0, 0, 5]),
             is_no_space: rng.one_in(2),
+            spares_guests: false,
             until: PEACE / 2,
         };
         self.may_fail = true;

@@ -132,13 +132,14 @@ impl Job {
         self.together(|members, after| members.decline(&self.shared, guard, after));
     }
 
-    /// The guest that must be pointed back before it goes on.
+    /// The guest that must be pointed back before it goes on. `None` while the caller is at it.
     pub(crate) fn take_back(&self) -> Option<QuiesceGuard> {
-        self.together(|_, _| {
-            let mut state = self.shared.lock();
-            state.stage = Stage::None;
-            state.guard.take()
-        })
+        self.shared.lock().guard.take()
+    }
+
+    /// The caller has pointed its guest back.
+    pub(crate) fn pointed_back(&self) {
+        self.note(|state| state.stage = Stage::None);
     }
 
     /// For sabotage: as if there had been no switch.

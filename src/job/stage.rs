@@ -9,7 +9,7 @@
 //!  ├─── the round is over ───────────┴──────────────────┴──────────────┘  none ──▶│ (Voted)    │
 //!  │                                                                              ▼            ▼
 //!  ├─── dropped ◀─────────────────────────────────────────────────────────────── Stale ────▶ Back
-//!  └─── handed out ◀────────────────────────────────────────────────────────────── committed ──┘
+//!  └─── pointed back ◀──────────────────────────────────────────────────────────── committed ──┘
 //! ```
 //!
 //! A *round* is one try to bring all members to *committed*, from *closing* on. All of them are in it, or
@@ -36,7 +36,7 @@ pub(crate) enum Stage {
     Committed,
     /// The caller has the switch still, but the round is over.
     Stale,
-    /// It has voted, and the round is over: the guest is to be pointed back.
+    /// It has voted, and the round is over: the guest is to be pointed back, and nothing goes on before.
     Back,
 }
 

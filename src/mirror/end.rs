@@ -176,11 +176,10 @@ impl Mirror {
     }
 
     pub(super) fn hand_out_switch_back(&mut self) -> Turn {
-        self.phase = Phase::InSync(End::Open);
-        match self.job.take_back() {
-            Some(guard) => Turn::Step(Step::SwitchBack(SwitchBack::new(guard))),
-            None => Turn::Again,
-        }
+        Turn::Step(match self.job.take_back() {
+            Some(guard) => Step::SwitchBack(SwitchBack::new(self.job.clone(), guard)),
+            None => Step::Wait { until: None },
+        })
     }
 
     /// A job that does not get on does not hold the guest, and neither do others of its group. What it was

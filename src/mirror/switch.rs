@@ -40,9 +40,11 @@ pub struct Switch {
 /// The guest whose switch was committed must go back, for that of another member of its group was not.
 ///
 /// The guest is held, and has been since before the switch was handed out. Point its path back to the source,
-/// then drop this: it goes on, and the job stays in step with it.
+/// then drop this: it goes on, and so does the job, which stays in step with it.
 #[must_use = "the guest's path must be pointed back before this is dropped"]
 pub struct SwitchBack {
+    job: Job,
+    /// Opens the node's gate when it is dropped, after the job was told.
     guard: QuiesceGuard,
 }
 
@@ -88,13 +90,20 @@ impl Drop for Switch {
 }
 
 impl SwitchBack {
-    pub(super) fn new(guard: QuiesceGuard) -> Self {
-        Self { guard }
+    /// The job must have noted that it is out.
+    pub(super) fn new(job: Job, guard: QuiesceGuard) -> Self {
+        Self { job, guard }
     }
 
     /// The guard that holds the guest, for those who exchange a device under it.
     pub fn guard(&self) -> &QuiesceGuard {
         &self.guard
+    }
+}
+
+impl Drop for SwitchBack {
+    fn drop(&mut self) {
+        self.job.pointed_back();
     }
 }
 

@@ -31,6 +31,8 @@ pub(crate) struct Faults {
     pub flush: u64,
     pub status: u64,
     pub is_no_space: bool,
+    /// Whether the requests of guests never fail.
+    pub spares_guests: bool,
     /// Micros after which nothing fails any more.
     pub until: u64,
 }
@@ -340,7 +342,8 @@ impl World {
             Ask::Flush => faults.flush,
             Ask::Status => faults.status,
         };
-        let fails = self.now < faults.until && self.rng.one_in(rate);
+        let is_spared = faults.spares_guests && matches!(owner, Owner::Guest(_));
+        let fails = !is_spared && self.now < faults.until && self.rng.one_in(rate);
         let error = fails.then_some(match faults.is_no_space {
             true => io::ErrorKind::StorageFull,
             false => io::ErrorKind::Other,

@@ -104,11 +104,6 @@ impl Guests {
         self.busy[block] = true;
     }
 
-    /// Whether the world's thread of that number is one of these.
-    pub(crate) fn owns(&self, thread: usize) -> bool {
-        (self.base..self.base + self.threads.len()).contains(&thread)
-    }
-
     /// A thread makes its next write.
     pub(crate) fn act(&mut self, world: &mut World, thread: usize) {
         let index = thread - self.base;

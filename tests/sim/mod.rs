@@ -1,6 +1,9 @@
 //! A deterministic world: virtual time, disks that delay, reorder, tear and fail, and a guest that
 //! writes all the while. One seed decides everything.
 
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+pub(crate) mod chain;
 pub(crate) mod content;
 pub(crate) mod disk;
 pub(crate) mod guest;

@@ -1,0 +1,1110 @@
+//! Groups of two and three mirrors, in the same deterministic world, with guests that order their writes
+//! across disks; members that fail, are cancelled, paused, held, dropped; switches that are dropped, late, or
+//! committed when it is too late. It is judged by the promises:
+//!
+//! 1. When a switch is handed out every guest of the group is held, no write of any is in flight, each target
+//!    equals its source and is flushed; and so it stays until all are committed or one is dropped.
+//! 2. No target holds a write without those that the guest made sure of before it, on whatever disk.
+//! 3. All members succeed, or none does. Then each guest is on its target, or each on its source; but those of
+//!    soft cancels, which stay.
+//! 4. Who fails keeps its error, the others are cancelled. Nothing fails by itself.
+//! 5. What the guest was told is on the disk it is on, through switches forth and back.
+//! 6. Nothing is written to a target that a guest is on. What differs is known to differ.
+//! 7. The group ends when it should, its events come in a legal order, and no node stays held.
+//!
+//! `BLOCKJOB_SEED` is the first seed and `BLOCKJOB_SEEDS` how many are run. A failure prints the seed and
+//! the command that runs it again.
+
+mod sim;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::task::Waker;
+use std::time::Duration;
+
+use blockjob::queue::{Answer, Next, Queue, Request, Work};
+use blockjob::{
+    ByteRange, Cancel, Event, Granularity, Hold, Job, JobError, JobGroup, Jobs, Limits, Mirror,
+    MirrorOptions, MirrorSync, Node, OnError, RangeLimits, Side, Status, Switch, SwitchBack,
+    VerbError,
+};
+
+use sim::chain::Chain;
+use sim::content::{fill_source, fill_target, is_equal};
+use sim::disk::{Ask, BLOCK, Disk, Faults, Latency, Owner, VecPool, result_of};
+use sim::guest::Guests;
+use sim::rng::Rng;
+use sim::world::{Flag, Happening, SOURCE, Shared, TARGET, World};
+
+/// More steps than any group should need.
+const STEPS_MAX: u64 = 4_000_000;
+/// From this time on nothing fails and nobody disturbs the jobs any more.
+const PEACE: u64 = 200_000;
+/// Threads of one guest, at most.
+const THREADS_MAX: usize = 8;
+/// The first of the threads that write to several disks.
+const CHAINS: usize = 1000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asking {
+    Start,
+    Pause,
+    Resume,
+    Hold,
+    Release,
+    Complete,
+    SoftCancel,
+    ForceCancel,
+    Finalize,
+    DropDriver,
+    Drive,
+    DropMachine,
+    /// Commits the switch that is out, or drops it.
+    Decide,
+    PointBack,
+    Shutdown,
+    /// After [`PEACE`]: whatever keeps the jobs from their end is taken away.
+    MakePeace,
+}
+
+/// What is decided of one member.
+#[derive(Debug)]
+struct MemberPlan {
+    options: MirrorOptions,
+    source: Limits,
+    target: Limits,
+    threads: usize,
+    start: u64,
+    end: Asking,
+    ready_for: u64,
+}
+
+#[derive(Debug, Default)]
+struct Report {
+    steps: u64,
+    writes: u64,
+    succeeded: bool,
+    switched: bool,
+    soft: usize,
+    mixed: bool,
+    declines: u64,
+    backs: u64,
+    let_go: bool,
+    failed: bool,
+    cancelled: bool,
+    dropped: bool,
+    drops: u64,
+    waited: bool,
+}
+
+struct Member {
+    plan: MemberPlan,
+    job: Job,
+    /// `None` once it is over or was dropped.
+    queue: Option<Queue<VecPool>>,
+    flag: Arc<Flag>,
+    /// (disk, request of the world) → request of the queue
+    ids: BTreeMap<(usize, u64), u64>,
+    settling: Vec<u64>,
+    timer: u64,
+    switch: Option<Switch>,
+    back: Option<SwitchBack>,
+    /// Whether its machine was dropped after its switch was committed: nobody can point it back.
+    is_unguided: bool,
+    /// Whether somebody drives it: not before it is started, and not for a while after its driver was
+    /// dropped.
+    is_driven: bool,
+    result: Option<Result<(), JobError>>,
+    events: Vec<Event>,
+    holds: Vec<Hold>,
+}
+
+struct Sim {
+    world: Shared,
+    nodes: Vec<Node>,
+    members: Vec<Member>,
+    guests: Vec<Guests>,
+    chains: Vec<Chain>,
+    jobs: Jobs,
+    asks: Vec<(usize, Asking)>,
+    decline_one_in: u64,
+    may_fail: bool,
+    was_cancelled: bool,
+    is_shut_down: bool,
+    /// Whether a round is on: a switch was handed out, and none was dropped.
+    is_round_on: bool,
+    report: Report,
+}
+
+fn disk_of(member: usize, side: usize) -> usize {
+    2 * member + side
+}
+
+impl MemberPlan {
+    fn new(rng: &mut Rng, index: usize, group: &JobGroup, jobs: &Jobs) -> Self {
+        // Room for the blocks that are written in order.
+        let len = rng.between(8, 96) * BLOCK;
+        let limits = |rng: &mut Rng| {
+            let mut limits = Limits::new(len);
+            limits.request_align = rng.pick(&[1, 512]);
+            limits.max_transfer = rng.pick(&[16 << 10, 1 << 30]);
+            limits
+        };
+        let (source, mut target) = (limits(rng), limits(rng));
+        if rng.one_in(2) {
+            target.write_zeroes = Some(RangeLimits {
+                align: 512,
+                max: 1 << 30,
+            });
+            target.cheap_zeroes = rng.one_in(2);
+        }
+        let mut options = MirrorOptions::default();
+        options.job.id = Some(format!("m{index}"));
+        options.job.group = Some(group.clone());
+        options.job.jobs = Some(jobs.clone());
+        options.sync = rng.pick(&[MirrorSync::Full, MirrorSync::Full, MirrorSync::Top]);
+        options.granularity = Granularity::from_bytes(rng.pick(&[512, 1024, 4096]));
+        options.workers = rng.pick(&[1, 2, 8]);
+        options.chunk_max = rng.pick(&[512, 4096, 1 << 20]);
+        options.job.auto_finalize = !rng.one_in(4);
+        options.job.auto_dismiss = rng.one_in(2);
+        let policies = [OnError::Report, OnError::Ignore, OnError::Stop];
+        options.job.on_source_error = rng.pick(&policies);
+        options.job.on_target_error = rng.pick(&policies);
+        if rng.one_in(3) {
+            options.hold_max = Duration::from_micros(rng.pick(&[1_000, 3_000, 20_000]));
+        }
+        Self {
+            options,
+            source,
+            target,
+            threads: rng.below(4) as usize,
+            start: rng.pick(&[0, 0, 500, 5_000]),
+            end: Asking::Complete,
+            ready_for: rng.pick(&[0, 0, 300, 3_000, 20_000]),
+        }
+    }
+}
+
+impl Member {
+    fn new(plan: MemberPlan, node: &Node) -> Self {
+        let mirror = Mirror::new(node, plan.source, plan.target, plan.options.clone())
+            .unwrap_or_else(|error| panic!("{error}: {plan:?}"));
+        Self {
+            plan,
+            job: mirror.job().clone(),
+            queue: Some(Queue::new(mirror, VecPool)),
+            flag: Flag::new(),
+            ids: BTreeMap::new(),
+            settling: Vec::new(),
+            timer: u64::MAX,
+            switch: None,
+            back: None,
+            is_unguided: false,
+            is_driven: false,
+            result: None,
+            events: Vec::new(),
+            holds: Vec::new(),
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        let is_out = self.switch.is_some() || self.back.is_some();
+        // One that is not driven is over when its handle says so.
+        !is_out && (self.queue.is_none() || self.job.query().status >= Status::Concluded)
+    }
+
+    fn is_soft(&self) -> bool {
+        self.job.query().cancel == Some(Cancel::Soft)
+    }
+
+    fn submit(&mut self, member: usize, world: &mut World, request: Request<Vec<u8>>) {
+        let queue = self.queue.as_mut().expect("it has asked");
+        let side = match request.side {
+            Side::Source => SOURCE,
+            Side::Target => TARGET,
+        };
+        let none = ByteRange::from(0..0);
+        let (range, ask) = match request.work {
+            Work::Read { offset, buf } => {
+                (ByteRange::at(offset, buf.len() as u64).unwrap(), Ask::Read)
+            }
+            Work::Write { offset, buf } => (
+                ByteRange::at(offset, buf.len() as u64).unwrap(),
+                Ask::Write(buf),
+            ),
+            Work::Status(range) => (range, Ask::Status),
+            Work::WriteZeroes(range, _) => (range, Ask::Zero),
+            Work::Discard(range) => (range, Ask::Discard),
+            Work::Flush => (none, Ask::Flush),
+            Work::Settle => return self.settling.push(request.id),
+            Work::CancelInFlight => {
+                let now = world.time();
+                return queue.completed(now, request.id, Answer::Plain(Ok(())));
+            }
+        };
+        let disk = disk_of(member, side);
+        let id = world.submit(disk, Owner::Queue, range, ask);
+        self.ids.insert((disk, id), request.id);
+    }
+
+    fn answer(&mut self, world: &mut World, disk: usize, id: u64) {
+        let request = world.take(disk, id);
+        let result = result_of(&request);
+        let answer = match request.ask {
+            Ask::Read => Answer::Transfer(result, request.buf),
+            Ask::Write(buf) => Answer::Transfer(result, buf),
+            Ask::Status => Answer::Status(result.map(|()| request.extent.unwrap())),
+            Ask::Zero | Ask::Discard | Ask::Flush => Answer::Plain(result),
+        };
+        let id = self.ids.remove(&(disk, id)).expect("it was submitted");
+        if let Some(queue) = &mut self.queue {
+            queue.completed(world.time(), id, answer);
+            self.flag.clone().wake_it();
+        }
+    }
+
+    fn settle(&mut self, member: usize, world: &World) {
+        let is_settled = world.disks[disk_of(member, TARGET)]
+            .requests
+            .values()
+            .all(|request| matches!(request.owner, Owner::Guest(_)));
+        if !is_settled {
+            return;
+        }
+        for id in std::mem::take(&mut self.settling) {
+            if let Some(queue) = &mut self.queue {
+                queue.completed(world.time(), id, Answer::Plain(Ok(())));
+                self.flag.clone().wake_it();
+            }
+        }
+    }
+}
+
+impl Sim {
+    fn ask_later(&mut self, micros: u64, member: usize, ask: Asking) {
+        self.asks.push((member, ask));
+        let index = self.asks.len() - 1;
+        self.world
+            .borrow_mut()
+            .after(micros, Happening::User(index));
+    }
+
+    fn random(&self, end: u64) -> u64 {
+        self.world.borrow_mut().rng.below(end)
+    }
+
+    /// The disk that each guest is on.
+    fn current(&self) -> Vec<usize> {
+        self.guests.iter().map(|guests| guests.current).collect()
+    }
+
+    /// Has each machine that was woken hand out all it has to hand out.
+    fn pump(&mut self) {
+        let next = |sim: &Self| {
+            sim.members
+                .iter()
+                .position(|member| member.is_driven && member.flag.take())
+        };
+        while let Some(index) = next(self) {
+            self.ask_machine(index);
+        }
+        self.check_together();
+    }
+
+    /// While they come to their end, the guests of all are held or none is.
+    fn check_together(&self) {
+        let is_ending = self.members.iter().all(|member| {
+            let info = member.job.query();
+            let is_out = member.switch.is_some() || member.back.is_some();
+            let is_alive = member.queue.is_some() && member.is_driven && !is_out;
+            is_alive && info.status == Status::Pending && info.cancel != Some(Cancel::Force)
+        });
+        if !is_ending {
+            return;
+        }
+        let held: Vec<bool> = self.nodes.iter().map(is_held).collect();
+        assert!(
+            held.iter().all(|&is_held| is_held == held[0]),
+            "some guests are held and others are not: {held:?}"
+        );
+    }
+
+    fn ask_machine(&mut self, index: usize) {
+        let now = self.world.borrow().time();
+        let member = &mut self.members[index];
+        let waker = Waker::from(Arc::clone(&member.flag));
+        let Some(queue) = &mut member.queue else {
+            return;
+        };
+        match queue.next(now, &waker) {
+            Next::Submit(request) => {
+                member.flag.clone().wake_it();
+                let mut world = self.world.borrow_mut();
+                member.submit(index, &mut world, request);
+            }
+            Next::Wait { until } => {
+                let mut world = self.world.borrow_mut();
+                if let Some(at) = until {
+                    let micros = at.saturating_sub(now).as_nanos().div_ceil(1000) as u64;
+                    // One timer per time, or they breed.
+                    if std::mem::replace(&mut member.timer, world.now + micros)
+                        != world.now + micros
+                    {
+                        world.after(micros, Happening::Wake(waker));
+                    }
+                }
+            }
+            Next::Switch(switch) => {
+                member.switch = Some(switch);
+                member.flag.clone().wake_it();
+                self.is_round_on = true;
+                self.check_instant();
+                let delay = self.random(3_000);
+                self.ask_later(delay, index, Asking::Decide);
+            }
+            Next::SwitchBack(back) => {
+                assert_eq!(
+                    self.guests[index].current,
+                    disk_of(index, TARGET),
+                    "only who has gone over goes back"
+                );
+                member.back = Some(back);
+                member.flag.clone().wake_it();
+                self.report.backs += 1;
+                let delay = self.random(500);
+                self.ask_later(delay, index, Asking::PointBack);
+            }
+            Next::Done(result) => self.ended(index, result),
+        }
+    }
+
+    fn step(&mut self) {
+        let happening = self.world.borrow_mut().step();
+        let Some(happening) = happening else {
+            panic!("stalled: {}", self.describe());
+        };
+        let steps = self.world.borrow().steps;
+        let is_late = self.world.borrow().now > 3 * PEACE;
+        assert!(
+            !is_late && steps < STEPS_MAX,
+            "stalled: {}",
+            self.describe()
+        );
+        let current = self.current();
+        match happening {
+            Happening::Touch {
+                disk,
+                request,
+                half,
+            } => {
+                self.world.borrow_mut().touch(disk, request, half);
+            }
+            Happening::Answer { disk, request } => self.world.borrow_mut().answer(disk, request),
+            Happening::Wake(waker) => waker.wake(),
+            Happening::Guest(thread) => {
+                let mut world = self.world.borrow_mut();
+                match thread.checked_sub(CHAINS) {
+                    Some(chain) => self.chains[chain].act(&mut world, &self.nodes, &current),
+                    None => self.guests[thread / THREADS_MAX].act(&mut world, thread),
+                }
+            }
+            Happening::User(index) => {
+                let (member, ask) = self.asks[index];
+                self.ask(member, ask);
+            }
+        }
+        self.deliver();
+        self.check_round();
+    }
+
+    fn describe(&self) -> String {
+        let infos = self.members.iter().map(|member| member.job.query());
+        format!("{:#?}", infos.collect::<Vec<_>>())
+    }
+
+    /// Hands on what was answered, and lets in who was woken at a gate.
+    fn deliver(&mut self) {
+        let mut world = self.world.borrow_mut();
+        for (thread, request) in std::mem::take(&mut world.guest_answers) {
+            match thread.checked_sub(CHAINS) {
+                Some(chain) => self.chains[chain].answered(&mut world, request),
+                None => self.guests[thread / THREADS_MAX].answered(&mut world, thread, request),
+            }
+        }
+        let current: Vec<usize> = self.guests.iter().map(|guests| guests.current).collect();
+        for guests in &mut self.guests {
+            guests.wake(&mut world);
+            self.report.waited |= guests.is_waiting();
+        }
+        for chain in &mut self.chains {
+            chain.wake(&mut world, &current);
+            self.report.waited |= chain.is_waiting();
+        }
+        for (disk, id) in std::mem::take(&mut world.queue_answers) {
+            self.members[disk / 2].answer(&mut world, disk, id);
+        }
+        for (index, member) in self.members.iter_mut().enumerate() {
+            member.settle(index, &world);
+        }
+        drop(world);
+        for index in 0..self.members.len() {
+            self.take_events(index);
+        }
+    }
+
+    fn ask(&mut self, index: usize, ask: Asking) {
+        let member = &mut self.members[index];
+        let job = member.job.clone();
+        match ask {
+            Asking::Start => {
+                // Nobody drives a job that will not start.
+                member.is_driven |= job.start().is_ok();
+            }
+            Asking::Drive => {
+                member.is_driven = true;
+                member.flag.clone().wake_it();
+            }
+            Asking::Pause => drop(job.pause()),
+            Asking::Resume => drop(job.resume()),
+            Asking::Hold => member.holds.push(job.hold()),
+            Asking::Release => drop(member.holds.pop()),
+            Asking::Complete => {
+                let status = job.query().status;
+                let _ = job.complete();
+                if matches!(status, Status::Standby) {
+                    self.ask_later(500, index, Asking::Complete);
+                }
+            }
+            Asking::Finalize => drop(job.finalize()),
+            Asking::SoftCancel => {
+                let was_ready = job.query().status.is_ready();
+                let was_accepted = job.cancel(Cancel::Soft).is_ok();
+                self.was_cancelled |= was_accepted && !was_ready;
+            }
+            Asking::ForceCancel => self.was_cancelled |= job.cancel(Cancel::Force).is_ok(),
+            Asking::DropDriver => {
+                if let Some(queue) = &mut member.queue {
+                    member.settling.clear();
+                    queue.requests_lost();
+                    self.report.drops += 1;
+                    if std::mem::replace(&mut member.is_driven, false) {
+                        let delay = self.random(300);
+                        self.ask_later(delay, index, Asking::Drive);
+                    }
+                }
+            }
+            Asking::DropMachine => {
+                let is_switched = self.guests[index].current == disk_of(index, TARGET);
+                member.is_unguided = is_switched && member.result.is_none();
+                member.queue = None;
+                self.report.dropped |= member.result.is_none();
+            }
+            Asking::Decide => self.decide(index),
+            Asking::PointBack => {
+                if let Some(back) = member.back.take() {
+                    self.guests[index].current = disk_of(index, SOURCE);
+                    self.world.borrow_mut().disks[disk_of(index, TARGET)].is_guests = false;
+                    drop(back);
+                }
+            }
+            Asking::Shutdown => {
+                // From here on nothing can be waited for but the end.
+                let _ = self.jobs.poll_shutdown(Waker::noop());
+                self.was_cancelled = true;
+                self.is_shut_down = true;
+            }
+            Asking::MakePeace => {
+                member.holds.clear();
+                member.is_driven |= job.start().is_ok();
+                let _ = job.resume();
+                let _ = job.finalize();
+                let until = PEACE + 10_000;
+                self.guests[index].until = self.guests[index].until.min(until);
+                for chain in &mut self.chains {
+                    chain.until = chain.until.min(until);
+                }
+                if !self.members[index].is_over() {
+                    self.ask_later(5_000, index, Asking::MakePeace);
+                }
+            }
+        }
+    }
+
+    /// Points the guest over and commits, or drops the switch.
+    fn decide(&mut self, index: usize) {
+        let member = &mut self.members[index];
+        let Some(switch) = member.switch.take() else {
+            return;
+        };
+        let is_declined = !self.world.borrow().now.ge(&PEACE)
+            && self.world.borrow_mut().rng.one_in(self.decline_one_in);
+        if is_declined {
+            self.is_round_on = false;
+            self.report.declines += 1;
+            drop(switch);
+            let delay = self.random(2_000);
+            let asked = self.random(self.members.len() as u64) as usize;
+            self.ask_later(delay, asked, Asking::Finalize);
+            return;
+        }
+        self.guests[index].current = disk_of(index, TARGET);
+        self.world.borrow_mut().disks[disk_of(index, TARGET)].is_guests = true;
+        member.is_unguided = member.queue.is_none();
+        switch.commit();
+    }
+
+    fn take_events(&mut self, index: usize) {
+        while let Some(event) = self.members[index].job.next_event() {
+            let plan = &self.members[index].plan;
+            let (end, ready_for) = (plan.end, plan.ready_for);
+            match &event {
+                Event::Ready { .. } => self.ask_later(ready_for, index, end),
+                Event::Status(Status::Pending) => {
+                    for member in &self.members {
+                        let status = member.job.query().status;
+                        assert!(status.is_completed(), "pending beside one that is {status}");
+                    }
+                    self.ask_later(ready_for, index, Asking::Finalize);
+                }
+                Event::Error(error) => assert!(self.may_fail, "out of nowhere: {error:?}"),
+                _ => {}
+            }
+            self.members[index].events.push(event);
+        }
+    }
+
+    /// Every guest is held, and every target is what its source is.
+    fn check_instant(&self) {
+        let world = self.world.borrow();
+        for index in 0..self.members.len() {
+            self.check_held(index);
+            self.check_copied(index, &world);
+        }
+        let all: Vec<usize> = (0..self.members.len()).collect();
+        for chain in &self.chains {
+            chain.check_order(&world, &all);
+        }
+    }
+
+    fn check_held(&self, index: usize) {
+        assert!(
+            is_held(&self.nodes[index]),
+            "the guest of {index} is not held"
+        );
+        let is_writing = self.guests[index].is_writing()
+            || self.chains.iter().any(|chain| chain.is_writing_to(index));
+        assert!(!is_writing, "a write of the guest of {index} is in flight");
+    }
+
+    fn check_copied(&self, index: usize, world: &World) {
+        let pair = &world.disks[disk_of(index, SOURCE)..=disk_of(index, TARGET)];
+        let target = &pair[TARGET];
+        assert_eq!(target.written, target.flushed, "{index} is not flushed");
+        for request in target.requests.values() {
+            assert!(
+                request.is_answered || !request.ask.writes(),
+                "{request:?} of {index} is in flight"
+            );
+        }
+        for block in 0..target.blocks.len() {
+            assert!(is_equal(pair, block), "block {block} of {index} differs");
+        }
+    }
+
+    /// Until all have voted, or one was dropped, nothing moves.
+    fn check_round(&mut self) {
+        if !self.is_round_on {
+            return;
+        }
+        let infos: Vec<_> = self.members.iter().map(|m| m.job.query()).collect();
+        // Whether it is decided, or undone by a driver or a machine that was dropped.
+        let is_undecided = infos
+            .iter()
+            .all(|info| info.is_finalizing && info.error.is_none());
+        let is_void = self.members.iter().any(|m| m.back.is_some())
+            || infos.iter().any(|info| info.cancel == Some(Cancel::Force));
+        let is_out = self.members.iter().any(|m| m.switch.is_some());
+        let has_dropped = self.report.drops > 0 || self.report.dropped;
+        if !is_undecided || is_void || !is_out {
+            self.is_round_on = false;
+            self.report.let_go |= is_void;
+        } else if !has_dropped {
+            for index in 0..self.members.len() {
+                self.check_held(index);
+            }
+        }
+        for info in &infos {
+            if self.is_round_on && !has_dropped {
+                let refused = self.members[0].job.cancel(Cancel::Force);
+                assert_eq!(refused, Err(VerbError::Finalizing), "{info:?}");
+            }
+        }
+    }
+
+    fn check_coverage(&self) {
+        for (index, member) in self.members.iter().enumerate() {
+            let Some(queue) = &member.queue else {
+                continue;
+            };
+            let mirror = queue.mirror();
+            mirror.check_invariants();
+            if self.guests[index].current != disk_of(index, SOURCE) {
+                continue;
+            }
+            let Some(left) = mirror.left_dirty() else {
+                continue;
+            };
+            let world = self.world.borrow();
+            let pair = &world.disks[disk_of(index, SOURCE)..=disk_of(index, TARGET)];
+            for block in 0..pair[SOURCE].blocks.len() {
+                let start = block as u64 * BLOCK;
+                let is_known =
+                    self.guests[index].is_busy(block) || left.any_dirty_in(start..start + BLOCK);
+                assert!(
+                    is_known || is_equal(pair, block),
+                    "block {block} of {index} differs and nobody knows"
+                );
+            }
+        }
+    }
+
+    fn ended(&mut self, index: usize, result: Result<(), JobError>) {
+        self.take_events(index);
+        if result.is_ok() && self.members[index].is_soft() {
+            // Its guest goes on in the next step: this is what was copied.
+            self.check_copied(index, &self.world.borrow());
+            self.report.soft += 1;
+        }
+        let member = &mut self.members[index];
+        member.result = Some(result);
+        member.queue = None;
+    }
+
+    fn check_end(&mut self) {
+        let infos: Vec<_> = self.members.iter().map(|m| m.job.query()).collect();
+        let succeeded = infos[0].error.is_none();
+        let mut own_errors = 0;
+        for (index, info) in infos.iter().enumerate() {
+            assert_eq!(info.error.is_none(), succeeded, "{}", self.describe());
+            assert!(info.status >= Status::Concluded, "{info:?}");
+            let member = &self.members[index];
+            match &info.error {
+                None => assert_eq!(info.progress.current, info.progress.total),
+                Some(JobError::Cancelled { .. }) => {
+                    assert_eq!(info.cancel, Some(Cancel::Force));
+                }
+                Some(error) => {
+                    let is_expected = match error {
+                        JobError::Dropped => self.report.dropped,
+                        _ => self.may_fail,
+                    };
+                    assert!(is_expected, "{index} failed without a reason: {error}");
+                    own_errors += 1;
+                    self.report.failed |= matches!(error, JobError::Io { .. });
+                }
+            }
+            let should_be = match succeeded && !member.is_soft() {
+                true => TARGET,
+                false => SOURCE,
+            };
+            assert!(
+                self.guests[index].current == disk_of(index, should_be) || member.is_unguided,
+                "the guest of {index} is on the wrong disk: {info:?}"
+            );
+            let is_auto_dismissed = member.plan.options.job.auto_dismiss;
+            check_events(
+                &member.events,
+                succeeded,
+                is_auto_dismissed,
+                self.is_shut_down,
+            );
+        }
+        assert!(
+            succeeded || own_errors > 0 || self.was_cancelled,
+            "undone without a reason: {}",
+            self.describe()
+        );
+        let soft: Vec<usize> = (0..self.members.len())
+            .filter(|&index| succeeded && self.members[index].is_soft())
+            .collect();
+        for chain in &self.chains {
+            // What was copied of one instant stays as it is.
+            chain.check_order(&self.world.borrow(), &soft);
+        }
+        self.report.mixed = !soft.is_empty() && soft.len() < self.members.len();
+        self.report.succeeded = succeeded;
+        self.report.switched = succeeded && soft.len() < self.members.len();
+        self.report.cancelled = !succeeded && own_errors == 0;
+    }
+
+    /// The guests go on alone, and stop.
+    fn wind_down(&mut self) {
+        let now = self.world.borrow().now;
+        let until = now + 3_000;
+        for guests in &mut self.guests {
+            guests.until = guests.until.min(until);
+        }
+        for chain in &mut self.chains {
+            chain.until = chain.until.min(until);
+        }
+        let is_moving = |sim: &Self| {
+            let guests = sim.guests.iter();
+            guests.clone().any(|g| g.is_writing() || g.is_waiting())
+                || sim.chains.iter().any(Chain::is_busy)
+                || sim.world.borrow().now < until
+        };
+        // Something to come to the end by.
+        self.ask_later(3_001, 0, Asking::Resume);
+        while is_moving(self) {
+            let is_late = self.world.borrow().now > now + 10_000_000;
+            assert!(!is_late, "a guest write hangs");
+            self.step();
+        }
+        let world = self.world.borrow();
+        let current = self.current();
+        for guests in &self.guests {
+            guests.check(&world);
+        }
+        for chain in &self.chains {
+            chain.check_kept(&world, &current);
+        }
+    }
+}
+
+fn is_held(node: &Node) -> bool {
+    match node.begin_write((0..1).into()).go() {
+        Some(ticket) => {
+            ticket.cancel();
+            false
+        }
+        None => true,
+    }
+}
+
+fn check_events(events: &[Event], is_good: bool, is_auto_dismissed: bool, is_shut_down: bool) {
+    let mut status = None;
+    let (mut ends, mut readies) = (0, 0);
+    for event in events {
+        match event {
+            Event::Status(next) => {
+                let is_legal = match status {
+                    None => *next == Status::Created,
+                    Some(status) => Status::may_become(status, *next),
+                };
+                assert!(is_legal, "{status:?} → {next:?}");
+                status = Some(*next);
+            }
+            Event::Ready { .. } => readies += 1,
+            Event::Completed { error, .. } => {
+                assert_eq!(error.is_none(), is_good);
+                ends += 1;
+            }
+            Event::Cancelled { .. } => {
+                assert!(!is_good);
+                ends += 1;
+            }
+            _ => {}
+        }
+    }
+    let was_started = events
+        .iter()
+        .any(|event| matches!(event, Event::Status(Status::Running)));
+    assert_eq!(ends, usize::from(was_started), "exactly one end is told");
+    assert!(readies <= 1, "ready is told once");
+    let is_dismissed = is_auto_dismissed || !was_started;
+    match status {
+        Some(Status::Null) => assert!(is_dismissed || is_shut_down),
+        Some(Status::Concluded) => assert!(!is_dismissed),
+        status => panic!("it ends {status:?}"),
+    }
+}
+
+fn run(seed: u64) -> Report {
+    let mut rng = Rng::new(seed);
+    let count = rng.between(2, 3) as usize;
+    let (group, jobs) = (JobGroup::new(), Jobs::new());
+    let mut plans: Vec<MemberPlan> = (0..count)
+        .map(|index| MemberPlan::new(&mut rng, index, &group, &jobs))
+        .collect();
+    for plan in &mut plans {
+        if rng.one_in(3) {
+            plan.end = Asking::SoftCancel;
+        }
+    }
+    if rng.one_in(4) {
+        plans
+            .iter_mut()
+            .for_each(|plan| plan.end = Asking::SoftCancel);
+    }
+    let may_fail = rng.one_in(3);
+    let mut disks = Vec::new();
+    for plan in &plans {
+        let mut latency = || Latency {
+            low: rng.pick(&[0, 1, 10]),
+            high: rng.pick(&[10, 50, 300]),
+            stall: rng.pick(&[0, 0, 20]),
+        };
+        let latencies = [latency(), latency()];
+        let faults = match may_fail {
+            true => [
+                Faults {
+                    read: rng.pick(&[0, 30, 200]),
+                    until: PEACE / 2,
+                    ..Faults::default()
+                },
+                Faults {
+                    write: rng.pick(&[0, 30, 200]),
+                    zero: rng.pick(&[0, 30]),
+                    flush: rng.pick(&[0, 3, 10]),
+                    is_no_space: rng.one_in(2),
+                    spares_guests: true,
+                    until: PEACE / 2,
+                    ..Faults::default()
+                },
+            ],
+            false => [Faults::default(); 2],
+        };
+        let mut source = Disk::new(plan.source, latencies[SOURCE], faults[SOURCE]);
+        fill_source(&mut source, &mut rng);
+        disks.push(source);
+        disks.push(Disk::new(plan.target, latencies[TARGET], faults[TARGET]));
+    }
+    let chains = rng.between(1, 3);
+    let mut chains: Vec<Chain> = (0..chains)
+        .map(|index| {
+            let mut order: Vec<usize> = (0..count).collect();
+            let turn = rng.below(count as u64) as usize;
+            order.rotate_left(turn);
+            if rng.one_in(2) {
+                order.reverse();
+            }
+            Chain::new(CHAINS + index as usize, index, order, &mut disks)
+        })
+        .collect();
+    for (index, plan) in plans.iter().enumerate() {
+        let (sources, targets) = disks.split_at_mut(disk_of(index, TARGET));
+        let source = sources.last().expect("it has one");
+        fill_target(source, &mut targets[0], plan.options.sync);
+    }
+    let load = (
+        rng.pick(&[0, 20, 200]),
+        rng.pick(&[300, 2_000]),
+        rng.pick(&[5_000, 30_000, PEACE]),
+    );
+    for chain in &mut chains {
+        chain.until = load.2;
+        chain.pause = rng.pick(&[5, 50, 400]);
+    }
+    let mut asks: Vec<(u64, usize, Asking)> = Vec::new();
+    for (index, plan) in plans.iter().enumerate() {
+        asks.push((plan.start, index, Asking::Start));
+        asks.push((PEACE, index, Asking::MakePeace));
+    }
+    let horizon = rng.pick(&[2_000, 10_000, 30_000]);
+    for _ in 0..rng.pick(&[0, 0, 3, 8]) {
+        let member = rng.below(count as u64) as usize;
+        let at = rng.below(horizon);
+        let (ask, undo) = match rng.below(5) {
+            0 => (Asking::Pause, Some(Asking::Resume)),
+            1 | 2 => (Asking::Hold, Some(Asking::Release)),
+            _ => (Asking::DropDriver, None),
+        };
+        asks.push((at, member, ask));
+        if let Some(undo) = undo {
+            asks.push((at + rng.below(horizon), member, undo));
+        }
+    }
+    if rng.one_in(5) {
+        let member = rng.below(count as u64) as usize;
+        let ask = rng.pick(&[
+            Asking::ForceCancel,
+            Asking::ForceCancel,
+            Asking::SoftCancel,
+            Asking::DropMachine,
+            Asking::DropMachine,
+            Asking::Shutdown,
+        ]);
+        asks.push((rng.below(2 * horizon), member, ask));
+    }
+    let decline_one_in = rng.pick(&[0, 0, 3, 6]);
+    let world = World::new(rng, disks);
+    let nodes: Vec<Node> = plans
+        .iter()
+        .map(|plan| Node::new(plan.source.len))
+        .collect();
+    let mut guests = Vec::new();
+    for (index, plan) in plans.iter().enumerate() {
+        let mut world = world.borrow_mut();
+        let (source, base) = (disk_of(index, SOURCE), index * THREADS_MAX);
+        let mut own = Guests::new(&nodes[index], &mut world, source, base, plan.threads);
+        (own.pause.0, own.pause.1, own.until) = load;
+        (0..chains.len()).for_each(|block| own.reserve(block));
+        own.start(&mut world);
+        guests.push(own);
+    }
+    chains
+        .iter()
+        .for_each(|chain| chain.start(&mut world.borrow_mut()));
+    let members = plans
+        .into_iter()
+        .zip(&nodes)
+        .map(|(plan, node)| Member::new(plan, node))
+        .collect();
+    let mut sim = Sim {
+        world,
+        nodes,
+        members,
+        guests,
+        chains,
+        jobs,
+        asks: Vec::new(),
+        decline_one_in,
+        may_fail,
+        was_cancelled: false,
+        is_shut_down: false,
+        is_round_on: false,
+        report: Report::default(),
+    };
+    for (at, member, ask) in asks {
+        sim.ask_later(at, member, ask);
+    }
+    let mut turn = 0u64;
+    while !sim.members.iter().all(Member::is_over) {
+        sim.pump();
+        sim.step();
+        turn += 1;
+        if turn % 16 == 0 {
+            sim.check_coverage();
+        }
+    }
+    sim.deliver();
+    sim.check_end();
+    sim.wind_down();
+    for node in &sim.nodes {
+        let is_free = node.quiesce().try_guard().is_ok();
+        assert!(is_free, "somebody still holds a node");
+    }
+    assert!(
+        sim.jobs.poll_shutdown(Waker::noop()).is_ready(),
+        "a job is left"
+    );
+    sim.report.steps = sim.world.borrow().steps;
+    sim.report.writes = sim.chains.iter().map(|chain| chain.writes).sum();
+    sim.report
+}
+
+fn env(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
+    )
+}
+
+/// Runs a seed and says how to run it again if it fails.
+fn run_or_explain(seed: u64) -> Report {
+    if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
+        eprintln!("seed {seed}");
+    }
+    catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
+        eprintln!(
+            "seed {seed} failed; again with:\n  \
+             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test group_sim every_seed_keeps_the_promises"
+        );
+        std::panic::resume_unwind(panic)
+    })
+}
+
+#[test]
+fn every_seed_keeps_the_promises() {
+    let first = env("BLOCKJOB_SEED").unwrap_or(0);
+    let count = env("BLOCKJOB_SEEDS").unwrap_or(1_000);
+    println!("seeds {first}..{}", first + count);
+    let reports: Vec<Report> = (first..first + count).map(run_or_explain).collect();
+
+    let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
+    println!(
+        "{} steps; {} ordered writes; {} succeeded, {} switched, {} mixed, {} all soft, {} declined, \
+         {} went back, {} failed, {} cancelled, {} with machines dropped, {} with drivers dropped, \
+         {} with guests held",
+        reports.iter().map(|report| report.steps).sum::<u64>(),
+        reports.iter().map(|report| report.writes).sum::<u64>(),
+        count_of(|r| r.succeeded),
+        count_of(|r| r.switched),
+        count_of(|r| r.mixed),
+        count_of(|r| r.succeeded && !r.switched),
+        count_of(|r| r.declines > 0),
+        count_of(|r| r.backs > 0),
+        count_of(|r| r.failed),
+        count_of(|r| r.cancelled),
+        count_of(|r| r.dropped),
+        count_of(|r| r.drops > 0),
+        count_of(|r| r.waited),
+    );
+    if count >= 1_000 {
+        // A simulation that never comes to a place shows nothing about it.
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        assert!(share(|r| r.switched) > 0.2);
+        assert!(share(|r| r.mixed) > 0.1);
+        assert!(share(|r| r.succeeded && !r.switched) > 0.1);
+        assert!(share(|r| r.declines > 0) > 0.05);
+        assert!(share(|r| r.backs > 0) > 0.02);
+        assert!(share(|r| r.failed) > 0.02);
+        assert!(share(|r| r.cancelled) > 0.02);
+        assert!(share(|r| r.dropped) > 0.02);
+        assert!(share(|r| r.drops > 0) > 0.1);
+        assert!(share(|r| r.waited) > 0.1);
+    }
+}
+
+/// Breaks each invariant of groups on purpose: the simulation must notice, within so many seeds.
+#[cfg(debug_assertions)]
+mod sabotage {
+    use super::*;
+    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+    /// What is broken, and the number of seeds within which it must be noticed: several times the number
+    /// that it took when this was written.
+    const BROKEN: &[(Sabotage, u64)] = &[
+        (Sabotage::CommitAlone, 100),
+        (Sabotage::OthersGoOn, 400),
+        (Sabotage::LeaveCreated, 1000),
+        (Sabotage::SwitchAlone, 50),
+        (Sabotage::ReleaseEarly, 50),
+        (Sabotage::KeepHolding, 100),
+    ];
+
+    fn notices(seed: u64) -> Option<String> {
+        let panic = catch_unwind(|| run(seed)).err()?;
+        let text = panic.downcast_ref::<String>().cloned();
+        Some(text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string()))
+    }
+
+    #[test]
+    fn every_broken_invariant_is_noticed() {
+        // Panics are what is wanted here.
+        let hook = std::panic::take_hook();
+        let here = std::thread::current().id();
+        std::panic::set_hook(Box::new(move |info| {
+            if std::thread::current().id() != here {
+                hook(info);
+            }
+        }));
+        let mut missed = Vec::new();
+        for &(sabotage, seeds) in BROKEN {
+            break_on_this_thread(Some(sabotage));
+            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed)?)));
+            break_on_this_thread(None);
+            match noticed {
+                Some((seed, how)) => {
+                    let how: String = how.lines().next().unwrap_or("").chars().take(90).collect();
+                    println!("{sabotage:?}: noticed by seed {seed}: {how}");
+                }
+                None => missed.push(sabotage),
+            }
+        }
+        assert!(missed.is_empty(), "not noticed: {missed:?}");
+    }
+}
