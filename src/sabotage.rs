@@ -40,6 +40,12 @@ pub enum Sabotage {
     ForgetDropped,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Words 2: bits past the last granule are kept.
+    KeepPadding,
+    /// Words 3: what is put in is not counted.
+    ForgetCount,
+    /// Words 1: a word that is full but 0 is taken for what it says.
+    ForgetFullWords,
 }
 
 #[cfg(debug_assertions)]

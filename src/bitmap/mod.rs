@@ -56,19 +56,26 @@ use crate::memory::{self, OutOfMemory};
 use crate::units::Granularity;
 use summary::Summary;
 
+#[cfg(feature = "sha2")]
+#[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
+mod hash;
 mod iter;
 mod merge;
 mod rescale;
 mod resize;
 mod search;
+mod serial;
 mod summary;
 mod update;
 mod word;
+mod words;
 
 pub use iter::{Cursor, Iter, Runs};
 pub use merge::{MergeError, UnionError};
 pub use search::Status;
+pub use serial::{LoadError, PartError};
 pub use update::RangeError;
+pub use words::WordsError;
 
 /// Which granules of `len` bytes are dirty.
 ///
