@@ -188,6 +188,7 @@ fn assert_same_answers(map: &HBitmap, twin: &Twin, range: Range<u64>, bytes_max:
     assert_eq!(map.all_dirty_in(range.clone()), clean.is_none());
     let area = twin.next_area(range.clone(), bytes_max);
     assert_eq!(map.next_dirty_area(range.clone(), bytes_max), area);
+    assert_same_walks(map, range.clone(), bytes_max);
     match map.is_dirty(range.start) {
         Ok(dirty) => assert_eq!(dirty, twin.has_byte(range.start)),
         Err(_) => assert!(range.start >= twin.len),
@@ -203,6 +204,55 @@ fn assert_same_answers(map: &HBitmap, twin: &Twin, range: Range<u64>, bytes_max:
         }
         Err(RangeError::Empty { .. }) => assert!(range.is_empty()),
         Err(_) => assert!(range.end > twin.len),
+    }
+}
+
+/// Iterators say the same step by step and in one go, which is code of its own, and what the areas say.
+fn assert_same_walks(map: &HBitmap, range: Range<u64>, bytes_max: u64) {
+    let granularity = map.granularity().bytes();
+    let granules = |runs: &[ByteRange]| {
+        let starts = runs.iter().flat_map(|run| {
+            (run.start() / granularity..=(run.end() - 1) / granularity).map(|at| at * granularity)
+        });
+        starts.collect::<Vec<_>>()
+    };
+    for bytes_max in [bytes_max, u64::MAX] {
+        let mut areas = Vec::new();
+        let mut from = range.start;
+        while let Some(area) = map.next_dirty_area(from..range.end, bytes_max) {
+            areas.push(area);
+            from = area.end();
+            // Many short ones say no more.
+            if areas.len() == 300 {
+                break;
+            }
+        }
+        let by_steps = |runs: &mut dyn Iterator<Item = ByteRange>| {
+            std::iter::from_fn(|| runs.next())
+                .take(300)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(by_steps(&mut map.runs_in(range.clone(), bytes_max)), areas);
+        if areas.len() < 300 {
+            let mut in_one_go = Vec::new();
+            let runs = map.runs_in(range.clone(), bytes_max);
+            runs.for_each(|run| in_one_go.push(run));
+            assert_eq!(in_one_go, areas);
+            let mut rest = map.runs_in(range.clone(), bytes_max);
+            let first = rest.next();
+            assert!(
+                rest.fold(first.is_none(), |_, run| areas.last() == Some(&run)) || areas.len() == 1
+            );
+            if bytes_max == u64::MAX {
+                let mut starts = Vec::new();
+                map.iter_in(range.clone())
+                    .for_each(|start| starts.push(start));
+                assert_eq!(starts, granules(&areas));
+                assert!(std::iter::zip(map.iter_in(range.clone()), &starts).all(|(a, b)| a == *b));
+                let mut steps = map.iter_in(range.clone());
+                assert_eq!(std::iter::from_fn(|| steps.next()).count(), starts.len());
+            }
+        }
     }
 }
 

@@ -4,9 +4,10 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
-use blockjob::{ByteRange, DirtyLog, DirtyLogError, Granularity};
+use blockjob::{ByteRange, DirtyLog, DirtyLogError, Granularity, HBitmap};
 use proptest::prelude::*;
 
 /// Numbers of granules around which a level begins or a word is full.
@@ -274,4 +275,89 @@ fn nothing_is_lost_while_threads_mark_and_drain() {
     assert!(targets == written, "lost a write");
     assert!(log.is_clean());
     log.check_invariants();
+}
+
+// --- Draining into bitmaps -----------------------------------------------------------------------
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// Every bitmap gets what it would have got from the marks themselves, but for what the log has
+    /// rounded.
+    #[test]
+    fn bitmaps_of_any_granularity_get_what_was_marked(
+        len in 0u64..2_000_000,
+        exponent in 4u8..14,
+        marks in proptest::collection::vec((0u64..2_100_000, 0u64..70_000), 0..20),
+        exponents in proptest::collection::vec(4u8..=22, 1..5),
+    ) {
+        let log = DirtyLog::new(len, Granularity::from_exponent(exponent).unwrap()).unwrap();
+        let map = |exponent: &u8| {
+            HBitmap::new(len, Granularity::from_exponent(*exponent).unwrap()).unwrap()
+        };
+        let mut drained: Vec<_> = exponents.iter().map(map).collect();
+        let mut expected = drained.clone();
+        for (start, len) in marks {
+            let range = ByteRange::at(start, len).unwrap();
+            log.mark(range);
+            // As the log rounds it, and cut to the disk.
+            let granule = log.granularity().bytes();
+            let rounded = range.start() / granule * granule..range.end().div_ceil(granule) * granule;
+            let rounded = ByteRange::from(rounded).intersection((0..log.len()).into());
+            if range.is_empty() || range.start() >= log.len() {
+                continue;
+            }
+            for map in &mut expected {
+                map.set(rounded).unwrap();
+            }
+        }
+        log.drain_into(&mut drained.iter_mut().collect::<Vec<_>>()).unwrap();
+        prop_assert!(log.is_clean());
+        prop_assert_eq!(&drained, &expected);
+        drained.iter().for_each(HBitmap::check_invariants);
+    }
+}
+
+#[test]
+fn a_bitmap_of_another_length_keeps_the_log_as_it_is() {
+    let log = DirtyLog::new(1 << 20, Granularity::DEFAULT).unwrap();
+    log.mark((0..1).into());
+    let mut good = HBitmap::new(1 << 20, Granularity::DEFAULT).unwrap();
+    let mut bad = HBitmap::new(1 << 21, Granularity::DEFAULT).unwrap();
+    log.drain_into(&mut [&mut good, &mut bad]).unwrap_err();
+    assert!(good.is_clean() && !log.is_clean());
+}
+
+#[test]
+fn who_waits_is_woken_by_the_first_mark_and_not_again() {
+    struct Called(AtomicU64);
+    impl std::task::Wake for Called {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Relaxed);
+        }
+    }
+    let called = Arc::new(Called(AtomicU64::new(0)));
+    let waker = std::task::Waker::from(Arc::clone(&called));
+    let calls = || called.0.load(Relaxed);
+    let log = DirtyLog::new(1 << 30, Granularity::DEFAULT).unwrap();
+
+    assert!(log.poll_dirty(&waker).is_pending());
+    log.mark((0..0).into());
+    assert_eq!(calls(), 0, "nothing was marked");
+    log.mark((0..1).into());
+    log.mark((1 << 20..1 << 21).into());
+    assert_eq!(calls(), 1);
+    assert!(log.poll_dirty(&waker).is_ready());
+    log.drain(|_| {});
+    assert!(
+        log.poll_dirty(std::task::Waker::noop()).is_pending(),
+        "the last waker counts"
+    );
+    log.mark((0..1).into());
+    assert_eq!(calls(), 1);
+    assert_eq!(
+        Arc::strong_count(&called),
+        2,
+        "no waker is kept that was replaced or called"
+    );
 }

@@ -271,3 +271,63 @@ mod sabotage {
         mark_then_drain(None);
     }
 }
+
+// --- Waiting for a mark --------------------------------------------------------------------------
+
+/// A waker that counts how often it was called.
+struct Called(std::sync::atomic::AtomicU64);
+
+impl std::task::Wake for Called {
+    fn wake(self: std::sync::Arc<Self>) {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+/// A consumer that finds the log clean waits, while guests mark. In the end it was told, or was not told
+/// that there was nothing.
+fn a_mark_wakes(ranges: &'static [std::ops::Range<u64>], broken: Option<Rule>) {
+    let mut model = loom::model::Builder::new();
+    // With the drain, the wake-up and two guests there are too many schedules for more.
+    model.preemption_bound = model.preemption_bound.or(Some(2));
+    model.check(move || {
+        let disk = Disk::new(4, broken);
+        let called = std::sync::Arc::new(Called(std::sync::atomic::AtomicU64::new(0)));
+        let waker = std::task::Waker::from(std::sync::Arc::clone(&called));
+        let guests: Vec<_> = ranges
+            .iter()
+            .map(|range| {
+                let disk = Arc::clone(&disk);
+                thread::spawn(move || disk.write(range.start, range.clone().into()))
+            })
+            .collect();
+        disk.drain();
+        let is_waiting = disk.log.poll_dirty(&waker).is_pending();
+        guests.into_iter().for_each(|guest| guest.join().unwrap());
+        let was_called = called.0.load(std::sync::atomic::Ordering::Relaxed) > 0;
+        assert!(
+            !is_waiting || was_called || disk.log.is_clean(),
+            "waits for ever although there is something to drain"
+        );
+    });
+}
+
+#[test]
+fn a_mark_wakes_who_waits() {
+    a_mark_wakes(&[3..4], None);
+}
+
+#[test]
+fn one_of_two_marks_of_one_word_wakes() {
+    a_mark_wakes(&[2..3, 3..4], None);
+}
+
+#[test]
+fn one_of_two_marks_of_one_granule_wakes() {
+    a_mark_wakes(&[1..2, 1..2], None);
+}
+
+#[test]
+#[should_panic(expected = "waits for ever")]
+fn who_does_not_look_after_arming_may_wait_for_ever() {
+    a_mark_wakes(&[3..4], Some(Rule::LookAfterArming));
+}

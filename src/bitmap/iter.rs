@@ -157,21 +157,23 @@ impl Iterator for Iter<'_> {
     #[inline]
     fn fold<B, F: FnMut(B, u64) -> B>(mut self, init: B, mut f: F) -> B {
         let granularity = self.bitmap.granularity;
+        // A product is faster than a shift by something that is not a constant.
+        let bytes = granularity.bytes();
         let mut result = init;
         loop {
-            // The offset of the word's first granule, and from there on bit by bit: so each costs a shift
-            // and a sum. A full word is a loop that needs no bits.
+            // The offset of the word's first granule, and from there on bit by bit. A full word is a loop
+            // that needs no bits.
             let start = granularity.start_of(self.word as u64 * 64);
             if self.bits == !0 {
                 for at in 0..64 {
-                    result = f(result, start + granularity.start_of(at));
+                    result = f(result, start + at * bytes);
                 }
             } else {
                 let mut bits = self.bits;
                 while bits != 0 {
                     let at = u64::from(bits.trailing_zeros());
                     bits &= bits - 1;
-                    result = f(result, start + granularity.start_of(at));
+                    result = f(result, start + at * bytes);
                 }
             }
             let Some(word) = self.next_word() else {
@@ -221,7 +223,7 @@ impl Iterator for GranuleRuns<'_> {
     #[inline]
     fn next(&mut self) -> Option<Range<u64>> {
         if self.bits == 0 {
-            self.word = self.bitmap.summary.next_any(self.word + 1)?;
+            self.word = self.bitmap.next_dirty_word(self.word + 1)?;
             self.bits = self.bitmap.word(self.word);
         }
         let start = lowest(self.word, self.bits);
@@ -232,13 +234,71 @@ impl Iterator for GranuleRuns<'_> {
         let mut gaps = !(self.bits | (self.bits - 1));
         if gaps == 0 {
             // It goes on into the next words, down to the first that lacks a bit.
-            let lacking = self.bitmap.summary.next_lacking(self.word + 1);
-            self.word = lacking.unwrap_or(self.bitmap.words.len());
-            self.bits = self.bitmap.word(self.word);
+            (self.word, self.bits) = self.bitmap.next_lacking_word(self.word + 1);
             gaps = !self.bits;
         }
-        self.bits &= bits_from(u64::from(gaps.trailing_zeros()));
+        let end = gaps.trailing_zeros();
+        self.bits = self.bits >> end << end;
         Some(start..lowest(self.word, gaps).min(self.end))
+    }
+
+    /// Word by word, where every 1 in `edges` begins or ends a run, in turn.
+    #[inline]
+    fn fold<B, F: FnMut(B, Range<u64>) -> B>(self, init: B, mut f: F) -> B {
+        let Self {
+            bitmap,
+            mut word,
+            mut bits,
+            end,
+        } = self;
+        let mut result = init;
+        // Where the run began that goes on in this word.
+        let mut open = None;
+        loop {
+            let first = word as u64 * 64;
+            if first >= end {
+                break;
+            }
+            let mut edges = bits ^ (bits << 1 | u64::from(open.is_some()));
+            if let Some(start) = open {
+                if edges != 0 {
+                    let at = first + u64::from(edges.trailing_zeros());
+                    edges &= edges - 1;
+                    open = None;
+                    if at >= end {
+                        return f(result, start..end);
+                    }
+                    result = f(result, start..at);
+                }
+            }
+            while edges != 0 {
+                let start = first + u64::from(edges.trailing_zeros());
+                edges &= edges - 1;
+                if start >= end {
+                    return result;
+                }
+                if edges == 0 {
+                    open = Some(start);
+                    break;
+                }
+                let at = first + u64::from(edges.trailing_zeros());
+                edges &= edges - 1;
+                result = f(result, start..at.min(end));
+            }
+            if open.is_some() {
+                // All in between is full.
+                (word, bits) = bitmap.next_lacking_word(word + 1);
+            } else {
+                let Some(next) = bitmap.next_dirty_word(word + 1) else {
+                    return result;
+                };
+                (word, bits) = (next, bitmap.word(next));
+            }
+        }
+        match open {
+            Some(start) if start < end => f(result, start..end),
+            _ => result,
+        }
     }
 }
 
@@ -264,15 +324,36 @@ impl Iterator for Runs<'_> {
     fn next(&mut self) -> Option<ByteRange> {
         if self.rest.is_empty() {
             let run = self.runs.next()?;
-            let granularity = self.runs.bitmap.granularity;
-            let run = granularity.start_of(run.start)..granularity.start_of(run.end);
-            self.rest = ByteRange::from(run).intersection(self.range);
+            let bytes = self.runs.bitmap.granularity.bytes();
+            let start = (run.start * bytes).max(self.range.start());
+            let end = (run.end * bytes).min(self.range.end());
+            self.rest = ByteRange::from(start..end);
         }
-        let (run, rest) = self
-            .rest
-            .split_at(self.rest.start().saturating_add(self.bytes_max));
+        let run = self.rest;
+        if run.len() <= self.bytes_max {
+            self.rest = ByteRange::from(run.end()..run.end());
+            return Some(run);
+        }
+        let (run, rest) = run.split_at(run.start() + self.bytes_max);
         self.rest = rest;
         Some(run)
+    }
+
+    #[inline]
+    fn fold<B, F: FnMut(B, ByteRange) -> B>(mut self, init: B, mut f: F) -> B {
+        let mut result = init;
+        if self.bytes_max < self.range.len() || !self.rest.is_empty() {
+            for run in self.by_ref() {
+                result = f(result, run);
+            }
+            return result;
+        }
+        let (bytes, range) = (self.runs.bitmap.granularity.bytes(), self.range);
+        self.runs.fold(result, |result, run| {
+            let start = (run.start * bytes).max(range.start());
+            let end = (run.end * bytes).min(range.end());
+            f(result, ByteRange::from(start..end))
+        })
     }
 }
 

@@ -258,12 +258,17 @@ impl HBitmap {
 
     /// The two maps are equally long.
     fn check_len(&self, other: &HBitmap) -> Result<(), MergeError> {
-        if self.len == other.len {
+        self.check_as_long_as(other.len)
+    }
+
+    /// The map is so long.
+    pub(crate) fn check_as_long_as(&self, other_len: u64) -> Result<(), MergeError> {
+        if self.len == other_len {
             return Ok(());
         }
         Err(MergeError::LengthMismatch {
             len: self.len,
-            other_len: other.len,
+            other_len,
         })
     }
 }

@@ -11,9 +11,14 @@
 
 use std::ops::Range;
 
+use multiversion::multiversion;
+
 use super::HBitmap;
 use super::iter::GranuleRuns;
-use crate::units::Granularity;
+use super::summary::Pair;
+use super::word::{ones, word_of};
+use crate::log::DirtyWord;
+use crate::units::{ByteRange, Granularity};
 
 /// What becomes of a coarse granule that is dirty in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,9 @@ pub(super) enum Rounding {
     /// It is clean.
     Inward,
 }
+
+/// So few words of a block are taken one by one.
+const FEW: u32 = 16;
 
 /// Some dirty granules.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,12 +52,7 @@ impl HBitmap {
         let (ours, theirs) = (self.granularity.exponent(), granularity.exponent());
         let is_coarser = theirs > ours;
         match (is_coarser, theirs.abs_diff(ours)) {
-            // The shift as a constant makes a handful of instructions of what is done to each word.
-            (true, 1) => self.as_coarser::<1>(rounding, piece),
-            (true, 2) => self.as_coarser::<2>(rounding, piece),
-            (true, 3) => self.as_coarser::<3>(rounding, piece),
-            (true, 4) => self.as_coarser::<4>(rounding, piece),
-            (true, 5) => self.as_coarser::<5>(rounding, piece),
+            (true, shift @ 1..=5) => self.as_coarser(u32::from(shift), rounding, piece),
             (true, shift) => self.as_coarser_runs(shift, rounding, piece),
             (false, 0) => self.as_finer::<0>(granularity, piece),
             (false, 1) => self.as_finer::<1>(granularity, piece),
@@ -61,31 +64,64 @@ impl HBitmap {
         }
     }
 
-    /// As granules that `2^SHIFT` of ours share.
-    fn as_coarser<const SHIFT: u32>(&self, rounding: Rounding, mut piece: impl FnMut(Piece)) {
-        // Bits that a word of ours becomes.
-        let per = 64 >> SHIFT;
-        let (last, past_end) = self.last_word();
-        let mut gathered = (0, 0);
-        for at in self.dirty_words() {
-            let bits = self.word(at);
-            let bits = match rounding {
-                Rounding::Outward => gather::<SHIFT>(bits),
-                // A partial last granule of theirs is covered by those of ours that there are.
-                Rounding::Inward if at == last => !gather::<SHIFT>(!(bits | past_end)) & low(per),
-                Rounding::Inward => !gather::<SHIFT>(!bits) & low(per),
-            };
-            let to = at >> SHIFT;
-            if to != gathered.0 {
-                if gathered.1 != 0 {
-                    piece(Piece::Word(gathered.0, gathered.1));
-                }
-                gathered = (to, 0);
+    /// Makes dirty what a log of some granularity has marked, and that is as long. Rounds **outward** if we
+    /// are coarser.
+    pub(crate) fn set_word(&mut self, granularity: Granularity, word: DirtyWord) {
+        let (ours, theirs) = (self.granularity.exponent(), granularity.exponent());
+        let at = word_of(word.first_granule);
+        let bits = word.bits << (word.first_granule % 64);
+        match ours.checked_sub(theirs) {
+            _ if bits == 0 => {}
+            Some(0) => drop(self.set_in_word(at, bits)),
+            Some(shift @ 1..=5) => {
+                let shift = u32::from(shift);
+                let bits = gather_word(bits, shift, Rounding::Outward);
+                let part = at as u32 % (1 << shift);
+                self.set_in_word(at >> shift, bits << (part * (64 >> shift)));
             }
-            gathered.1 |= bits << (at as u32 % (1 << SHIFT) * per);
+            // We are much coarser, or finer: then a bit of theirs is a run of ours.
+            _ => {
+                for run in word.runs() {
+                    let end = granularity.start_of(run.end).min(self.len);
+                    let run = ByteRange::from(granularity.start_of(run.start)..end);
+                    self.set_run(self.granularity.outward(run));
+                }
+            }
         }
-        if gathered.1 != 0 {
-            piece(Piece::Word(gathered.0, gathered.1));
+    }
+
+    /// As granules that `2^shift` of ours share, 2 to 32.
+    fn as_coarser(&self, shift: u32, rounding: Rounding, mut piece: impl FnMut(Piece)) {
+        // Words of theirs that one block of ours becomes.
+        let per_block = 64 >> shift;
+        let (last, past_end) = self.last_word();
+        let mut gathered = [0; 32];
+        for block in self.dirty_blocks() {
+            let any = self.summary.block(block).map_or(0, Pair::any);
+            if any.count_ones() < FEW {
+                for at in ones(any).map(|at| block * 64 + at) {
+                    let mut bits = self.word(at);
+                    if rounding == Rounding::Inward && at == last {
+                        bits |= past_end;
+                    }
+                    let bits =
+                        gather_word(bits, shift, rounding) << (at % (1 << shift) * per_block);
+                    piece(Piece::Word(at >> shift, bits));
+                }
+                continue;
+            }
+            let mut words = [0; 64];
+            self.copy_block(block, &mut words);
+            // A partial last granule of theirs is covered by those of ours that there are.
+            if rounding == Rounding::Inward && block == last / 64 {
+                words[last % 64] |= past_end;
+            }
+            gather_block(&words, shift, rounding, &mut gathered);
+            for (at, bits) in gathered[..per_block].iter_mut().enumerate() {
+                if *bits != 0 {
+                    piece(Piece::Word(block * per_block + at, *bits));
+                }
+            }
         }
     }
 
@@ -158,7 +194,7 @@ const fn pattern(count: u32, every: u32) -> u64 {
 }
 
 /// Every `2^SHIFT` bits, and no more than 32, become one: whether one of them is 1.
-#[inline]
+#[inline(always)]
 fn gather<const SHIFT: u32>(bits: u64) -> u64 {
     let mut bits = bits;
     for step in 0..SHIFT {
@@ -172,6 +208,55 @@ fn gather<const SHIFT: u32>(bits: u64) -> u64 {
         bits &= pattern(2 * together, (2 * together) << SHIFT);
     }
     bits
+}
+
+/// What 64 words become when `2^shift` granules share one. Made several times over, for what processors
+/// have.
+#[multiversion(targets = "simd")]
+fn gather_block(words: &[u64; 64], shift: u32, rounding: Rounding, to: &mut [u64; 32]) {
+    // The shift as a constant makes a handful of instructions of what is done to each word.
+    match shift {
+        1 => gather_words::<1>(words, rounding, to),
+        2 => gather_words::<2>(words, rounding, to),
+        3 => gather_words::<3>(words, rounding, to),
+        4 => gather_words::<4>(words, rounding, to),
+        _ => gather_words::<5>(words, rounding, to),
+    }
+}
+
+#[inline(always)]
+fn gather_words<const SHIFT: u32>(words: &[u64; 64], rounding: Rounding, to: &mut [u64; 32]) {
+    let mut parts = [0; 64];
+    for (part, word) in parts.iter_mut().zip(words) {
+        *part = rounded::<SHIFT>(*word, rounding);
+    }
+    for (to, parts) in to.iter_mut().zip(parts.chunks_exact(1 << SHIFT)) {
+        *to = 0;
+        for (at, part) in parts.iter().enumerate() {
+            *to |= part << (at as u32 * (64 >> SHIFT));
+        }
+    }
+}
+
+/// What one word becomes.
+fn gather_word(word: u64, shift: u32, rounding: Rounding) -> u64 {
+    match shift {
+        1 => rounded::<1>(word, rounding),
+        2 => rounded::<2>(word, rounding),
+        3 => rounded::<3>(word, rounding),
+        4 => rounded::<4>(word, rounding),
+        _ => rounded::<5>(word, rounding),
+    }
+}
+
+/// Every `2^SHIFT` bits become one.
+#[inline(always)]
+fn rounded<const SHIFT: u32>(bits: u64, rounding: Rounding) -> u64 {
+    match rounding {
+        Rounding::Outward => gather::<SHIFT>(bits),
+        // All are dirty if none is clean.
+        Rounding::Inward => !gather::<SHIFT>(!bits) & low(64 >> SHIFT),
+    }
 }
 
 /// Every one of the lowest `64 / 2^SHIFT` bits becomes `2^SHIFT` alike, no more than 32.

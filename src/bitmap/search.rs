@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::HBitmap;
 use super::summary::{Class, Pair};
 use super::update::RangeError;
-use super::word::{bit, bits_from, bits_to, lowest, word_of};
+use super::word::{bit, bits_from, bits_to, lowest, ones, word_of};
 use crate::units::ByteRange;
 
 /// What [`HBitmap::status`] found at the beginning of a range, and how far it goes.
@@ -209,6 +209,29 @@ impl HBitmap {
         }
     }
 
+    /// The first word at or after `from` that has a dirty granule.
+    #[inline]
+    pub(super) fn next_dirty_word(&self, from: usize) -> Option<usize> {
+        // In a map that is neither very clean nor very dirty it is the next one.
+        if self.words.get(from).is_some_and(|word| *word != 0) {
+            return Some(from);
+        }
+        self.summary.next_any(from)
+    }
+
+    /// The first word at or after `from` that has a clean granule, and what it has; the one past the end,
+    /// and nothing, if there is none.
+    #[inline]
+    pub(super) fn next_lacking_word(&self, from: usize) -> (usize, u64) {
+        if let Some(word) = self.words.get(from) {
+            if *word != 0 && *word != !0 {
+                return (from, *word);
+            }
+        }
+        let at = self.summary.next_lacking(from).unwrap_or(self.words.len());
+        (at, self.word(at))
+    }
+
     /// The words that have a dirty granule, ascending.
     #[inline]
     pub(super) fn dirty_words(&self) -> impl Iterator<Item = usize> {
@@ -223,6 +246,34 @@ impl HBitmap {
             rest &= rest - 1;
             Some(word)
         })
+    }
+
+    /// The blocks of 64 words that have a dirty granule, ascending.
+    #[inline]
+    pub(super) fn dirty_blocks(&self) -> impl Iterator<Item = usize> {
+        let mut next = self.summary.next_block(0);
+        std::iter::from_fn(move || {
+            let block = next?;
+            next = self.summary.next_block(block + 1);
+            Some(block)
+        })
+    }
+
+    /// What the words of a block have; nothing, where they are not there.
+    #[inline]
+    pub(super) fn copy_block(&self, block: usize, to: &mut [u64; 64]) {
+        let words = self.words.get(block * 64..).unwrap_or_default();
+        match words.first_chunk::<64>() {
+            Some(words) => *to = *words,
+            None => {
+                to.fill(0);
+                to[..words.len()].copy_from_slice(words);
+            }
+        }
+        let full = self.summary.block(block).map_or(0, |pair| pair.full);
+        for at in ones(full) {
+            to[at] = !0;
+        }
     }
 
     /// The last word of the map, and those of its bits that are past the end.
@@ -248,7 +299,7 @@ impl HBitmap {
         if bits != 0 {
             return Some(lowest(at, bits));
         }
-        let at = self.summary.next_any(at + 1)?;
+        let at = self.next_dirty_word(at + 1)?;
         Some(lowest(at, self.word(at)))
     }
 

@@ -64,6 +64,12 @@ impl Pair {
         !self.full
     }
 
+    /// Whether all 64 children are empty, or all full.
+    #[inline]
+    const fn is_uniform(self) -> bool {
+        self.full == !0 || self.any() == 0
+    }
+
     /// The class of all 64 children together.
     #[inline]
     pub(super) const fn class(self) -> Class {
@@ -167,6 +173,13 @@ impl Summary {
         self.lowest.get(block).copied().map(Pair::from)
     }
 
+    /// Whether a word is full.
+    #[inline]
+    pub(super) fn is_full(&self, word: usize) -> bool {
+        let stored = self.lowest.get(word / 64);
+        stored.is_some_and(|stored| Pair::from(*stored).full & bit(word as u64) != 0)
+    }
+
     /// What a word holds. All are empty in a map without memory.
     #[inline]
     pub(super) fn class_of(&self, word: usize) -> Class {
@@ -192,12 +205,17 @@ impl Summary {
         }
     }
 
-    /// One word is of another class now.
+    /// One word is of another class now than it was.
     #[inline]
     pub(super) fn mark(&mut self, word: usize, class: Class) {
-        let block = word / 64;
-        let before = Pair::from(self.lowest[block]);
-        self.set_block(block, before.with(bit(word as u64), class));
+        let stored = &mut self.lowest[word / 64];
+        let before = Pair::from(*stored);
+        let after = before.with(bit(word as u64), class);
+        *stored = after.into();
+        // Otherwise the block was mixed and is. As one word has changed, it cannot be uniform both times.
+        if before.is_uniform() || after.is_uniform() {
+            self.tell(1, word / 64, after.class());
+        }
     }
 
     /// All of these words, of which there must be one, are of one class now: empty or full.
@@ -238,13 +256,13 @@ impl Summary {
     }
 
     /// The first word at or after `from` that is not empty.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_any(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::any)
     }
 
     /// The first word at or after `from` that is not full.
-    #[inline]
+    #[inline(never)]
     pub(super) fn next_lacking(&self, from: usize) -> Option<usize> {
         self.next(from, Pair::lacking)
     }

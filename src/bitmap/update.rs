@@ -70,17 +70,28 @@ impl HBitmap {
     #[inline]
     pub fn set(&mut self, range: impl Into<ByteRange>) -> Result<bool, RangeError> {
         let range = range.into();
-        if range.end() > self.len || range.is_empty() {
-            self.check_bounds(range)?;
-            return Ok(self.set_run(self.granularity.outward(range)));
+        if range.is_empty() || range.end() > self.len {
+            return self.set_at_the_end(range);
         }
         let first = self.granularity.granule_of(range.start());
         let last = self.granularity.granule_of(range.end() - 1);
-        // Nearly every guest write is this.
+        // Nearly every guest write is one of these.
         if first == last {
             return Ok(self.set_one(first));
         }
+        if word_of(first) == word_of(last) {
+            let mask = bits_from(first) & bits_to(last);
+            return Ok(self.set_in_word(word_of(first), mask));
+        }
         Ok(self.set_run(first..last + 1))
+    }
+
+    /// As [`set`](Self::set), for a range that ends past [`len`](Self::len), or is empty.
+    #[cold]
+    #[inline(never)]
+    fn set_at_the_end(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        self.check_bounds(range)?;
+        Ok(self.set_run(self.granularity.outward(range)))
     }
 
     /// Makes the granule that the byte at `offset` lies in dirty, and says whether it was not before.
@@ -201,34 +212,157 @@ impl HBitmap {
     /// Sets one granule.
     #[inline]
     fn set_one(&mut self, granule: u64) -> bool {
-        let added = self.or_word(word_of(granule), bit(granule));
+        let at = word_of(granule);
+        let word = self.words.get_mut(at).filter(|word| **word != 0);
+        let Some(word) = word else {
+            return self.set_one_in_zero_word(at, bit(granule));
+        };
+        let before = *word;
+        let after = before | bit(granule);
+        let is_new = before & bit(granule) == 0;
+        *word = after;
         // Added, not branched on: whether a granule was dirty is hard to predict.
-        self.count += u64::from(added != 0);
-        added != 0
+        self.count += u64::from(is_new);
+        if after == !0 {
+            self.fill_up(at, before);
+        }
+        is_new
     }
 
     /// Resets one granule.
     #[inline]
     fn reset_one(&mut self, granule: u64) -> bool {
-        let removed = self.clear_in_word(word_of(granule), bit(granule));
-        self.count -= u64::from(removed != 0);
-        removed != 0
+        let at = word_of(granule);
+        let word = self.words.get_mut(at);
+        let Some(word) = word.filter(|word| !matches!(**word, 0 | u64::MAX)) else {
+            return self.reset_one_in_uniform_word(at, bit(granule));
+        };
+        let before = *word;
+        let after = before & !bit(granule);
+        let was_dirty = before & bit(granule) != 0;
+        *word = after;
+        self.count -= u64::from(was_dirty);
+        if after == 0 {
+            self.run_dry(at);
+        }
+        was_dirty
     }
 
     /// Sets the granules `mask` of one word. There must be one.
     #[inline]
-    pub(super) fn set_in_word(&mut self, word: usize, mask: u64) -> bool {
-        let added = self.or_word(word, mask);
-        self.count += u64::from(added.count_ones());
-        added != 0
+    pub(super) fn set_in_word(&mut self, at: usize, mask: u64) -> bool {
+        let word = self.words.get_mut(at).filter(|word| **word != 0);
+        let Some(word) = word else {
+            return self.set_in_zero_word(at, mask);
+        };
+        let before = *word;
+        let after = before | mask;
+        if after == before {
+            return false;
+        }
+        *word = after;
+        self.count += u64::from((after ^ before).count_ones());
+        if after == !0 {
+            self.fill_up(at, before);
+        }
+        true
     }
 
     /// Resets the granules `mask` of one word. There must be one.
     #[inline]
-    pub(super) fn reset_in_word(&mut self, word: usize, mask: u64) -> bool {
-        let removed = self.clear_in_word(word, mask);
-        self.count -= u64::from(removed.count_ones());
-        removed != 0
+    pub(super) fn reset_in_word(&mut self, at: usize, mask: u64) -> bool {
+        let word = self.words.get_mut(at);
+        let Some(word) = word.filter(|word| !matches!(**word, 0 | u64::MAX)) else {
+            return self.reset_in_uniform_word(at, mask);
+        };
+        let before = *word;
+        let after = before & !mask;
+        if after == before {
+            return false;
+        }
+        *word = after;
+        self.count -= u64::from((after ^ before).count_ones());
+        if after == 0 {
+            self.run_dry(at);
+        }
+        true
+    }
+
+    /// A word has become full, if it was not before.
+    #[inline(never)]
+    fn fill_up(&mut self, at: usize, before: u64) {
+        if before != !0 {
+            self.summary.mark(at, Class::Full);
+        }
+    }
+
+    /// A word has become empty.
+    #[inline(never)]
+    fn run_dry(&mut self, at: usize) {
+        self.summary.mark(at, Class::Empty);
+    }
+
+    /// As [`set_in_word`](Self::set_in_word), for a word that is 0: empty, full, or not there yet.
+    #[inline(never)]
+    fn set_in_zero_word(&mut self, at: usize, mask: u64) -> bool {
+        let is_new = self.store_in_zero_word(at, mask, Class::of(mask));
+        self.count += if is_new {
+            u64::from(mask.count_ones())
+        } else {
+            0
+        };
+        is_new
+    }
+
+    /// The same for one granule, which needs no counting.
+    #[inline(never)]
+    fn set_one_in_zero_word(&mut self, at: usize, bit: u64) -> bool {
+        let is_new = self.store_in_zero_word(at, bit, Class::Mixed);
+        self.count += u64::from(is_new);
+        is_new
+    }
+
+    #[inline(always)]
+    fn store_in_zero_word(&mut self, at: usize, mask: u64, class: Class) -> bool {
+        if self.summary.is_full(at) {
+            return false;
+        }
+        if self.words.is_empty() {
+            self.take_memory();
+        }
+        self.words[at] = mask;
+        self.summary.mark(at, class);
+        true
+    }
+
+    /// As [`reset_in_word`](Self::reset_in_word), for a word that is empty or full.
+    #[inline(never)]
+    fn reset_in_uniform_word(&mut self, at: usize, mask: u64) -> bool {
+        let was_full = self.store_in_full_word(at, !mask, Class::of(!mask));
+        self.count -= if was_full {
+            u64::from(mask.count_ones())
+        } else {
+            0
+        };
+        was_full
+    }
+
+    /// The same for one granule, which needs no counting.
+    #[inline(never)]
+    fn reset_one_in_uniform_word(&mut self, at: usize, bit: u64) -> bool {
+        let was_full = self.store_in_full_word(at, !bit, Class::Mixed);
+        self.count -= u64::from(was_full);
+        was_full
+    }
+
+    #[inline(always)]
+    fn store_in_full_word(&mut self, at: usize, left: u64, class: Class) -> bool {
+        if !self.summary.is_full(at) {
+            return false;
+        }
+        self.words[at] = left;
+        self.summary.mark(at, class);
+        true
     }
 
     /// Sets a run of granules.
@@ -237,16 +371,18 @@ impl HBitmap {
             return false;
         }
         let Cut { head, body, tail } = Cut::of(&granules);
-        let before = self.count;
-        self.set_in_word(head.0, head.1);
-        if tail.1 != 0 {
-            self.set_in_word(tail.0, tail.1);
+        if head.0 == tail.0 {
+            return self.set_in_word(head.0, head.1);
         }
+        // Both edges are looked at, so neither is left out when the other has answered.
+        let mut has_changed = self.set_in_word(head.0, head.1);
+        has_changed |= self.set_in_word(tail.0, tail.1);
         if !body.is_empty() {
-            let ones = self.make_uniform(&body, Class::Full);
-            self.count += body.len() as u64 * 64 - ones;
+            let added = body.len() as u64 * 64 - self.make_uniform(&body, Class::Full);
+            self.count += added;
+            has_changed |= added > 0;
         }
-        self.count > before
+        has_changed
     }
 
     /// Resets a run of granules.
@@ -255,73 +391,17 @@ impl HBitmap {
             return false;
         }
         let Cut { head, body, tail } = Cut::of(&granules);
-        let before = self.count;
-        self.reset_in_word(head.0, head.1);
-        if tail.1 != 0 {
-            self.reset_in_word(tail.0, tail.1);
+        if head.0 == tail.0 {
+            return self.reset_in_word(head.0, head.1);
         }
+        let mut has_changed = self.reset_in_word(head.0, head.1);
+        has_changed |= self.reset_in_word(tail.0, tail.1);
         if !body.is_empty() {
-            self.count -= self.make_uniform(&body, Class::Empty);
+            let removed = self.make_uniform(&body, Class::Empty);
+            self.count -= removed;
+            has_changed |= removed > 0;
         }
-        self.count < before
-    }
-
-    /// Sets bits of a word and says which were not; does not count them.
-    #[inline]
-    fn or_word(&mut self, at: usize, mask: u64) -> u64 {
-        let word = self.words.get_mut(at).filter(|word| **word != 0);
-        let Some(word) = word else {
-            return self.or_uniform_word(at, mask);
-        };
-        let before = *word;
-        let after = before | mask;
-        *word = after;
-        let added = after ^ before;
-        if after == !0 && added != 0 {
-            self.summary.mark(at, Class::Full);
-        }
-        added
-    }
-
-    /// Clears bits of a word and says which were set; does not count them.
-    #[inline]
-    fn clear_in_word(&mut self, at: usize, mask: u64) -> u64 {
-        let word = self.words.get_mut(at);
-        let Some(word) = word.filter(|word| **word != 0 && **word != !0) else {
-            return self.clear_in_uniform_word(at, mask);
-        };
-        let before = *word;
-        let after = before & !mask;
-        *word = after;
-        if after == 0 {
-            self.summary.mark(at, Class::Empty);
-        }
-        after ^ before
-    }
-
-    /// As [`or_word`](Self::or_word), for a word that is 0: empty, full, or not there yet.
-    #[inline(never)]
-    fn or_uniform_word(&mut self, at: usize, mask: u64) -> u64 {
-        if self.summary.class_of(at) == Class::Full {
-            return 0;
-        }
-        if self.words.is_empty() {
-            self.take_memory();
-        }
-        self.words[at] = mask;
-        self.summary.mark(at, Class::of(mask));
-        mask
-    }
-
-    /// As [`clear_in_word`](Self::clear_in_word), for a word that is empty or full.
-    #[inline(never)]
-    fn clear_in_uniform_word(&mut self, at: usize, mask: u64) -> u64 {
-        if self.summary.class_of(at) != Class::Full {
-            return 0;
-        }
-        self.words[at] = !mask;
-        self.summary.mark(at, Class::of(!mask));
-        mask
+        has_changed
     }
 
     /// Makes words empty or full, and says how many ones they had. Those that are uniform are not touched.
@@ -345,23 +425,24 @@ impl HBitmap {
             return 0;
         };
         let full = u64::from((pair.full & mask).count_ones()) * 64;
-        // What a word says must be so, unless it is 0.
-        let (wrong, right) = match class {
-            Class::Full => (pair.mixed & mask, !0),
-            Class::Mixed | Class::Empty => (pair.any() & mask, 0),
-        };
-        if wrong == 0 {
-            return full;
-        }
-        let first = words.start / 64 * 64;
+        // A word that is not 0 must be right.
+        let right = if class == Class::Full { !0 } else { 0 };
         if pair.mixed & mask == mask {
             let words = &mut self.words[words];
             let ones = count_ones(words);
             words.fill(right);
             return ones;
         }
+        if pair.mixed & mask == 0 {
+            if full > 0 && right == 0 {
+                let written = self.words[words].iter_mut().filter(|word| **word != 0);
+                written.for_each(|word| *word = 0);
+            }
+            return full;
+        }
+        let first = words.start / 64 * 64;
         let mut mixed = 0;
-        for at in ones(wrong) {
+        for at in ones(pair.any() & mask) {
             let word = &mut self.words[first + at];
             if pair.mixed & bit(at as u64) != 0 {
                 mixed += u64::from(word.count_ones());

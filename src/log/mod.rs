@@ -22,6 +22,8 @@
 //! 5. Words change by read-modify-write only. A mark acquires what it reads, a drain releases what
 //!    it swaps.
 //! 6. A drain ends with a sequentially consistent fence. Data is read after it.
+//! 7. Whoever waits for a mark arms the wake-up, passes such a fence, and looks at the top. A mark that has
+//!    set a bit looks at the wake-up after that, both sequentially consistent.
 //!
 //! What follows from them, and what [`DirtyLog::check_invariants`] looks at while nobody marks or
 //! drains: above every word that is not zero there is a path of set bits to the top (a set bit above
@@ -55,16 +57,27 @@
 //! may return before the other has handed out what it took, so whoever wants to know everything up to
 //! now drains under a lock.
 //!
+//! *The waiting are woken.* Of two who each write and then look at what the other writes (7), one sees the
+//! other. A mark that sets no bit need not look: another mark, which set what it found
+//! set, looks after that, or a drain is about to take what both have marked.
+//!
 //! Nothing on this way is shared but the words themselves: no counter, and no write at all when all
 //! bits are set already. So a guest that writes the same place again and again, from all its queues,
 //! keeps the cache lines shared.
 
+mod drain;
+mod wake;
+
 use std::fmt;
 use std::ops::Range;
+use std::task::{Poll, Waker};
 
 use crate::memory;
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::units::{ByteRange, Granularity};
+
+pub use drain::DirtyWord;
+use wake::WakeUp;
 
 /// Bits of a word, as a power of two. Loom explores every interleaving, so its words are tiny: with
 /// two bits a word, eight granules have three levels.
@@ -121,6 +134,8 @@ pub struct DirtyLog {
     starts: [usize; LEVELS_MAX + 1],
     /// Index of the level that has one word. Zero if the leaf level has.
     top: usize,
+    /// Who wants to know of the next mark.
+    wake_up: WakeUp,
     /// The invariant that a loom test wants to see missed.
     #[cfg(loom)]
     broken: Option<Rule>,
@@ -197,6 +212,7 @@ impl DirtyLog {
             words: zeroed(starts[top + 1]).ok_or(DirtyLogError::OutOfMemory { granules })?,
             starts,
             top,
+            wake_up: WakeUp::new(),
             #[cfg(loom)]
             broken: None,
         })
@@ -258,7 +274,37 @@ impl DirtyLog {
         }
         if !self.has_path(&granules) {
             self.set(0, granules);
+            self.wake_up.marked();
         }
+    }
+
+    /// Ready as soon as there is something to drain; until then the waker is called when there is. The
+    /// waker of the last call counts, and is called once.
+    ///
+    /// It costs those who mark one load, and only where they set a bit that was not set.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::task::{Poll, Waker};
+    /// use blockjob::{DirtyLog, Granularity};
+    ///
+    /// let log = DirtyLog::new(1 << 30, Granularity::DEFAULT)?;
+    /// assert!(log.poll_dirty(Waker::noop()).is_pending());
+    /// log.mark((0..512).into());
+    /// assert_eq!(log.poll_dirty(Waker::noop()), Poll::Ready(()));
+    /// # Ok::<(), blockjob::DirtyLogError>(())
+    /// ```
+    pub fn poll_dirty(&self, waker: &Waker) -> Poll<()> {
+        if self.is_clean() {
+            self.wake_up.arm(waker);
+            // A mark that came before the arming has told nobody.
+            if !self.keeps(Rule::LookAfterArming) || self.is_clean() {
+                return Poll::Pending;
+            }
+            self.wake_up.disarm();
+        }
+        Poll::Ready(())
     }
 
     /// Whether granules of one word are set, and everything above them, up to the top. It says no for
@@ -292,77 +338,6 @@ impl DirtyLog {
     #[inline]
     pub fn is_clean(&self) -> bool {
         self.word(self.top, 0).load(Ordering::Acquire) == 0
-    }
-
-    /// Takes what was marked out of the log and hands it to `sink`, in ascending order, 64 granules at
-    /// a time.
-    ///
-    /// It visits only what was touched since the last drain, and every word at most once, so it ends
-    /// also while others keep marking. What they mark meanwhile is handed out now or the next time.
-    /// Drains may overlap: every mark goes to one of them. Who must know of all marks up to now drains
-    /// under a lock, else another drain may still be handing some out.
-    ///
-    /// Read the data of the disk after the drain has returned, not from within `sink`: it ends with
-    /// the full memory barrier that is the counterpart to the one of [`mark`](Self::mark).
-    ///
-    /// # Panics
-    ///
-    /// Only when `sink` does. Then everything that `sink` has not returned for is marked again.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use blockjob::{DirtyLog, DirtyWord, Granularity};
-    ///
-    /// let log = DirtyLog::new(1 << 30, Granularity::DEFAULT)?;
-    /// log.mark((66 * 65536..68 * 65536).into());
-    ///
-    /// let mut words = Vec::new();
-    /// log.drain(|word| words.push(word));
-    /// assert_eq!(words, [DirtyWord { first_granule: 64, bits: 0b1100 }]);
-    ///
-    /// log.drain(|_| unreachable!("a mark is handed out once"));
-    /// # Ok::<(), blockjob::DirtyLogError>(())
-    /// ```
-    pub fn drain(&self, mut sink: impl FnMut(DirtyWord)) {
-        if !self.is_clean() {
-            self.drain_word(self.top, 0, &mut sink);
-        }
-        if self.keeps(Rule::FenceAfterDrain) {
-            fence(Ordering::SeqCst);
-        }
-    }
-
-    /// [Drains](Self::drain) the log as ranges of bytes, ascending, none touching the next. They begin
-    /// and end at granule boundaries or at the end of the disk.
-    ///
-    /// # Panics
-    ///
-    /// Only when `sink` does. Then everything that `sink` has not returned for is marked again.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// use blockjob::{ByteRange, DirtyLog, Granularity};
-    ///
-    /// let log = DirtyLog::new(1000, Granularity::from_bytes(1).unwrap())?;
-    /// log.mark((10..20).into());
-    /// log.mark((60..200).into());
-    /// log.mark((999..1000).into());
-    ///
-    /// let mut dirty = Vec::new();
-    /// log.drain_ranges(|range| dirty.push(range));
-    /// assert_eq!(dirty, [10..20, 60..200, 999..1000].map(ByteRange::from));
-    /// # Ok::<(), blockjob::DirtyLogError>(())
-    /// ```
-    pub fn drain_ranges(&self, sink: impl FnMut(ByteRange)) {
-        let mut joined = Joined {
-            log: self,
-            run: 0..0,
-            sink,
-        };
-        self.drain(|word| word.runs().for_each(|run| joined.push(run)));
-        joined.hand_out();
     }
 
     /// Asserts what must hold while no mark and no drain is under way, in the order of the module's
@@ -430,47 +405,8 @@ impl DirtyLog {
     fn set_in_word(&self, level: usize, index: u64, mask: u64) {
         let word = self.word(level, index);
         if word.load(self.order(Ordering::Acquire)) & mask != mask {
-            word.fetch_or(mask, self.order(Ordering::AcqRel));
+            word.fetch_or(mask, self.order(Ordering::SeqCst));
         }
-    }
-
-    /// Drains one word and all that is below it.
-    fn drain_word<F: FnMut(DirtyWord)>(&self, level: usize, index: u64, sink: &mut F) {
-        let mut taken = self.take(level, index);
-        if taken.bits != 0 && level == 0 {
-            sink(taken.word());
-            taken.bits = 0;
-        }
-        while taken.bits != 0 {
-            let below = taken.word().first_granule + u64::from(taken.bits.trailing_zeros());
-            self.drain_word(level - 1, below, sink);
-            taken.bits &= taken.bits - 1;
-        }
-        if level > 0 && !self.keeps(Rule::ClearedFirst) {
-            self.word(level, index).swap(0, Ordering::AcqRel);
-        }
-    }
-
-    /// Swaps a word out.
-    fn take(&self, level: usize, index: u64) -> Taken<'_> {
-        let word = self.word(level, index);
-        let bits = if level > 0 && !self.keeps(Rule::ClearedFirst) {
-            word.load(Ordering::Acquire)
-        } else {
-            word.swap(0, self.order(Ordering::AcqRel))
-        };
-        Taken {
-            log: self,
-            level,
-            index,
-            bits,
-        }
-    }
-
-    /// The bytes of a run of granules, but for what the last one has past the end of the disk.
-    fn bytes_of(&self, granules: &Range<u64>) -> ByteRange {
-        let end = self.granularity.start_of(granules.end).min(self.len);
-        (self.granularity.start_of(granules.start)..end).into()
     }
 
     #[inline]
@@ -508,106 +444,6 @@ impl fmt::Debug for DirtyLog {
             .field("granularity", &self.granularity)
             .field("is_clean", &self.is_clean())
             .finish_non_exhaustive()
-    }
-}
-
-/// Up to 64 neighbouring granules, as a [drain](DirtyLog::drain) hands them out.
-///
-/// # Examples
-///
-/// ```
-/// use blockjob::DirtyWord;
-///
-/// let word = DirtyWord { first_granule: 128, bits: 0b1100_0001 };
-/// assert_eq!(word.runs().collect::<Vec<_>>(), [128..129, 134..136]);
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DirtyWord {
-    /// The granule of the lowest bit, a multiple of 64.
-    pub first_granule: u64,
-    /// Bit *i* is set when granule `first_granule + i` was marked. Never zero in a drain.
-    pub bits: u64,
-}
-
-impl DirtyWord {
-    /// The granules that were marked, as ranges of granule indices, ascending, none touching the next.
-    pub fn runs(self) -> impl Iterator<Item = Range<u64>> {
-        let DirtyWord {
-            first_granule,
-            mut bits,
-        } = self;
-        std::iter::from_fn(move || {
-            if bits == 0 {
-                return None;
-            }
-            let lowest = bits.trailing_zeros();
-            let count = (bits >> lowest).trailing_ones();
-            // The carry runs through the lowest run of ones and leaves zeros behind.
-            bits &= bits.wrapping_add(1 << lowest);
-            let start = first_granule + u64::from(lowest);
-            Some(start..start + u64::from(count))
-        })
-    }
-}
-
-/// Part of a word that was swapped out and is not dealt with yet. Dropped with bits in it, which is
-/// when `sink` panics, it gives them back: what is in hand has nothing above it (invariant 4), and
-/// would never be found again.
-struct Taken<'a> {
-    log: &'a DirtyLog,
-    level: usize,
-    index: u64,
-    bits: u64,
-}
-
-impl Taken<'_> {
-    /// The bits with their place in the level, which on the leaf level is the granule.
-    fn word(&self) -> DirtyWord {
-        DirtyWord {
-            first_granule: self.index << WORD_SHIFT,
-            bits: self.bits,
-        }
-    }
-}
-
-impl Drop for Taken<'_> {
-    fn drop(&mut self) {
-        for run in self.word().runs() {
-            self.log.set(self.level, run);
-        }
-    }
-}
-
-/// Runs of granules on their way to `sink`, joined where one word's last meets the next word's first.
-struct Joined<'a, F: FnMut(ByteRange)> {
-    log: &'a DirtyLog,
-    /// Taken out of the log and not handed out yet; given back when `sink` panics.
-    run: Range<u64>,
-    sink: F,
-}
-
-impl<F: FnMut(ByteRange)> Joined<'_, F> {
-    fn push(&mut self, run: Range<u64>) {
-        if self.run.end != run.start {
-            self.hand_out();
-            self.run.start = run.start;
-        }
-        self.run.end = run.end;
-    }
-
-    fn hand_out(&mut self) {
-        if !self.run.is_empty() {
-            (self.sink)(self.log.bytes_of(&self.run));
-            self.run = 0..0;
-        }
-    }
-}
-
-impl<F: FnMut(ByteRange)> Drop for Joined<'_, F> {
-    fn drop(&mut self) {
-        if !self.run.is_empty() {
-            self.log.set(0, self.run.clone());
-        }
     }
 }
 
@@ -655,6 +491,8 @@ pub enum Rule {
     AcquireAndRelease,
     /// Broken, a drain ends without a fence.
     FenceAfterDrain,
+    /// Broken, who waits does not look again once the wake-up is armed.
+    LookAfterArming,
 }
 
 /// What only loom tests need.

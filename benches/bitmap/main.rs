@@ -1,0 +1,329 @@
+//! [`HBitmap`] beside the maps that one would take otherwise, and beside a flat one that is as fast as
+//! a loop over words can be.
+//!
+//! ```text
+//! cargo bench --bench bitmap [-- FILTER]      measures
+//! cargo bench --bench bitmap -- table         prints what was measured last, as Markdown
+//! ```
+//!
+//! The groups are `bitmap/SIZE/WORKLOAD`, the functions are named after the crates; `limit` is the flat
+//! one. A granule has 64 KiB. Where a workload is of many equal calls, the throughput is in calls, and
+//! where a walk is over bits or runs in those, so that a table can tell the time of one.
+//!
+//! ```text
+//! set-1-clean      one granule, anywhere, in a map that was clean; 16 and 1024 of them in one call
+//! set-1-dirty      the same where half of the granules are dirty
+//! set-1-hot        eight granules, again and again
+//! reset-1-full     one granule, anywhere, in a map that was full
+//! bits-…, runs-…   walks over a map
+//! merge-…          a map into another that has as much in other places
+//! merge-into-empty a full map into an empty one
+//! merge-finer      64 KiB into 1 MiB, both with half of the granules dirty
+//! serialize-half   to bytes and from them; for the flat maps that is a copy
+//! new              an empty map
+//! clone-half, equal-half
+//! ```
+//!
+//! Before a cell is measured, its result is compared with that of a program which looks at one bit after
+//! the other. What must be made anew for each pass, because the pass changes it, is made and dropped off
+//! the clock.
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "a bench measures time"
+)]
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::time::Duration;
+
+use bitvec::vec::BitVec;
+use blockjob::HBitmap;
+use criterion::{Criterion, SamplingMode};
+use croaring::Bitmap;
+use fixedbitset::FixedBitSet;
+use hibitset::BitSet;
+use roaring::RoaringBitmap;
+
+use self::limit::Flat;
+use self::maps::Pattern::{self, Clustered, Empty, Full, Half, Sparse};
+use self::measure::{Calls, Group};
+use self::peers::{Peer, Stored};
+
+mod limit;
+mod maps;
+mod measure;
+mod peers;
+#[path = "../support/random.rs"]
+mod random;
+#[path = "../support/table.rs"]
+mod table;
+
+struct Size {
+    name: &'static str,
+    granules: u64,
+    workloads: &'static [Workload],
+}
+
+/// On 64 TiB, which is more than `hibitset` can, only what such a disk is likely to be: nearly clean. Half
+/// of a billion granules keep most of them busy for seconds a pass, and tell no more than on 1 TiB.
+const SIZES: [Size; 3] = [
+    Size {
+        name: "16GiB",
+        granules: 1 << 18,
+        workloads: &WORKLOADS,
+    },
+    Size {
+        name: "1TiB",
+        granules: 1 << 24,
+        workloads: &WORKLOADS,
+    },
+    Size {
+        name: "64TiB",
+        granules: 1 << 30,
+        workloads: &[
+            Workload::Set(Empty, FEW),
+            Workload::Bits(Sparse),
+            Workload::Bits(Clustered),
+            Workload::Runs(Sparse),
+            Workload::Runs(Clustered),
+            Workload::Merge(Sparse),
+            Workload::Merge(Clustered),
+            Workload::New,
+        ],
+    },
+];
+
+const WORKLOADS: [Workload; 28] = [
+    Workload::Set(Empty, ONE),
+    Workload::Set(Half, ONE),
+    Workload::SetHot,
+    Workload::Set(Empty, SOME),
+    Workload::Set(Half, SOME),
+    Workload::Set(Empty, MANY),
+    Workload::Set(Half, MANY),
+    Workload::Reset(ONE),
+    Workload::Reset(SOME),
+    Workload::Reset(MANY),
+    Workload::Bits(Sparse),
+    Workload::Bits(Clustered),
+    Workload::Bits(Half),
+    Workload::Bits(Full),
+    Workload::Runs(Sparse),
+    Workload::Runs(Clustered),
+    Workload::Runs(Half),
+    Workload::Runs(Full),
+    Workload::Merge(Sparse),
+    Workload::Merge(Clustered),
+    Workload::Merge(Half),
+    Workload::Merge(Full),
+    Workload::MergeIntoEmpty,
+    Workload::MergeFiner,
+    Workload::Serialize,
+    Workload::Deserialize,
+    Workload::Clone,
+    Workload::Equal,
+];
+
+const FEW: Calls = Calls {
+    len: 1,
+    of: 1 << 10,
+};
+const ONE: Calls = Calls { len: 1, of: 1 << 8 };
+const SOME: Calls = Calls {
+    len: 16,
+    of: 1 << 10,
+};
+const MANY: Calls = Calls {
+    len: 1024,
+    of: 1 << 14,
+};
+
+#[derive(Clone, Copy)]
+enum Workload {
+    Set(Pattern, Calls),
+    SetHot,
+    Reset(Calls),
+    Bits(Pattern),
+    Runs(Pattern),
+    Merge(Pattern),
+    MergeIntoEmpty,
+    MergeFiner,
+    Serialize,
+    Deserialize,
+    New,
+    Clone,
+    Equal,
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Set(Empty, calls) => write!(f, "set-{}-clean", calls.len),
+            Self::Set(_, calls) => write!(f, "set-{}-dirty", calls.len),
+            Self::SetHot => f.write_str("set-1-hot"),
+            Self::Reset(calls) => write!(f, "reset-{}-full", calls.len),
+            Self::Bits(pattern) => write!(f, "bits-{}", pattern.name()),
+            Self::Runs(pattern) => write!(f, "runs-{}", pattern.name()),
+            Self::Merge(pattern) => write!(f, "merge-{}", pattern.name()),
+            Self::MergeIntoEmpty => f.write_str("merge-into-empty"),
+            Self::MergeFiner => f.write_str("merge-finer"),
+            Self::Serialize => f.write_str("serialize-half"),
+            Self::Deserialize => f.write_str("deserialize-half"),
+            Self::New => f.write_str("new"),
+            Self::Clone => f.write_str("clone-half"),
+            Self::Equal => f.write_str("equal-half"),
+        }
+    }
+}
+
+impl Workload {
+    /// Time on the clock. What is made anew for each pass takes longer than the pass, and is not on it.
+    fn measurement_time(self) -> Duration {
+        Duration::from_millis(match self {
+            Self::SetHot | Self::Bits(_) | Self::Runs(_) | Self::Equal => 300,
+            _ => 50,
+        })
+    }
+
+    fn run(self, group: &mut Group<'_>, granules: u64) {
+        self.run_for::<HBitmap>(group, granules);
+        self.run_for::<Flat>(group, granules);
+        self.run_for::<BitSet>(group, granules);
+        self.run_for::<RoaringBitmap>(group, granules);
+        self.run_for::<Bitmap>(group, granules);
+        self.run_for::<FixedBitSet>(group, granules);
+        self.run_for::<BitVec<u64>>(group, granules);
+
+        self.run_stored::<Flat>(group, granules);
+        self.run_stored::<RoaringBitmap>(group, granules);
+        self.run_stored::<Bitmap>(group, granules);
+        self.run_stored::<FixedBitSet>(group, granules);
+        self.run_stored::<BitVec<u64>>(group, granules);
+    }
+
+    fn run_for<P: Peer>(self, group: &mut Group<'_>, granules: u64) {
+        if granules > P::GRANULES_MAX {
+            return;
+        }
+        let words = |pattern: Pattern| move || pattern.words(granules, 1);
+        let both = |into: Vec<u64>, from: Vec<u64>| {
+            (
+                P::from_words(&into),
+                P::from_words(&from),
+                maps::union(&into, &from),
+            )
+        };
+        // A pass over a short map would take no longer than a look at the clock.
+        let copies = ((1 << 21) / granules).max(1) as usize;
+        match self {
+            Self::Set(pattern, calls) if calls.len == 1 => {
+                let set = |map: &mut P, one: Range<u64>| map.set(one.start);
+                measure::calls(group, granules, pattern, calls, maps::set, set);
+            }
+            Self::Set(pattern, calls) => {
+                measure::calls(group, granules, pattern, calls, maps::set, P::set_range);
+            }
+            Self::SetHot => measure::hot::<P>(group, granules),
+            Self::Reset(calls) if calls.len == 1 => {
+                let reset = |map: &mut P, one: Range<u64>| map.reset(one.start);
+                measure::calls(group, granules, Full, calls, maps::reset, reset);
+            }
+            Self::Reset(calls) => {
+                measure::calls(group, granules, Full, calls, maps::reset, P::reset_range);
+            }
+            Self::Bits(pattern) => {
+                measure::walk::<P, _>(group, words(pattern), P::sum_bits, maps::sum);
+            }
+            Self::Runs(pattern) => {
+                measure::walk::<P, _>(group, words(pattern), P::runs, maps::runs);
+            }
+            Self::Merge(pattern) => {
+                let make = || both(pattern.words(granules, 1), pattern.words(granules, 2));
+                measure::merge::<P>(group, copies, make, P::merge);
+            }
+            Self::MergeIntoEmpty => {
+                let make = || both(Empty.words(granules, 0), Full.words(granules, 0));
+                measure::merge::<P>(group, copies, make, P::merge);
+            }
+            Self::MergeFiner => {
+                let make = || {
+                    let coarse = Half.words(granules / 16, 1);
+                    let fine = Half.words(granules, 2);
+                    let union = maps::union(&coarse, &maps::coarsened(&fine));
+                    (P::coarse_from_words(&coarse), P::from_words(&fine), union)
+                };
+                measure::merge::<P>(group, copies, make, P::merge_finer);
+            }
+            Self::New => measure::make::<P, _, _>(group, || {}, |()| P::new(granules)),
+            Self::Clone => {
+                let set_up = || P::from_words(&Half.words(granules, 1));
+                measure::make::<P, _, _>(group, set_up, |map| map.clone());
+            }
+            Self::Equal => measure::equal::<P>(group, &Half.words(granules, 1)),
+            Self::Serialize | Self::Deserialize => {}
+        }
+    }
+
+    fn run_stored<P: Stored>(self, group: &mut Group<'_>, granules: u64) {
+        let set_up = || {
+            let words = Half.words(granules, 1);
+            let map = P::from_words(&words);
+            let mut bytes = Vec::new();
+            map.store(&mut bytes);
+            measure::check(&P::load(&bytes), &words);
+            (map, bytes)
+        };
+        match self {
+            Self::Serialize => measure::make::<P, _, _>(group, set_up, |(map, bytes)| {
+                bytes.clear();
+                map.store(bytes);
+            }),
+            Self::Deserialize => {
+                measure::make::<P, _, _>(group, set_up, |(_, bytes)| P::load(bytes));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn main() -> io::Result<()> {
+    if table::is_wanted() {
+        return print_tables();
+    }
+    let mut criterion = Criterion::default().configure_from_args();
+    for size in SIZES {
+        for workload in size.workloads {
+            let mut group = criterion.benchmark_group(format!("bitmap/{}/{workload}", size.name));
+            group
+                .warm_up_time(Duration::from_millis(100))
+                .measurement_time(workload.measurement_time())
+                .sampling_mode(SamplingMode::Flat)
+                .sample_size(15)
+                .nresamples(2000);
+            workload.run(&mut group, size.granules);
+            group.finish();
+        }
+    }
+    criterion.final_summary();
+    Ok(())
+}
+
+fn print_tables() -> io::Result<()> {
+    let functions = [
+        HBitmap::NAME,
+        Flat::NAME,
+        BitSet::NAME,
+        RoaringBitmap::NAME,
+        Bitmap::NAME,
+        FixedBitSet::NAME,
+        <BitVec<u64>>::NAME,
+    ];
+    for size in SIZES {
+        let groups = size.workloads.iter();
+        let groups = groups.map(|workload| format!("bitmap/{}/{workload}", size.name));
+        table::print(size.name, &functions, &groups.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
