@@ -40,6 +40,12 @@ pub enum Sabotage {
     ForgetDropped,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Tracked bitmap 1: what gets clean is not marked.
+    ForgetReset,
+    /// Tracked bitmap 1: what is merged or loaded is not marked.
+    ForgetMerged,
+    /// Tracked bitmap 3: what is new after growing is not marked.
+    ForgetTruncated,
     /// Words 2: bits past the last granule are kept.
     KeepPadding,
     /// Words 3: what is put in is not counted.

@@ -66,6 +66,7 @@ mod resize;
 mod search;
 mod serial;
 mod summary;
+mod tracked;
 mod update;
 mod word;
 mod words;
@@ -74,6 +75,7 @@ pub use iter::{Cursor, Iter, Runs};
 pub use merge::{MergeError, UnionError};
 pub use search::Status;
 pub use serial::{LoadError, PartError};
+pub use tracked::TrackedBitmap;
 pub use update::RangeError;
 pub use words::WordsError;
 

@@ -188,7 +188,7 @@ impl HBitmap {
     }
 
     /// The words from `first` on are words of the map.
-    fn check_words(&self, first: usize, count: usize) -> Result<Range<usize>, WordsError> {
+    pub(super) fn check_words(&self, first: usize, count: usize) -> Result<Range<usize>, WordsError> {
         let expected = self.word_count();
         match first.checked_add(count) {
             Some(end) if end <= expected => Ok(first..end),
