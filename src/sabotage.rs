@@ -40,6 +40,14 @@ pub enum Sabotage {
     ForgetDropped,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Stored bitmap 2: the CRCs of records are not looked at.
+    IgnoreCrc,
+    /// Stored bitmap 2: dirty granules are not counted.
+    IgnoreCount,
+    /// Stored bitmap 3: memory is asked for as the header says.
+    TrustHeader,
+    /// Stored bitmap 4: a bitmap in use is taken all the same.
+    TrustInUse,
     /// Tracked bitmap 1: what gets clean is not marked.
     ForgetReset,
     /// Tracked bitmap 1: what is merged or loaded is not marked.

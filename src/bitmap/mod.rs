@@ -65,6 +65,7 @@ mod rescale;
 mod resize;
 mod search;
 mod serial;
+pub mod stored;
 mod summary;
 mod tracked;
 mod update;

@@ -259,7 +259,11 @@ impl HBitmap {
     }
 
     /// The words of a part that has so many bytes.
-    pub(super) fn part_of_len(&self, range: ByteRange, found: usize) -> Result<Range<usize>, PartError> {
+    pub(super) fn part_of_len(
+        &self,
+        range: ByteRange,
+        found: usize,
+    ) -> Result<Range<usize>, PartError> {
         let words = self.part(range)?;
         let expected = words.len() * 8;
         if found != expected {

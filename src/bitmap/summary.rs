@@ -366,6 +366,12 @@ impl Summary {
     }
 }
 
+/// Bytes of memory that a map takes for so many granules, when it takes some.
+pub(super) fn memory_for(granules: u64) -> u64 {
+    let words = words_for(granules);
+    words * 8 + level_lens(words).sum::<u64>() * size_of::<Stored>() as u64
+}
+
 /// How many pairs each level has above so many words.
 fn level_lens(words: u64) -> impl Iterator<Item = u64> {
     std::iter::successors(Some(words_for(words)), |below| {

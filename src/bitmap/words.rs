@@ -188,7 +188,11 @@ impl HBitmap {
     }
 
     /// The words from `first` on are words of the map.
-    pub(super) fn check_words(&self, first: usize, count: usize) -> Result<Range<usize>, WordsError> {
+    pub(super) fn check_words(
+        &self,
+        first: usize,
+        count: usize,
+    ) -> Result<Range<usize>, WordsError> {
         let expected = self.word_count();
         match first.checked_add(count) {
             Some(end) if end <= expected => Ok(first..end),
@@ -310,7 +314,10 @@ impl<'a> Iterator for Spans<'a> {
             let mut block = at / 64 + 1;
             while block * 64 < self.words.end {
                 match map.summary.block(block) {
-                    Some(Pair { mixed: 1.., full: 0 }) => block += 1,
+                    Some(Pair {
+                        mixed: 1..,
+                        full: 0,
+                    }) => block += 1,
                     _ => break,
                 }
             }
@@ -378,7 +385,11 @@ fn replace_in_block<W: Word>(
     };
     let words = &mut map.words[block * 64..][within.clone()];
     let given = &new[within.clone()];
-    let added = if is_broken(Sabotage::ForgetCount) { 0 } else { count };
+    let added = if is_broken(Sabotage::ForgetCount) {
+        0
+    } else {
+        count
+    };
     if before.any() == 0 {
         // All that is there is 0. What is uniform needs no word, and its memory was perhaps never touched.
         if classes.mixed != 0 {
