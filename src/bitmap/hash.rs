@@ -36,6 +36,7 @@ impl HBitmap {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
+    #[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
     pub fn digest(&self) -> [u8; 32] {
         let mut digest = Sha256::new();
         let mut bytes = [0; CHUNK * 8];
@@ -78,6 +79,7 @@ impl HBitmap {
     /// # Ok::<(), blockjob::bitmap::CreateError>(())
     /// ```
     #[must_use]
+    #[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
     pub fn digest_hex(&self) -> String {
         let mut hex = String::with_capacity(64);
         for byte in self.digest() {

@@ -6,6 +6,7 @@ use std::iter::FusedIterator;
 use std::ops::Range;
 
 use super::HBitmap;
+use super::summary::{Blocks, Pair};
 use super::word::{bit, bits_from, bits_to, lowest, word_of};
 use crate::units::ByteRange;
 
@@ -80,9 +81,11 @@ impl Cursor {
 pub struct Iter<'a> {
     /// What is walked over.
     bitmap: &'a HBitmap,
-    /// The 64 words that `rest` are some of.
-    block: usize,
-    /// Words of the block that have dirty granules and were not looked at yet.
+    /// The blocks of 64 words to come.
+    blocks: Blocks<'a>,
+    /// The block that is walked over, and what is known of it.
+    block: (usize, Pair),
+    /// Its words that have dirty granules and were not looked at yet.
     rest: u64,
     /// The word that `bits` are from.
     word: usize,
@@ -95,31 +98,32 @@ pub struct Iter<'a> {
 impl<'a> Iter<'a> {
     /// Over the dirty ones of `granules`, which are some of the map.
     fn new(bitmap: &'a HBitmap, granules: Range<u64>) -> Self {
+        let first = word_of(granules.start);
+        let nothing = Pair { mixed: 0, full: 0 };
         let mut iter = Self {
             bitmap,
-            block: 0,
+            blocks: bitmap.summary.blocks_from(first / 64 + 1),
+            block: (first / 64, nothing),
             rest: 0,
-            word: 0,
+            word: first,
             bits: 0,
             last: (0, 0),
         };
         if !granules.is_empty() {
-            let first = word_of(granules.start);
+            let pair = bitmap.summary.block(first / 64).unwrap_or(nothing);
             iter.last = (word_of(granules.end - 1), bits_to(granules.end - 1));
-            iter.block = first / 64;
-            let pair = bitmap.summary.block(iter.block);
-            let after = bits_from(first as u64) & !bit(first as u64);
-            iter.rest = pair.map_or(0, |pair| pair.any() & after);
-            iter.word = first;
+            iter.block.1 = pair;
+            iter.rest = pair.any() & bits_from(first as u64) & !bit(first as u64);
             iter.bits = iter.bits_of(first) & bits_from(granules.start);
         }
         iter
     }
 
-    /// What of a word is to be yielded.
+    /// What of a word of the block is to be yielded.
     #[inline]
     fn bits_of(&self, word: usize) -> u64 {
-        let bits = self.bitmap.word(word);
+        let (block, pair) = self.block;
+        let bits = self.bitmap.word_of_block(block, pair, word % 64);
         match word.cmp(&self.last.0) {
             Ordering::Less => bits,
             Ordering::Equal => bits & self.last.1,
@@ -129,14 +133,18 @@ impl<'a> Iter<'a> {
 
     /// Goes to the next word that has dirty granules, if there is one.
     #[inline]
-    fn next_word(&mut self) -> Option<usize> {
+    fn next_word(&mut self) -> Option<()> {
         if self.rest == 0 {
-            self.block = self.bitmap.summary.next_block(self.block + 1)?;
-            self.rest = self.bitmap.summary.block(self.block)?.any();
+            self.block = self.blocks.next()?;
+            self.rest = self.block.1.any();
         }
-        let word = lowest(self.block, self.rest) as usize;
+        self.word = lowest(self.block.0, self.rest) as usize;
         self.rest &= self.rest - 1;
-        (word <= self.last.0).then_some(word)
+        if self.word > self.last.0 {
+            return None;
+        }
+        self.bits = self.bits_of(self.word);
+        Some(())
     }
 }
 
@@ -146,8 +154,7 @@ impl Iterator for Iter<'_> {
     #[inline]
     fn next(&mut self) -> Option<u64> {
         while self.bits == 0 {
-            self.word = self.next_word()?;
-            self.bits = self.bits_of(self.word);
+            self.next_word()?;
         }
         let granule = lowest(self.word, self.bits);
         self.bits &= self.bits - 1;
@@ -176,11 +183,9 @@ impl Iterator for Iter<'_> {
                     result = f(result, start + at * bytes);
                 }
             }
-            let Some(word) = self.next_word() else {
+            if self.next_word().is_none() {
                 return result;
-            };
-            self.word = word;
-            self.bits = self.bits_of(word);
+            }
         }
     }
 }
@@ -242,62 +247,102 @@ impl Iterator for GranuleRuns<'_> {
         Some(start..lowest(self.word, gaps).min(self.end))
     }
 
-    /// Word by word, where every 1 in `edges` begins or ends a run, in turn.
+    /// Block by block and word by word, where every 1 in `edges` begins or ends a run, in turn.
     #[inline]
     fn fold<B, F: FnMut(B, Range<u64>) -> B>(self, init: B, mut f: F) -> B {
         let Self {
             bitmap,
-            mut word,
-            mut bits,
+            word,
+            bits,
             end,
         } = self;
         let mut result = init;
-        // Where the run began that goes on in this word.
-        let mut open = None;
-        loop {
-            let first = word as u64 * 64;
-            if first >= end {
-                break;
+        // Where the run began that goes on, and the word it goes on in.
+        let mut open: Option<(u64, usize)> = None;
+        // The first word is known in part only: its bits are what is left of it.
+        let mut first = Some(bits);
+        let mut blocks = bitmap.summary.blocks_from(word / 64);
+        while let Some((block, pair)) = blocks.next() {
+            if let Some((start, next)) = open.filter(|(_, next)| *next < block * 64) {
+                // It ended before this block.
+                result = f(result, start..end.min(next as u64 * 64));
+                open = None;
             }
-            let mut edges = bits ^ (bits << 1 | u64::from(open.is_some()));
-            if let Some(start) = open {
-                if edges != 0 {
-                    let at = first + u64::from(edges.trailing_zeros());
-                    edges &= edges - 1;
-                    open = None;
-                    if at >= end {
-                        return f(result, start..end);
+            let mut rest = pair.any();
+            if block == word / 64 {
+                rest &= bits_from(word as u64);
+            }
+            loop {
+                // Full words in a row are passed at once; the one after them may be empty.
+                let at = match &mut open {
+                    Some((_, next)) => {
+                        // 64 if the run has come to the end of the block.
+                        let from = *next - block * 64;
+                        let full = pair.full.checked_shr(from as u32).unwrap_or(0);
+                        *next += full.trailing_ones() as usize;
+                        *next - block * 64
                     }
-                    result = f(result, start..at);
-                }
-            }
-            while edges != 0 {
-                let start = first + u64::from(edges.trailing_zeros());
-                edges &= edges - 1;
-                if start >= end {
-                    return result;
-                }
-                if edges == 0 {
-                    open = Some(start);
+                    None => rest.trailing_zeros() as usize,
+                };
+                if at == 64 {
+                    if let (u64::MAX, Some((_, next))) = (pair.full, &mut open) {
+                        // There may be thousands of full blocks.
+                        let lacking = bitmap.summary.next_lacking(*next);
+                        *next = lacking.unwrap_or(bitmap.words.len());
+                        blocks = bitmap.summary.blocks_from(*next / 64);
+                    }
                     break;
                 }
-                let at = first + u64::from(edges.trailing_zeros());
-                edges &= edges - 1;
-                result = f(result, start..at.min(end));
-            }
-            if open.is_some() {
-                // All in between is full.
-                (word, bits) = bitmap.next_lacking_word(word + 1);
-            } else {
-                let Some(next) = bitmap.next_dirty_word(word + 1) else {
-                    return result;
+                rest &= (!1u64).checked_shl(at as u32).unwrap_or(0);
+                let base = (block * 64 + at) as u64 * 64;
+                if base >= end {
+                    return Self::close(open, end, result, f);
+                }
+                let bits = match first.take() {
+                    Some(bits) if block * 64 + at == word => bits,
+                    _ => bitmap.word_of_block(block, pair, at),
                 };
-                (word, bits) = (next, bitmap.word(next));
+                let mut edges = bits ^ (bits << 1 | u64::from(open.is_some()));
+                if let Some((start, _)) = open {
+                    let to = base + u64::from(edges.trailing_zeros());
+                    edges &= edges.wrapping_sub(1);
+                    open = None;
+                    if to >= end {
+                        return f(result, start..end);
+                    }
+                    result = f(result, start..to);
+                }
+                while edges != 0 {
+                    let start = base + u64::from(edges.trailing_zeros());
+                    edges &= edges - 1;
+                    if start >= end {
+                        return result;
+                    }
+                    if edges == 0 {
+                        open = Some((start, block * 64 + at + 1));
+                        break;
+                    }
+                    let to = base + u64::from(edges.trailing_zeros());
+                    edges &= edges - 1;
+                    result = f(result, start..to.min(end));
+                }
             }
         }
+        Self::close(open, end, result, f)
+    }
+}
+
+impl GranuleRuns<'_> {
+    /// The run that is open ends where the words it went on in did, or at the end.
+    fn close<B>(
+        open: Option<(u64, usize)>,
+        end: u64,
+        result: B,
+        mut f: impl FnMut(B, Range<u64>) -> B,
+    ) -> B {
         match open {
-            Some(start) if start < end => f(result, start..end),
-            _ => result,
+            Some((start, next)) => f(result, start..end.min(next as u64 * 64)),
+            None => result,
         }
     }
 }

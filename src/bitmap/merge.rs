@@ -242,7 +242,7 @@ impl HBitmap {
         self.check_len(other)?;
         if self.granularity == other.granularity {
             let mut words = other.dirty_words();
-            return Ok(words.any(|word| self.word(word) & other.word(word) != 0));
+            return Ok(words.any(|(at, bits)| self.word(at) & bits != 0));
         }
         // Each skips to where the other goes on, until both are at the same byte.
         let mut from = 0;
@@ -278,11 +278,8 @@ impl HBitmap {
 /// Made several times over, for what processors have: the work is counting ones.
 #[multiversion(targets = "simd")]
 fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
-    let mut next = other.summary.next_block(0);
-    while let Some(block) = next {
-        next = other.summary.next_block(block + 1);
-        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
-        else {
+    for (block, theirs) in other.summary.blocks_from(0) {
+        let Some(mine) = map.summary.block(block) else {
             break;
         };
         let (words, added) = (&mut map.words[block * 64..], &other.words[block * 64..]);
@@ -336,11 +333,8 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
 /// Takes from `map` what `other` has, which has the same granules. Both have memory.
 #[multiversion(targets = "simd")]
 fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
-    let mut next = other.summary.next_block(0);
-    while let Some(block) = next {
-        next = other.summary.next_block(block + 1);
-        let (Some(mine), Some(theirs)) = (map.summary.block(block), other.summary.block(block))
-        else {
+    for (block, theirs) in other.summary.blocks_from(0) {
+        let Some(mine) = map.summary.block(block) else {
             break;
         };
         let (words, taken) = (&mut map.words[block * 64..], &other.words[block * 64..]);

@@ -42,7 +42,7 @@
 //! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
 //!     memory was perhaps never touched. Setting or resetting one granule touches one word, and those above
 //!     it only when that word stops or starts being uniform. Finding the next dirty or clean granule takes
-//!     one step per level, at most six up and six down.
+//!     one step per level, at most six up and six down. [All costs](cost) are on a page of their own.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
 //!     checked before memory is asked for. A map of no bytes is legal, and always clean.
 //! 12. A map takes its memory when its first granule gets dirty, all at once. As with any collection the
@@ -56,8 +56,9 @@ use crate::memory::{self, OutOfMemory};
 use crate::units::Granularity;
 use summary::Summary;
 
+#[doc = include_str!("cost.md")]
+pub mod cost {}
 #[cfg(feature = "sha2")]
-#[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
 mod hash;
 mod iter;
 mod merge;
@@ -310,7 +311,7 @@ impl HBitmap {
             "1: number of words"
         );
         if is_bare {
-            assert_eq!(self.summary.blocks(), 0, "1: a summary of nothing");
+            assert_eq!(self.summary.block_count(), 0, "1: a summary of nothing");
             return;
         }
         self.summary.check(&self.words);
@@ -385,7 +386,7 @@ impl PartialEq for HBitmap {
         if !is_alike || self.is_clean() {
             return is_alike;
         }
-        (0..self.summary.blocks()).all(|block| {
+        (0..self.summary.block_count()).all(|block| {
             let pair = self.summary.block(block);
             pair == other.summary.block(block)
                 && pair.is_some_and(|pair| {

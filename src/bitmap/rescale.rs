@@ -15,7 +15,6 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::iter::GranuleRuns;
-use super::summary::Pair;
 use super::word::{ones, word_of};
 use crate::log::DirtyWord;
 use crate::units::{ByteRange, Granularity};
@@ -96,11 +95,11 @@ impl HBitmap {
         let per_block = 64 >> shift;
         let (last, past_end) = self.last_word();
         let mut gathered = [0; 32];
-        for block in self.dirty_blocks() {
-            let any = self.summary.block(block).map_or(0, Pair::any);
-            if any.count_ones() < FEW {
-                for at in ones(any).map(|at| block * 64 + at) {
-                    let mut bits = self.word(at);
+        for (block, pair) in self.summary.blocks_from(0) {
+            if pair.any().count_ones() < FEW {
+                for at in ones(pair.any()) {
+                    let mut bits = self.word_of_block(block, pair, at);
+                    let at = block * 64 + at;
                     if rounding == Rounding::Inward && at == last {
                         bits |= past_end;
                     }
@@ -128,8 +127,7 @@ impl HBitmap {
     /// As granules of which `2^SHIFT` make one of ours.
     fn as_finer<const SHIFT: u32>(&self, granularity: Granularity, mut piece: impl FnMut(Piece)) {
         let granules = granularity.granules_in(self.len);
-        for at in self.dirty_words() {
-            let bits = self.word(at);
+        for (at, bits) in self.dirty_words() {
             for part in 0..1 << SHIFT {
                 let to = (at << SHIFT) + part;
                 let mut bits = spread::<SHIFT>(bits >> (part as u32 * (64 >> SHIFT)));

@@ -232,31 +232,23 @@ impl HBitmap {
         (at, self.word(at))
     }
 
-    /// The words that have a dirty granule, ascending.
+    /// The words that have a dirty granule, ascending, and what they have.
     #[inline]
-    pub(super) fn dirty_words(&self) -> impl Iterator<Item = usize> {
-        let mut block = 0;
-        let mut rest = self.summary.block(0).map_or(0, Pair::any);
-        std::iter::from_fn(move || {
-            if rest == 0 {
-                block = self.summary.next_block(block + 1)?;
-                rest = self.summary.block(block)?.any();
-            }
-            let word = lowest(block, rest) as usize;
-            rest &= rest - 1;
-            Some(word)
+    pub(super) fn dirty_words(&self) -> impl Iterator<Item = (usize, u64)> {
+        let blocks = self.summary.blocks_from(0);
+        blocks.flat_map(move |(block, pair)| {
+            ones(pair.any()).map(move |at| (block * 64 + at, self.word_of_block(block, pair, at)))
         })
     }
 
-    /// The blocks of 64 words that have a dirty granule, ascending.
+    /// What a word of a block has of which the pair is known.
     #[inline]
-    pub(super) fn dirty_blocks(&self) -> impl Iterator<Item = usize> {
-        let mut next = self.summary.next_block(0);
-        std::iter::from_fn(move || {
-            let block = next?;
-            next = self.summary.next_block(block + 1);
-            Some(block)
-        })
+    pub(super) fn word_of_block(&self, block: usize, pair: Pair, at: usize) -> u64 {
+        if pair.mixed & bit(at as u64) != 0 {
+            self.words.get(block * 64 + at).copied().unwrap_or(0)
+        } else {
+            (pair.full >> at & 1).wrapping_neg()
+        }
     }
 
     /// What the words of a block have; nothing, where they are not there.

@@ -163,7 +163,7 @@ impl Summary {
 
     /// Number of pairs of the lowest level.
     #[inline]
-    pub(super) fn blocks(&self) -> usize {
+    pub(super) fn block_count(&self) -> usize {
         self.lowest.len()
     }
 
@@ -267,20 +267,43 @@ impl Summary {
         self.next(from, Pair::lacking)
     }
 
-    /// The first block at or after `from` that is not empty.
+    /// The blocks from `first` on that are not empty.
     #[inline]
-    pub(super) fn next_block(&self, from: usize) -> Option<usize> {
-        if Pair::from(*self.lowest.get(from)?).any() != 0 {
-            return Some(from);
+    pub(super) fn blocks_from(&self, first: usize) -> Blocks<'_> {
+        let group = first / 64;
+        Blocks {
+            summary: self,
+            group,
+            rest: self.group(group) & bits_from(first as u64),
         }
-        self.next_any((from + 1) << 6).map(|word| word >> 6)
+    }
+
+    /// Which of 64 neighbouring blocks are not empty.
+    #[inline]
+    fn group(&self, group: usize) -> u64 {
+        match self.upper.first() {
+            Some(level) => level.get(group).map_or(0, |pair| Pair::from(*pair).any()),
+            // There is one block, or none.
+            None => u64::from(group == 0 && self.block(0).is_some_and(|pair| pair.any() != 0)),
+        }
     }
 
     /// The first word at or after `from` that `pick` has in its pair, and in all above.
     #[inline]
     fn next(&self, from: usize, pick: impl Fn(Pair) -> u64) -> Option<usize> {
+        self.next_above(0, from, pick)
+    }
+
+    /// The same for children of the pairs of another level.
+    #[inline]
+    fn next_above(
+        &self,
+        lowest_height: usize,
+        from: usize,
+        pick: impl Fn(Pair) -> u64,
+    ) -> Option<usize> {
         let mut index = from as u64;
-        let mut height = 0;
+        let mut height = lowest_height;
         // Up, while there is nothing to the right below the same pair.
         let mut found = loop {
             let at = word_of(index);
@@ -292,7 +315,7 @@ impl Summary {
             height += 1;
         };
         // Down to the first. A child past the end is not full either, but not there.
-        for height in (0..height).rev() {
+        for height in (lowest_height..height).rev() {
             let pair = *self.level(height)?.get(found)?;
             found = lowest(found, pick(pair.into())) as usize;
         }
@@ -370,6 +393,36 @@ impl Summary {
 pub(super) fn memory_for(granules: u64) -> u64 {
     let words = words_for(granules);
     words * 8 + level_lens(words).sum::<u64>() * size_of::<Stored>() as u64
+}
+
+/// Blocks of 64 words that are not empty, ascending, with what is known of them.
+#[derive(Clone, Debug)]
+pub(super) struct Blocks<'a> {
+    summary: &'a Summary,
+    /// 64 blocks, of which `rest` are to come.
+    group: usize,
+    rest: u64,
+}
+
+impl Iterator for Blocks<'_> {
+    type Item = (usize, Pair);
+
+    #[inline]
+    fn next(&mut self) -> Option<(usize, Pair)> {
+        if self.rest == 0 {
+            let next = self.group + 1;
+            if self.summary.group(next) == 0 {
+                // Children of the pairs two levels up are groups.
+                self.group = self.summary.next_above(2, next, Pair::any)?;
+            } else {
+                self.group = next;
+            }
+            self.rest = self.summary.group(self.group);
+        }
+        let block = lowest(self.group, self.rest) as usize;
+        self.rest &= self.rest - 1;
+        Some((block, self.summary.block(block)?))
+    }
 }
 
 /// How many pairs each level has above so many words.

@@ -176,11 +176,8 @@ impl HBitmap {
         if self.words.is_empty() {
             self.take_memory();
         }
-        let mut next = self.summary.next_block(0);
-        while let Some(block) = next {
-            next = self.summary.next_block(block + 1);
-            let full = self.summary.block(block).map_or(0, |pair| pair.full);
-            for at in ones(full) {
+        for (block, pair) in self.summary.blocks_from(0) {
+            for at in ones(pair.full) {
                 self.words[block * 64 + at] = !0;
             }
         }

@@ -148,12 +148,11 @@ fn run_at(map: &HBitmap, first: usize) -> Option<(Kind, usize)> {
     if first >= chunks {
         return None;
     }
+    let chunk_of = |word: usize| word / CHUNK_WORDS;
+    let word = first * CHUNK_WORDS;
     let (kind, end) = match class(first) {
-        Class::Empty => (Kind::Clean, map.summary.next_block(first + 1)),
-        Class::Full => {
-            let word = map.summary.next_lacking(first * CHUNK_WORDS);
-            (Kind::Dirty, word.map(|word| word / CHUNK_WORDS))
-        }
+        Class::Empty => (Kind::Clean, map.summary.next_any(word).map(chunk_of)),
+        Class::Full => (Kind::Dirty, map.summary.next_lacking(word).map(chunk_of)),
         Class::Mixed => {
             let mut chunks = first + 1..first + BITS_MAX;
             (
