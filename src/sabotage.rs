@@ -80,6 +80,26 @@ pub enum Sabotage {
     RemoveAtOnce,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Stored bitmap 2: the CRCs of records are not looked at.
+    IgnoreCrc,
+    /// Stored bitmap 2: dirty granules are not counted.
+    IgnoreCount,
+    /// Stored bitmap 3: memory is asked for as the header says.
+    TrustHeader,
+    /// Stored bitmap 4: a bitmap in use is taken all the same.
+    TrustInUse,
+    /// Tracked bitmap 1: what gets clean is not marked.
+    ForgetReset,
+    /// Tracked bitmap 1: what is merged or loaded is not marked.
+    ForgetMerged,
+    /// Tracked bitmap 3: what is new after growing is not marked.
+    ForgetTruncated,
+    /// Words 2: bits past the last granule are kept.
+    KeepPadding,
+    /// Words 3: what is put in is not counted.
+    ForgetCount,
+    /// Words 1: a word that is full but 0 is taken for what it says.
+    ForgetFullWords,
 }
 
 #[cfg(debug_assertions)]

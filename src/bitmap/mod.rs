@@ -58,19 +58,28 @@ use summary::Summary;
 
 #[doc = include_str!("cost.md")]
 pub mod cost {}
+#[cfg(feature = "sha2")]
+mod hash;
 mod iter;
 mod merge;
 mod rescale;
 mod resize;
 mod search;
+mod serial;
+pub mod stored;
 mod summary;
+mod tracked;
 mod update;
 mod word;
+mod words;
 
 pub use iter::{Cursor, Iter, Runs};
 pub use merge::{MergeError, UnionError};
 pub use search::Status;
+pub use serial::{LoadError, PartError};
+pub use tracked::TrackedBitmap;
 pub use update::RangeError;
+pub use words::WordsError;
 
 /// Which granules of `len` bytes are dirty.
 ///

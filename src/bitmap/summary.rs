@@ -412,6 +412,12 @@ impl Summary {
     }
 }
 
+/// Bytes of memory that a map takes for so many granules, when it takes some.
+pub(super) fn memory_for(granules: u64) -> u64 {
+    let words = words_for(granules);
+    words * 8 + level_lens(words).sum::<u64>() * size_of::<Stored>() as u64
+}
+
 /// Blocks of 64 words that are not empty, ascending, with what is known of them.
 #[derive(Clone, Debug)]
 pub(super) struct Blocks<'a> {

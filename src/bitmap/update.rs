@@ -138,15 +138,7 @@ impl HBitmap {
         if is_whole && range.end() <= self.len {
             return Ok(self.reset_one(granularity.granule_of(range.start())));
         }
-        if range.is_empty() {
-            return Ok(false);
-        }
-        self.check_bounds(range)?;
-        let is_end_aligned = granularity.is_aligned(range.end()) || range.end() == self.len;
-        if !(granularity.is_aligned(range.start()) && is_end_aligned) {
-            return Err(RangeError::Unaligned { range, granularity });
-        }
-        Ok(self.reset_run(granularity.outward(range)))
+        Ok(self.reset_run(self.uncut(range)?))
     }
 
     /// Makes every granule that lies in `range` as a whole clean, and says whether one was dirty.
@@ -198,8 +190,20 @@ impl HBitmap {
         })
     }
 
+    /// The granules of `range`, which must not cut one.
+    pub(super) fn uncut(&self, range: ByteRange) -> Result<Range<u64>, RangeError> {
+        let granularity = self.granularity;
+        self.check_bounds(range)?;
+        let is_end_aligned = granularity.is_aligned(range.end()) || range.end() == self.len;
+        let is_uncut = granularity.is_aligned(range.start()) && is_end_aligned;
+        if !(is_uncut || range.is_empty()) {
+            return Err(RangeError::Unaligned { range, granularity });
+        }
+        Ok(granularity.outward(range))
+    }
+
     /// `range` ends in the last granule at the latest, or is empty.
-    fn check_bounds(&self, range: ByteRange) -> Result<(), RangeError> {
+    pub(super) fn check_bounds(&self, range: ByteRange) -> Result<(), RangeError> {
         if range.is_empty() || range.end() <= self.granularity.align_up(self.len) {
             return Ok(());
         }
