@@ -328,14 +328,49 @@ fn a_bitmap_of_another_length_keeps_the_log_as_it_is() {
     assert!(good.is_clean() && !log.is_clean());
 }
 
+/// A waker that counts how often it was called.
+struct Called(AtomicU64);
+
+impl std::task::Wake for Called {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Relaxed);
+    }
+}
+
 #[test]
-fn who_waits_is_woken_by_the_first_mark_and_not_again() {
-    struct Called(AtomicU64);
-    impl std::task::Wake for Called {
-        fn wake(self: Arc<Self>) {
-            self.0.fetch_add(1, Relaxed);
+fn who_waits_is_woken_by_what_a_panicking_drain_gives_back() {
+    for (name, len) in [("one level", 1 << 20), ("three levels", 1 << 36)] {
+        let called = Arc::new(Called(AtomicU64::new(0)));
+        let waker = std::task::Waker::from(Arc::clone(&called));
+        let log = log(len, 16);
+        let drains: [&dyn Fn(); 2] = [
+            &|| {
+                log.drain(|_| {
+                    assert!(log.poll_dirty(&waker).is_pending());
+                    std::panic::resume_unwind(Box::new("as the test wants it"));
+                });
+            },
+            // Given back is also what was kept to be joined.
+            &|| {
+                log.drain_ranges(|_| {
+                    assert!(log.poll_dirty(&waker).is_pending());
+                    std::panic::resume_unwind(Box::new("as the test wants it"));
+                });
+            },
+        ];
+        for drain in drains {
+            log.mark((0..1).into());
+            called.0.store(0, Relaxed);
+            catch_unwind(AssertUnwindSafe(drain)).unwrap_err();
+            assert!(!log.is_clean(), "{name}: it was given back");
+            log.mark((0..1).into());
+            assert_eq!(called.0.load(Relaxed), 1, "{name}: nobody told who waits");
         }
     }
+}
+
+#[test]
+fn who_waits_is_woken_by_the_first_mark_and_not_again() {
     let called = Arc::new(Called(AtomicU64::new(0)));
     let waker = std::task::Waker::from(Arc::clone(&called));
     let calls = || called.0.load(Relaxed);

@@ -23,7 +23,8 @@
 //!    it swaps.
 //! 6. A drain ends with a sequentially consistent fence. Data is read after it.
 //! 7. Whoever waits for a mark arms the wake-up, passes such a fence, and looks at the top. A mark that has
-//!    set a bit looks at the wake-up after that, both sequentially consistent.
+//!    set a bit, and a drain that gives back what it took, looks at the wake-up after that, both
+//!    sequentially consistent.
 //!
 //! What follows from them, and what [`DirtyLog::check_invariants`] looks at while nobody marks or
 //! drains: above every word that is not zero there is a path of set bits to the top (a set bit above
@@ -242,9 +243,10 @@ impl DirtyLog {
     /// something too. Marking before would let a drain take the mark, and its owner read the disk,
     /// while the old data is still there.
     ///
-    /// It waits for nobody. It begins with a full memory barrier, so that data which the caller wrote
-    /// to memory itself is not overtaken by the mark, and after that writes only bits that are not set
-    /// yet. A long range takes a step per 64 granules.
+    /// It waits for nobody, but for the moment it takes to fetch the waker of who waits in
+    /// [`poll_dirty`](Self::poll_dirty), which it then calls. It begins with a full memory barrier, so that
+    /// data which the caller wrote to memory itself is not overtaken by the mark, and after that writes only
+    /// bits that are not set yet. A long range takes a step per 64 granules.
     ///
     /// # Examples
     ///
@@ -280,7 +282,8 @@ impl DirtyLog {
     /// Ready as soon as there is something to drain; until then the waker is called when there is. The
     /// waker of the last call counts, and is called once.
     ///
-    /// It costs those who mark one load, and only where they set a bit that was not set.
+    /// It costs those who mark one load; and none where they find granules of one word marked already. What
+    /// a drain gives back when its sink panics wakes like a mark.
     ///
     /// # Examples
     ///
@@ -306,7 +309,7 @@ impl DirtyLog {
         Poll::Ready(())
     }
 
-    /// Sets granules and everything above them, up to the top, and says whether something was missing.
+    /// Sets granules and everything above them, up to the top, and says whether who waits is to be told.
     ///
     /// For granules of one word this is all, and kept short: what a call must save on the stack the fence
     /// would wait for.
@@ -316,7 +319,7 @@ impl DirtyLog {
         let mut index = first >> WORD_SHIFT;
         if index != last >> WORD_SHIFT || !self.keeps_order() {
             self.set(0, granules.clone());
-            return true;
+            return false;
         }
         let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first));
         let mut mask = ones << (first & (WORD_BITS - 1));
@@ -371,8 +374,9 @@ impl DirtyLog {
         }
     }
 
-    /// Sets `bits` of a level, and then what is above them, up to the top. All that marks do, and how
-    /// a drain that cannot go on gives back what it took.
+    /// Sets `bits` of a level, and then what is above them, up to the top, and wakes who waits. All that
+    /// marks do, and how a drain that cannot go on gives back what it took: who armed the wake-up while
+    /// that was in its hands found nothing, and a mark of the same granules finds all set and tells nobody.
     #[inline(never)]
     fn set(&self, level: usize, bits: Range<u64>) {
         #[cfg(loom)]
@@ -385,6 +389,7 @@ impl DirtyLog {
             first >>= WORD_SHIFT;
             last >>= WORD_SHIFT;
         }
+        self.wake_up.marked();
     }
 
     /// Sets `bits` of one level, word by word, and writes only to words that lack some of them.

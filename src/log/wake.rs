@@ -42,7 +42,7 @@ impl WakeUp {
         drop(waker);
     }
 
-    /// A mark has set a bit.
+    /// A bit was set, and all above it.
     #[inline]
     pub(super) fn marked(&self) {
         // What set the bit is sequentially consistent, which is all that is needed. Loom knows that of
