@@ -18,7 +18,7 @@ use multiversion::multiversion;
 
 use super::rescale::{Piece, Rounding};
 use super::summary::{Class, Pair};
-use super::word::ones;
+use super::word::{clear, ones};
 use super::{CreateError, HBitmap};
 use crate::units::Granularity;
 
@@ -304,7 +304,8 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
                 after = classes(words);
             }
         } else {
-            // Those that were full are; of those that get full only what was there must be counted.
+            // A word that is full here stays as it is. One that only becomes full is counted as 64, less
+            // what it had.
             for at in ones(theirs.mixed & !mine.any()) {
                 words[at] = added[at];
                 count += u64::from(added[at].count_ones());
@@ -369,7 +370,7 @@ fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
             }
             for at in ones(theirs.full & mine.full) {
                 count += 64;
-                words[at] = 0;
+                clear(&mut words[at..=at]);
             }
             for at in ones(theirs.full & mine.mixed) {
                 count += u64::from(words[at].count_ones());

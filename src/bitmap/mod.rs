@@ -40,14 +40,14 @@
 //! 9. Combining maps never loses a dirty byte. Between different granularities a union may gain
 //!    bytes, and a difference or an intersection may keep some, for the reasons of rule 5.
 //! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
-//!     memory was perhaps never touched. Setting or resetting one granule touches one word, and those above
+//!     memory was perhaps never touched. (Only what is dirty and becomes clean is read.) Setting or resetting one granule touches one word, and those above
 //!     it only when that word stops or starts being uniform. Finding the next dirty or clean granule takes
 //!     one step per level, at most six up and six down. [All costs](cost) are on a page of their own.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
 //!     checked before memory is asked for. A map of no bytes is legal, and always clean.
 //! 12. A map takes its memory when its first granule gets dirty, all at once. As with any collection the
 //!     process ends when it is refused; [`reserve`](HBitmap::reserve) asks beforehand, and can be told no.
-//!     Nothing else allocates, but for what makes a new map.
+//!     Nothing else allocates, but for [`truncate`](HBitmap::truncate) and what makes a new map.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
@@ -195,7 +195,7 @@ impl HBitmap {
 
     /// Takes the memory that a map else takes when its first granule gets dirty.
     ///
-    /// From then on no mutator asks for memory, so none can be refused it. A [clone](Clone) of a clean map
+    /// From then on no mutator but [`truncate`](Self::truncate) asks for memory, so none can be refused it. A [clone](Clone) of a clean map
     /// has none, and is to be asked again.
     ///
     /// # Errors
@@ -370,7 +370,7 @@ impl Clone for HBitmap {
             if has_some {
                 words.copy_from_slice(&other.words[block * 64..][..words.len()]);
             } else if had_some {
-                words.fill(0);
+                word::clear(words);
             }
         }
         self.summary.take_over(&other.summary);

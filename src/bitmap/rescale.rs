@@ -34,7 +34,7 @@ const FEW: u32 = 16;
 /// Some dirty granules.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Piece {
-    /// Some of one word.
+    /// Some of one word, at least one.
     Word(usize, u64),
     /// A run.
     Run(Range<u64>),
@@ -42,6 +42,7 @@ pub(super) enum Piece {
 
 impl HBitmap {
     /// What is dirty, as granules of another granularity. Every granule comes once, in ascending order.
+    /// Rounded inward, granules past the end may come along with the last ones.
     pub(super) fn rescaled(
         &self,
         granularity: Granularity,
@@ -53,7 +54,6 @@ impl HBitmap {
         match (is_coarser, theirs.abs_diff(ours)) {
             (true, shift @ 1..=5) => self.as_coarser(u32::from(shift), rounding, piece),
             (true, shift) => self.as_coarser_runs(shift, rounding, piece),
-            (false, 0) => self.as_finer::<0>(granularity, piece),
             (false, 1) => self.as_finer::<1>(granularity, piece),
             (false, 2) => self.as_finer::<2>(granularity, piece),
             (false, 3) => self.as_finer::<3>(granularity, piece),
@@ -91,8 +91,8 @@ impl HBitmap {
 
     /// As granules that `2^shift` of ours share, 2 to 32.
     fn as_coarser(&self, shift: u32, rounding: Rounding, mut piece: impl FnMut(Piece)) {
-        // Words of theirs that one block of ours becomes.
-        let per_block = 64 >> shift;
+        // Bits of theirs that a word of ours becomes, and words that a block of ours becomes.
+        let (per_word, per_block) = (64 >> shift, 64 >> shift);
         let (last, past_end) = self.last_word();
         let mut gathered = [0; 32];
         for (block, pair) in self.summary.blocks_from(0) {
@@ -103,9 +103,11 @@ impl HBitmap {
                     if rounding == Rounding::Inward && at == last {
                         bits |= past_end;
                     }
-                    let bits =
-                        gather_word(bits, shift, rounding) << (at % (1 << shift) * per_block);
-                    piece(Piece::Word(at >> shift, bits));
+                    let bits = gather_word(bits, shift, rounding);
+                    if bits != 0 {
+                        let part = at % (1 << shift);
+                        piece(Piece::Word(at >> shift, bits << (part * per_word)));
+                    }
                 }
                 continue;
             }
@@ -260,9 +262,6 @@ fn rounded<const SHIFT: u32>(bits: u64, rounding: Rounding) -> u64 {
 /// Every one of the lowest `64 / 2^SHIFT` bits becomes `2^SHIFT` alike, no more than 32.
 #[inline]
 fn spread<const SHIFT: u32>(bits: u64) -> u64 {
-    if SHIFT == 0 {
-        return bits;
-    }
     let mut bits = bits & low(64 >> SHIFT);
     for step in (0..6 - SHIFT).rev() {
         let together = 1 << step;
@@ -287,7 +286,6 @@ mod tests {
             check::<3>(bits);
             check::<4>(bits);
             check::<5>(bits);
-            assert_eq!(spread::<0>(bits), bits);
         }
     }
 

@@ -224,7 +224,8 @@ impl Summary {
         let before = Pair::from(*stored);
         let after = before.with(bit(word as u64), class);
         *stored = after.into();
-        // Otherwise the block was mixed and is. As one word has changed, it cannot be uniform both times.
+        // A block that was mixed and still is tells nobody. One that is uniform before or after has changed
+        // its class, as no single word takes it from empty to full.
         if before.is_uniform() || after.is_uniform() {
             self.tell(1, word / 64, after.class());
         }

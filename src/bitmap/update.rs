@@ -6,7 +6,8 @@
 //!         word 100    ──▶ read, written                   ──▶ full now? …
 //! ```
 //!
-//! Words between the edges that are empty or full as a whole are neither read nor written.
+//! Words between the edges that are empty or full are not touched, but for a reset, which has to look at
+//! the full ones: some were written, and a word that is not 0 would not be empty.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::summary::Class;
-use super::word::{Cut, bit, bits_from, bits_to, ones, word_of};
+use super::word::{Cut, bit, bits_from, bits_to, clear, ones, word_of};
 use crate::units::{ByteRange, Granularity};
 
 /// Why a range or an offset does not fit the bitmap. The bitmap is as before.
@@ -398,7 +399,7 @@ impl HBitmap {
         has_changed
     }
 
-    /// Makes words empty or full, and says how many ones they had. Those that are so are not touched.
+    /// Makes words empty or full, and says how many ones they had.
     fn make_uniform(&mut self, words: &Range<usize>, class: Class) -> u64 {
         let (first, last) = (words.start / 64, (words.end - 1) / 64);
         let is_short = last - first < 4;
@@ -434,8 +435,7 @@ impl HBitmap {
         }
         if pair.mixed & mask == 0 {
             if full > 0 && right == 0 {
-                let written = self.words[words].iter_mut().filter(|word| **word != 0);
-                written.for_each(|word| *word = 0);
+                clear(&mut self.words[words]);
             }
             return full;
         }

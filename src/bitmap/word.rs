@@ -48,6 +48,13 @@ pub(super) const fn words_for(bits: u64) -> u64 {
     if words == 0 { 1 } else { words }
 }
 
+/// Makes words 0. Those that are 0 are not written: their memory may never have been touched.
+#[inline]
+pub(super) fn clear(words: &mut [u64]) {
+    let written = words.iter_mut().filter(|word| **word != 0);
+    written.for_each(|word| *word = 0);
+}
+
 /// Which bits of `word` are 1, ascending.
 #[inline]
 pub(super) fn ones(mut word: u64) -> impl Iterator<Item = usize> {
