@@ -30,6 +30,8 @@
 //! | 2 | [`Transaction`] | bitmaps of several disks changed, and jobs started, at one instant or not at all |
 //! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
 //! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
+//! | | [`JobGroup`] | jobs that end together, at one instant or not at all |
+//! | | [`Jobs`] | all jobs of a VMM: unique names, one list, one shutdown |
 //! | 1 | [`Node`] | one disk: the gate for guest writes, and the bitmaps that record them |
 //! | | [`Bitmaps`] | its named dirty bitmaps: for incremental backups, by jobs or by other programs |
 //! | 0 | [`HBitmap`] | a hierarchical bitmap, as a plain value ([`bitmap`] has its rules) |
@@ -138,7 +140,9 @@
 //! 2. The device that a write goes to is chosen after the gate has let it in: a write that waited for a
 //!    switch goes to the new disk.
 //! 3. Nobody else writes to the target, and neither disk changes its length, while the job lives.
-//! 4. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
+//! 4. A guest whose switch was committed goes back when [`Step::SwitchBack`] says so. Only a job of a group
+//!    ever does.
+//! 5. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
 //!    after it.
 //!
 //! # Memory
@@ -164,6 +168,7 @@
 //! | ready, in step | there was a moment with nothing left to copy; guest writes keep being copied |
 //! | quiesce | hold new guest writes and wait for those in flight |
 //! | switch | the instant at which the guest's disk becomes the target |
+//! | group | jobs that all succeed at one instant, or of which none does |
 //! | soft cancel | end at such an instant without switching: the target is a copy of it |
 //! | drain | move what the log has recorded into the bitmaps |
 //! | recording, enabled | guest writes make granules of the bitmap dirty |

@@ -40,12 +40,22 @@ pub enum Sabotage {
     OthersGoOn,
     /// Group 2: a member that was never started waits for somebody to drive it.
     LeaveCreated,
+    /// Group 3: a member is pending while others still work.
+    PendingAlone,
     /// Group 4: a switch is handed out while others are not prepared.
     SwitchAlone,
     /// Group 5: a guest goes on before all have voted.
     ReleaseEarly,
     /// Group 6: a guest is held on when another was let go.
     KeepHolding,
+    /// Group 6: a machine lets its guest go before it has said so.
+    LetGoSilently,
+    /// Group 7: a job joins a group that has begun to end.
+    JoinLate,
+    /// Manager 1: a name is given to two jobs.
+    NameTwice,
+    /// Manager 3: a job is made during the shutdown.
+    MakeInShutdown,
     /// Node 1: a write is recorded when it begins.
     RecordAtBegin,
     /// Node 1: a ticket that is dropped records nothing.

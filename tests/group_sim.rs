@@ -626,7 +626,10 @@ impl Sim {
         let is_void = self.members.iter().any(|m| m.back.is_some())
             || infos.iter().any(|info| info.cancel == Some(Cancel::Force));
         let is_out = self.members.iter().any(|m| m.switch.is_some());
-        let has_dropped = self.report.drops > 0 || self.report.dropped;
+        // One that was held for too long is let go, too.
+        let is_hurried = |member: &Member| member.plan.options.hold_max < Duration::from_secs(1);
+        let has_dropped =
+            self.report.drops > 0 || self.report.dropped || self.members.iter().any(is_hurried);
         if !is_undecided || is_void || !is_out {
             self.is_round_on = false;
             self.report.let_go |= is_void;
@@ -928,7 +931,7 @@ fn run(seed: u64) -> Report {
         ]);
         asks.push((rng.below(2 * horizon), member, ask));
     }
-    let decline_one_in = rng.pick(&[0, 0, 3, 6]);
+    let decline_one_in = rng.pick(&[0, 3, 3, 6]);
     let world = World::new(rng, disks);
     let nodes: Vec<Node> = plans
         .iter()
@@ -1071,15 +1074,19 @@ mod sabotage {
         (Sabotage::CommitAlone, 100),
         (Sabotage::OthersGoOn, 400),
         (Sabotage::LeaveCreated, 1000),
+        (Sabotage::PendingAlone, 50),
         (Sabotage::SwitchAlone, 50),
         (Sabotage::ReleaseEarly, 50),
         (Sabotage::KeepHolding, 100),
+        (Sabotage::LetGoSilently, 200),
     ];
 
-    fn notices(seed: u64) -> Option<String> {
+    fn notices(seed: u64, stalls: bool) -> Option<String> {
         let panic = catch_unwind(|| run(seed)).err()?;
         let text = panic.downcast_ref::<String>().cloned();
-        Some(text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string()))
+        let text = text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string());
+        // Only who is left behind shows by that.
+        (text.starts_with("stalled") == stalls).then_some(text)
     }
 
     #[test]
@@ -1095,7 +1102,8 @@ mod sabotage {
         let mut missed = Vec::new();
         for &(sabotage, seeds) in BROKEN {
             break_on_this_thread(Some(sabotage));
-            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed)?)));
+            let noticed = (0..seeds)
+                .find_map(|seed| Some((seed, notices(seed, sabotage == Sabotage::LeaveCreated)?)));
             break_on_this_thread(None);
             match noticed {
                 Some((seed, how)) => {

@@ -191,12 +191,13 @@ fn nobody_joins_after_one_has_begun_to_end() {
 #[test]
 fn a_group_is_told_apart_and_shown() {
     let (one, other) = (JobGroup::new(), JobGroup::new());
-    assert_eq!(one, one.clone());
+    let same = one.clone();
+    assert_eq!((&one, one.id()), (&same, same.id()));
     assert_ne!(one, other);
     assert_ne!(one.id(), other.id());
     let all = two();
     assert_eq!(all.info(0).group, Some(all.group.clone()));
-    assert_eq!(all.info(1).group, Some(all.group.clone()));
+    assert_eq!(all.info(1).group, Some(all.group));
     let alone = Machine::new(LEN, options());
     assert_eq!(alone.job.query().group, None);
 }
@@ -674,6 +675,39 @@ fn a_driver_that_is_dropped_before_it_hands_out_its_switch_makes_the_others_void
     }
 }
 
+#[test]
+fn one_that_has_voted_does_not_wait_for_the_others_longer_than_for_anything() {
+    for is_soft in [false, true] {
+        let mut all = Together::ready(2, LEN, |_, options| options.hold_max = 300 * MS);
+        if is_soft {
+            all.members[0].machine.job.cancel(Cancel::Soft).unwrap();
+            all.members[1].machine.job.complete().unwrap();
+        } else {
+            all.complete();
+        }
+        all.run();
+        all.members[0].commit();
+        all.run_for(299 * MS);
+        assert_eq!(all.held(), [true; 2]);
+        all.run_for(MS);
+        assert_eq!(all.members[0].backs, usize::from(!is_soft));
+        assert_eq!(all.held(), [false, true], "the other is its caller's");
+        all.members[1].commit();
+        all.run();
+        assert_eq!((all.members[1].backs, all.held()), (1, vec![false; 2]));
+        // Tried again after as long a time.
+        all.run_for(299 * MS);
+        assert_eq!(all.held(), [false; 2]);
+        all.run_for(MS);
+        assert!(all.members[1].switch.is_some());
+        all.commit();
+        all.run();
+        for member in &all.members {
+            assert!(member.result.as_ref().is_some_and(Result::is_ok));
+        }
+    }
+}
+
 // Dropped machines
 
 #[test]
@@ -860,13 +894,7 @@ fn nothing_is_copied_while_a_switch_is_out_and_nothing_after_it() {
     }
     all.run();
     assert_eq!(asked(&all), before);
-    assert!(
-        all.members[0]
-            .machine
-            .asked
-            .iter()
-            .any(|kind| *kind == OpKind::Flush)
-    );
+    assert!(all.members[0].machine.asked.contains(&OpKind::Flush));
 }
 
 /// Breaks each invariant of groups on purpose: a test here must notice.
@@ -893,6 +921,11 @@ mod sabotage {
             a_member_that_was_never_started_is_over_at_once_though_nobody_drives_it,
         ),
         (
+            Sabotage::PendingAlone,
+            who_is_done_waits_in_step_and_nobody_is_held,
+        ),
+        (Sabotage::JoinLate, nobody_joins_after_one_has_begun_to_end),
+        (
             Sabotage::SwitchAlone,
             a_switch_waits_until_all_guests_are_quiet,
         ),
@@ -905,18 +938,10 @@ mod sabotage {
 
     #[test]
     fn every_broken_invariant_is_noticed() {
-        // Panics are what is wanted here.
-        let hook = std::panic::take_hook();
-        let here = std::thread::current().id();
-        std::panic::set_hook(Box::new(move |info| {
-            if std::thread::current().id() != here {
-                hook(info);
-            }
-        }));
         let mut missed = Vec::new();
         for &(sabotage, test) in BROKEN {
             break_on_this_thread(Some(sabotage));
-            let noticed = std::panic::catch_unwind(test).is_err();
+            let noticed = machine::fails(test);
             break_on_this_thread(None);
             if !noticed {
                 missed.push(sabotage);

@@ -15,7 +15,6 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
 
 use blockjob::{
     Cancel, JobError, JobKind, JobOptions, JobOptionsError, Jobs, Limits, Mirror, MirrorError,
@@ -365,7 +364,7 @@ fn a_group_is_shut_down_whatever_the_order_and_also_members_of_another_manager()
         }
         let polled = jobs.poll_shutdown(Waker::noop());
         assert!(polled.is_pending());
-        assert_eq!(all.info(started_last).error.is_some(), true, "at once");
+        assert!(all.info(started_last).error.is_some(), "at once");
         all.run();
         assert!(jobs.poll_shutdown(Waker::noop()).is_ready());
         for index in 0..3 {
@@ -562,5 +561,25 @@ fn the_capabilities_are_those_of_the_types() {
     assert_eq!(mirror.policies.len(), 4);
     let machine = Machine::new(LEN, options());
     assert_eq!(machine.job.query().kind, mirror.name);
-    assert_ne!(machine.now, Duration::MAX);
+}
+
+/// Breaks each invariant of the manager that can be broken: a test here must notice.
+#[cfg(debug_assertions)]
+#[test]
+fn every_broken_invariant_is_noticed() {
+    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+    let broken: [(Sabotage, fn()); 2] = [
+        (
+            Sabotage::NameTwice,
+            a_name_is_taken_until_its_job_is_dismissed,
+        ),
+        (Sabotage::MakeInShutdown, a_shutdown_in_every_status),
+    ];
+    for (sabotage, test) in broken {
+        break_on_this_thread(Some(sabotage));
+        let noticed = machine::fails(test);
+        break_on_this_thread(None);
+        assert!(noticed, "{sabotage:?}");
+    }
 }

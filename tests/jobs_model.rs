@@ -495,7 +495,7 @@ fn every_trouble_at_every_step_ends_all_or_none() {
         let mut backs = 0;
         for trouble in TROUBLES {
             let (mut hits, mut successes) = (0, 0);
-            for victim in 0..count {
+            for victim in (0..count).step_by(count - 1) {
                 for at in 0..undisturbed.steps {
                     let played = play(count, trouble, victim, at);
                     backs += played.backs;
@@ -507,7 +507,7 @@ fn every_trouble_at_every_step_ends_all_or_none() {
             match trouble {
                 Trouble::Nothing => assert_eq!(hits, 0),
                 Trouble::Cancel(Cancel::Force) => {
-                    assert_eq!(successes, 0, "accepted, then success")
+                    assert_eq!(successes, 0, "accepted, then success");
                 }
                 Trouble::Pause
                 | Trouble::Hold

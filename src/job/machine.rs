@@ -7,7 +7,7 @@ use std::time::Duration;
 use parking_lot::MutexGuard;
 
 use crate::copy::{OpKind, Side};
-use crate::job::group::After;
+use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
 use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status};
@@ -107,6 +107,11 @@ impl Job {
     /// It is about to let its guest go. To be told before it does.
     pub(crate) fn let_go(&self) {
         self.together(|members, after| members.let_go(&self.shared, after));
+    }
+
+    /// It has voted, and cannot wait any longer for the others.
+    pub(crate) fn give_up(&self) {
+        self.together(|members, after| members.give_up(&self.shared, after));
     }
 
     /// The switch is about to be handed out; not if the group has changed its mind.

@@ -20,12 +20,14 @@
 //! 6. A job succeeds by a commit only, which is decided under the lock that every cancel takes: one that
 //!    was accepted is never followed by success, unless it was soft.
 
+mod after;
 mod error;
 mod event;
 mod group;
 mod info;
 mod kind;
 mod machine;
+mod members;
 mod options;
 mod policy;
 mod registry;
@@ -40,13 +42,14 @@ use std::task::{Poll, Waker};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use after::After;
 pub use error::{JobError, VerbError};
 pub use event::{ErrorEvent, Event};
 pub use group::JobGroup;
-use group::{After, Members};
 pub use info::{JobInfo, Progress};
 pub use kind::JobKind;
 pub(crate) use machine::Asked;
+use members::Members;
 use options::check_somebody_resumes;
 pub use options::{JobOptions, JobOptionsError};
 pub(crate) use policy::Backoff;

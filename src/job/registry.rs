@@ -17,6 +17,7 @@ use std::task::{Context, Poll, Waker};
 use parking_lot::Mutex;
 
 use crate::job::{Job, JobInfo, JobOptionsError, Shared, Status};
+use crate::sabotage::{Sabotage, is_broken};
 
 /// All jobs of a caller: unique names, one list, one shutdown.
 ///
@@ -167,12 +168,13 @@ impl List {
         job: &Arc<Shared>,
         join: impl FnOnce() -> Result<(), JobOptionsError>,
     ) -> Result<(), JobOptionsError> {
-        if self.is_shutting_down {
+        if self.is_shutting_down && !is_broken(Sabotage::MakeInShutdown) {
             return Err(JobOptionsError::ShuttingDown);
         }
         let id = job.lock().options.id.clone();
         if let Some(id) = id {
-            if self.jobs.iter().any(|other| other.lock().is_named(&id)) {
+            let is_taken = self.jobs.iter().any(|other| other.lock().is_named(&id));
+            if is_taken && !is_broken(Sabotage::NameTwice) {
                 return Err(JobOptionsError::IdInUse(id));
             }
         }

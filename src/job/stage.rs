@@ -1,15 +1,17 @@
 //! How far one job has come at its end, seen by the others of its group.
 //!
 //! ```text
-//!       could hold       all could,       held, in step,       all are            the caller has    all are
-//!       its guest        its own too      flushed                                 committed it      voted
-//! None ─────────▶ Near ─────────▶ Closing ─────────▶ Prepared ─────▶ Granted ─▶ Held ─────▶ Voted ─────▶ Committed
-//!  ▲                │                │                  │  │           │          │ round      │ round
-//!  ├─── lets go ────┘                │                  │  └───────────┼── needs  │ over       │ over
-//!  ├─── the round is over ───────────┴──────────────────┴──────────────┘  none ──▶│ (Voted)    │
-//!  │                                                                              ▼            ▼
-//!  ├─── dropped ◀─────────────────────────────────────────────────────────────── Stale ────▶ Back
-//!  └─── pointed back ◀──────────────────────────────────────────────────────────── committed ──┘
+//!          it is near       all are       it is prepared       all are
+//! None ─────────────▶ Near ───────▶ Closing ───────────▶ Prepared ─┬─────▶ Granted ─▶ Held ─┐ its caller
+//!                                                                  │                        ▼ commits
+//!                                                                  └──────────────────────▶ Voted ─▶ Committed
+//!                                                                     without a switch            all have
+//!
+//! The round is over without a commit:
+//! Closing, Prepared, Granted, Voted without a switch ─▶ None
+//! Held ─▶ Stale ─── its caller drops it ─▶ None
+//!           └────── its caller commits it ─┐
+//! Voted ───────────────────────────────────┴─▶ Back ─── its guest is pointed back ─▶ None
 //! ```
 //!
 //! A *round* is one try to bring all members to *committed*, from *closing* on. All of them are in it, or

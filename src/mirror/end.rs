@@ -29,7 +29,7 @@ pub(super) enum End {
         since: Duration,
     },
     /// The caller has the switch, or it is committed and those of others of the group are not yet.
-    Switching,
+    Switching { since: Duration },
 }
 
 impl Mirror {
@@ -123,7 +123,7 @@ impl Mirror {
                 }
                 self.finish(now, waker, asked)
             }
-            End::Switching => unreachable!("handled before"),
+            End::Switching { .. } => unreachable!("handled before"),
         }
     }
 
@@ -131,9 +131,9 @@ impl Mirror {
     pub(super) fn held_until(&self) -> Option<Duration> {
         match self.phase {
             Phase::Attaching { since, .. }
-            | Phase::InSync(End::Closing { since, .. } | End::Quiet { since, .. }) => {
-                since.checked_add(self.hold_max)
-            }
+            | Phase::InSync(
+                End::Closing { since, .. } | End::Quiet { since, .. } | End::Switching { since },
+            ) => since.checked_add(self.hold_max),
             _ => None,
         }
     }
@@ -147,7 +147,7 @@ impl Mirror {
 
     /// Whether the switch was handed out.
     pub(super) fn gave_switch(&self) -> bool {
-        matches!(self.phase, Phase::InSync(End::Switching))
+        matches!(self.phase, Phase::InSync(End::Switching { .. }))
     }
 
     /// The guest is held, both disks are equal and flushed.
@@ -168,11 +168,24 @@ impl Mirror {
         if !self.job.take_switch() {
             return Turn::Again;
         }
-        let end = std::mem::replace(&mut self.phase, Phase::InSync(End::Switching));
+        let end = std::mem::replace(&mut self.phase, Phase::Created);
         let Phase::InSync(End::Quiet { guard, since }) = end else {
             unreachable!("granted to one whose guest is held only");
         };
+        self.phase = Phase::InSync(End::Switching { since });
         Turn::Step(Step::Switch(Switch::new(self.job.clone(), since, guard)))
+    }
+
+    /// It has voted, and others have not. While they hang the guest does not wait for them longer than for
+    /// anything else.
+    pub(super) fn wait_for_votes(&mut self, now: Duration) -> Turn {
+        let until = self.held_until();
+        if until.is_some_and(|until| now >= until) {
+            self.job.give_up();
+            self.retry_at = now.saturating_add(self.hold_max);
+            return Turn::Again;
+        }
+        Turn::Step(Step::Wait { until })
     }
 
     pub(super) fn hand_out_switch_back(&mut self) -> Turn {

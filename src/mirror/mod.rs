@@ -31,6 +31,7 @@ mod copying;
 mod end;
 mod options;
 mod pace;
+mod progress;
 mod start;
 mod switch;
 
@@ -363,9 +364,8 @@ impl Mirror {
         }
         match asked.stage {
             // Others decide, and nothing is copied meanwhile.
-            Stage::Held | Stage::Voted | Stage::Stale => {
-                return Turn::Step(Step::Wait { until: None });
-            }
+            Stage::Held | Stage::Stale => return Turn::Step(Step::Wait { until: None }),
+            Stage::Voted => return self.wait_for_votes(now),
             Stage::Granted => return self.hand_out_switch(),
             Stage::Back => return self.hand_out_switch_back(),
             Stage::Committed if self.gave_switch() && is_broken(Sabotage::CopyAfterSwitch) => {
@@ -503,76 +503,5 @@ impl Mirror {
     /// When the target is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
         self.engine.wants_settle().then_some(self.retry_at)
-    }
-
-    /// Whether nothing is dirty and nothing in flight.
-    fn is_in_step(&self) -> bool {
-        let bitmap = self
-            .bitmap
-            .as_ref()
-            .expect("recording started before copying");
-        bitmap.lock().is_clean()
-            && (self.engine.has_no_claims() || is_broken(Sabotage::TrustCleanBitmap))
-    }
-
-    /// Bytes that are dirty or in flight.
-    fn left(&self) -> u64 {
-        self.dirty_bytes()
-            .saturating_add(self.engine.claimed_bytes())
-    }
-
-    fn dirty_bytes(&self) -> u64 {
-        let bitmap = self.bitmap.as_ref();
-        bitmap.map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len())
-    }
-
-    fn publish(&self) {
-        self.publish_with(self.dirty_bytes());
-    }
-
-    /// Tells how far the job is, for those who ask its handle.
-    fn publish_with(&self, dirty_bytes: u64) {
-        let claimed_bytes = match self.phase {
-            Phase::Concluded => return,
-            // The zeroes of the scan are no progress.
-            Phase::Scanning { .. } => 0,
-            _ => self.engine.claimed_bytes(),
-        };
-        let left = dirty_bytes.saturating_add(claimed_bytes);
-        let progress = Progress {
-            current: self.done_bytes,
-            total: self.done_bytes.saturating_add(left),
-        };
-        self.job.publish(progress, !self.engine.is_idle());
-    }
-
-    /// What the target may lack, from the moment on that the scan is over: what is dirty or claimed.
-    /// For tests.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn left_dirty(&self) -> Option<HBitmap> {
-        match &self.phase {
-            Phase::Created
-            | Phase::Attaching { .. }
-            | Phase::Scanning { .. }
-            | Phase::Ending {
-                was_scanned: false, ..
-            } => None,
-            Phase::Concluded => self.left_at_end.clone(),
-            Phase::Copying { .. } | Phase::InSync(_) | Phase::Ending { .. } => {
-                let mut left = HBitmap::clone(&*self.bitmap.as_ref()?.lock());
-                self.engine.add_claimed(&mut left);
-                Some(left)
-            }
-        }
-    }
-
-    /// Whether everything that must always hold does. For tests.
-    #[doc(hidden)]
-    pub fn check_invariants(&self) {
-        self.engine.check_invariants();
-        if let Some(bitmap) = &self.bitmap {
-            bitmap.lock().check_invariants();
-        }
     }
 }

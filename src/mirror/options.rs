@@ -58,8 +58,8 @@ pub struct MirrorOptions {
     /// end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
     /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
-    /// device or the last flush when it ends. Then the guest goes on, and it is tried again after as
-    /// long a time. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
+    /// device, the last flush or another job of its group when it ends. Then the guest goes on, and it is
+    /// tried again after as long a time. Who has the switch is not hurried. At least 1 ms; `Duration::MAX` for no bound. Default 5 s.
     pub hold_max: Duration,
 }
 

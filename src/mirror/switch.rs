@@ -23,7 +23,9 @@ use crate::node::QuiesceGuard;
 /// 2. If one is dropped instead, all are declined. Every job stays in step and pending; ask any of them to
 ///    [`finalize`](crate::Job::finalize) to try again.
 /// 3. If a driver or a machine is dropped before it has handed out its switch, the others are void, too. With
-///    the driver it is tried again when the machine is driven; with the machine the group fails.
+///    the driver it is tried again when the machine is driven; with the machine the group fails. They are
+///    void, and it is tried again, also when one that is committed was held for
+///    [`hold_max`](crate::MirrorOptions::hold_max) and the others are not committed yet.
 /// 4. Each switch that was committed is answered by its own machine: by [`Step::Done`](crate::Step::Done) with
 ///    success, or by [`Step::SwitchBack`](crate::Step::SwitchBack), with the guest still held, to point it back
 ///    to the source. A switch that is void already is answered in the same way.

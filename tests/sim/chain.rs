@@ -93,6 +93,7 @@ impl Chain {
                 self.flag = Flag::new();
                 self.state = State::Waiting(pending);
             }
+            Begin::Refused(_) => unreachable!("no bitmap is read-only"),
         }
     }
 
@@ -106,7 +107,7 @@ impl Chain {
             return;
         }
         let waker = Waker::from(Arc::clone(&self.flag));
-        if let Poll::Ready(ticket) = pending.poll_begin(&waker) {
+        if let Poll::Ready(Ok(ticket)) = pending.poll_begin(&waker) {
             self.write(world, ticket, disks[member]);
         }
     }
