@@ -105,7 +105,10 @@ impl HBitmap {
                     }
                     let bits =
                         gather_word(bits, shift, rounding) << (at % (1 << shift) * per_block);
-                    piece(Piece::Word(at >> shift, bits));
+                    // Rounded inward, a word may have nothing to tell of.
+                    if bits != 0 {
+                        piece(Piece::Word(at >> shift, bits));
+                    }
                 }
                 continue;
             }
