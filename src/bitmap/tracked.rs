@@ -22,6 +22,7 @@
 use std::ops::Range;
 
 use super::rescale::{Piece, Rounding};
+use super::word::{bits_from, bits_to, lowest};
 use super::words::Word;
 use super::{CreateError, HBitmap, LoadError, MergeError, RangeError, WordsError};
 use crate::sabotage::{Sabotage, is_broken};
@@ -294,13 +295,19 @@ impl TrackedBitmap {
         let mut from = 0;
         other.rescaled(map.granularity, Rounding::Outward, |piece| {
             let granules = match &piece {
-                Piece::Word(at, _) => *at as u64 * 64..*at as u64 * 64 + 64,
+                Piece::Word(at, bits) => {
+                    let past_last = 64 - u64::from(bits.leading_zeros());
+                    lowest(*at, *bits)..*at as u64 * 64 + past_last
+                }
                 Piece::Run(granules) => granules.clone(),
             };
             changes.will_reset(map, from..granules.start);
             from = granules.end;
             match piece {
-                Piece::Word(at, bits) => changes.mark_word_if(at, bits != map.word(at)),
+                Piece::Word(at, bits) => {
+                    let between = bits_from(granules.start) & bits_to(granules.end - 1);
+                    changes.mark_word_if(at, (bits ^ map.word(at)) & between != 0);
+                }
                 Piece::Run(granules) => changes.will_set(map, granules),
             }
         });

@@ -14,6 +14,7 @@ mod fixtures;
 mod model;
 mod resize;
 mod search;
+mod stored;
 mod tracked;
 mod twin;
 mod walk;

@@ -96,17 +96,19 @@ impl<M: Borrow<HBitmap>> Encoder<M> {
         let Some((kind, end)) = run_at(map, self.next) else {
             return false;
         };
+        let words = match kind {
+            Kind::Bits => words_of(map, self.next, end),
+            Kind::Clean | Kind::Dirty => 0..0,
+        };
         self.bytes.clear();
+        self.bytes
+            .reserve_exact(RECORD.0 + words.len() * 8 + RECORD.1);
         self.bytes.extend([kind as u8, 0, 0, 0]);
         // A map has 2^29 chunks at most.
         let chunks = (end - self.next) as u32;
         self.bytes.extend(chunks.to_le_bytes());
-        if kind == Kind::Bits {
-            let words = words_of(map, self.next, end);
-            let head = self.bytes.len();
-            self.bytes.resize(head + words.len() * 8, 0);
-            map.write_words(words, &mut self.bytes[head..]);
-        }
+        self.bytes.resize(RECORD.0 + words.len() * 8, 0);
+        map.write_words(words, &mut self.bytes[RECORD.0..]);
         self.crc.update(&self.bytes);
         self.bytes.extend(self.crc.clone().finalize().to_le_bytes());
         self.next = end;
