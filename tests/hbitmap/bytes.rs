@@ -243,7 +243,8 @@ fn padding_is_dropped_however_it_comes() {
     for granules in [1, 63, 65, 100, L2 - 1, L2 + 1, L2 + 100, L3 + 1] {
         let ones = vec![0xff; (granules.div_ceil(64) * 8) as usize];
         let words = vec![!0; granules.div_ceil(64) as usize];
-        let ways: [fn(&mut HBitmap, &[u8], &[u64]) -> bool; 4] = [
+        type Way = fn(&mut HBitmap, &[u8], &[u64]) -> bool;
+        let ways: [Way; 4] = [
             |map, ones, _| map.deserialize_part(0..map.len(), ones).unwrap(),
             |map, _, _| map.deserialize_ones(0..map.len()).unwrap(),
             |map, _, words| map.import_words(0, words).unwrap(),

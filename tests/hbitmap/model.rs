@@ -48,7 +48,7 @@ impl Other {
     fn twin(&self, len: u64) -> Twin {
         let mut twin = Twin::new(len, self.exponent);
         for (value, part) in &self.steps {
-            let at = |part: u64| (u128::from(len) * u128::from(part) >> 16) as u64;
+            let at = |part: u64| ((u128::from(len) * u128::from(part)) >> 16) as u64;
             let range = at(part.start)..at(part.end);
             let _ = if *value {
                 twin.set(range)
@@ -89,7 +89,7 @@ impl Kind {
                 Kind::Uniform(seed) => match random(seed) % 200 {
                     0 => random(seed),
                     // In stretches, of which some are as long as several blocks.
-                    _ => 0u64.wrapping_sub(random(seed >> 8 ^ at as u64 / 150) % 2),
+                    _ => 0u64.wrapping_sub(random((seed >> 8) ^ (at as u64 / 150)) % 2),
                 },
                 Kind::Dirty => !0,
                 Kind::Clean => 0,

@@ -440,7 +440,7 @@ fn headers_that_lie_are_refused() {
     // A map of no bytes has no records.
     let empty = File::of(&Twin::new(0, 4), LABEL);
     assert_eq!(decode(&empty.bytes()), Ok(map(0, 4)));
-    let mut lying = empty.clone();
+    let mut lying = empty;
     lying.records = vec![Record {
         kind: [CLEAN, 0, 0, 0],
         chunks: 1,
