@@ -96,7 +96,7 @@ impl Members {
         }
         let is_alone = is_broken(Sabotage::SwitchAlone) && state.is_prepared();
         if is_alone {
-            state.stage = granted(vote);
+            state.stage = granted(vote, state.cancel);
         }
         drop(state);
         if is_alone || !self.all(State::is_prepared) {
@@ -104,7 +104,7 @@ impl Members {
         }
         for mut state in self.states() {
             if let Stage::Prepared(vote) = state.stage {
-                state.stage = granted(vote);
+                state.stage = granted(vote, state.cancel);
             }
             after.wake(&mut state);
         }
@@ -351,9 +351,10 @@ impl Members {
     }
 }
 
-fn granted(vote: Vote) -> Stage {
-    match vote {
-        Vote::BySwitch => Stage::Granted,
-        Vote::AtOnce => Stage::Voted,
+fn granted(vote: Vote, cancel: Option<Cancel>) -> Stage {
+    match (vote, cancel) {
+        (Vote::BySwitch, None) => Stage::Granted,
+        // Also one that was cancelled softly since its machine looked: it ends without a switch.
+        (Vote::BySwitch, Some(_)) | (Vote::AtOnce, _) => Stage::Voted,
     }
 }
