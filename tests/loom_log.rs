@@ -63,12 +63,12 @@ impl Disk {
     }
 }
 
-/// Every schedule with at most four switches away from a thread that could have gone on, unless
-/// `LOOM_MAX_PREEMPTIONS` says otherwise. The broken logs below are found out with two; six take
+/// Every schedule with at most three switches away from a thread that could have gone on, unless
+/// `LOOM_MAX_PREEMPTIONS` says otherwise. The broken logs below are found out with two; four take
 /// minutes.
 fn explore(scenario: impl Fn() + Sync + Send + 'static) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = model.preemption_bound.or(Some(4));
+    model.preemption_bound = model.preemption_bound.or(Some(3));
     model.check(scenario);
 }
 

@@ -106,8 +106,7 @@ use crate::job::members::Members;
 ///
 /// // Each hands out its switch while both guests are held. Exchange both devices, then commit both.
 /// run(first);
-/// run(second);
-/// let (Step::Switch(one), Step::Switch(other)) = (run(first), run(second)) else { panic!() };
+/// let (Step::Switch(other), Step::Switch(one)) = (run(second), run(first)) else { panic!() };
 /// one.commit();
 /// assert!(nodes[0].begin_write((0..512).into()).go().is_none(), "held until both are committed");
 /// other.commit();

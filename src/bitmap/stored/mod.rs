@@ -263,10 +263,10 @@ impl Header {
     /// let map = HBitmap::new(1 << 40, Granularity::DEFAULT)?;
     /// let mut file = stored::encode(&map, Label::default());
     ///
-    /// let header = stored::decode(&file, 1 << 20)?.header;
+    /// let header = stored::decode(&file, 4 << 20)?.header;
     /// file[..Header::LEN].copy_from_slice(&header.in_use().to_bytes());
     /// // … and flush it, before the guest writes.
-    /// assert_eq!(stored::decode(&file, 1 << 20), Err(DecodeError::InUse));
+    /// assert_eq!(stored::decode(&file, 4 << 20), Err(DecodeError::InUse));
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     #[must_use]
