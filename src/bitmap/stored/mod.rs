@@ -286,7 +286,7 @@ impl Header {
         bytes
     }
 
-    /// Reads a header: all that [`decode`] would check before it asks for memory, but for whether the bitmap
+    /// Reads a header: all that [`decode`](fn@decode) would check before it asks for memory, but for whether the bitmap
     /// is in use and how large it may be.
     ///
     /// # Errors
