@@ -11,7 +11,9 @@ use blockjob::bitmap::stored::{
 };
 use proptest::prelude::*;
 
-use crate::model::{Kind, Op, Subject, scenarios};
+#[cfg(feature = "serde")]
+use crate::model::Op;
+use crate::model::{Kind, Subject, scenarios};
 use crate::twin::*;
 
 /// Enough for every map here.
