@@ -29,7 +29,6 @@ use std::time::Duration;
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
 use crate::copy::{Extent, Op, OpId, OpKind, Outcome, Shape, Side};
-use crate::node::JobBitmapGuard;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -177,7 +176,7 @@ impl Engine {
     }
 
     /// The request to settle, if ranges wait for one.
-    pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
+    pub(crate) fn settle(&mut self, dirty: Option<&mut HBitmap>) -> Option<Op> {
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
@@ -212,7 +211,7 @@ impl Engine {
     }
 
     /// The next operation, if there is work and room for it.
-    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, budget: Budget) -> Option<Op> {
+    pub(crate) fn next(&mut self, dirty: &mut HBitmap, budget: Budget) -> Option<Op> {
         if self.running.len() >= self.workers {
             return None;
         }
@@ -284,7 +283,7 @@ impl Engine {
         &mut self,
         op: Op,
         outcome: Outcome,
-        dirty: Option<&mut JobBitmapGuard<'_>>,
+        dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
         self.buffered_bytes -= kind.buffered_bytes();
@@ -395,7 +394,7 @@ impl Engine {
     }
 
     /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.
-    pub(crate) fn give_up_planned(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+    pub(crate) fn give_up_planned(&mut self, dirty: &mut HBitmap) {
         for start in std::mem::take(&mut self.ready) {
             let claim = self.claims.remove(start);
             if !is_broken(Sabotage::ForgetPlanned) {
@@ -406,13 +405,13 @@ impl Engine {
     }
 
     /// Finds the next dirty run that is free, clears its bits and claims it.
-    fn claim(&mut self, dirty: &mut JobBitmapGuard<'_>) -> bool {
+    fn claim(&mut self, dirty: &mut HBitmap) -> bool {
         let start_of_search = self.cursor;
         self.claim_in((start_of_search..self.shape.len).into(), dirty)
             || self.claim_in((0..start_of_search).into(), dirty)
     }
 
-    fn claim_in(&mut self, mut search: ByteRange, dirty: &mut JobBitmapGuard<'_>) -> bool {
+    fn claim_in(&mut self, mut search: ByteRange, dirty: &mut HBitmap) -> bool {
         while let Some(run) = dirty.next_dirty_area(search, self.shape.run_max) {
             let align = self.shape.claim_align(run, self.filled.as_ref());
             let wish = self.shape.widen(run, align);
@@ -525,7 +524,7 @@ impl Engine {
         }
     }
 
-    fn settled(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+    fn settled(&mut self, dirty: &mut HBitmap) {
         self.is_settling = false;
         let lost: Vec<ByteRange> = self
             .claims
@@ -607,15 +606,13 @@ fn wrong_answer() -> io::Error {
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.
-fn make_clean(dirty: &mut JobBitmapGuard<'_>, granularity: Granularity, kind: OpKind) {
+fn make_clean(dirty: &mut HBitmap, granularity: Granularity, kind: OpKind) {
     let range = kind.range().expect("it has a range");
     let start = granularity.align_down(range.start());
     let end = granularity.align_up(range.end());
-    dirty
-        .reset_inner((start..end).into())
-        .expect("within the disk");
+    dirty.reset_inner(start..end).expect("within the disk");
 }
 
-fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {
+fn make_dirty(dirty: &mut HBitmap, range: ByteRange) {
     dirty.set(range).expect("within the disk");
 }

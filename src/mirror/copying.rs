@@ -58,7 +58,7 @@ impl Mirror {
             Copying::Limited => Budget::Claim,
         };
         let bitmap = self.bitmap.as_ref()?;
-        let op = self.engine.next(&mut bitmap.lock(), budget)?;
+        let op = self.engine.next(bitmap.lock().bitmap_mut(), budget)?;
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)
     }

@@ -212,7 +212,7 @@ impl Mirror {
 
     pub(super) fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
         if let Some(bitmap) = &self.bitmap {
-            self.engine.give_up_planned(&mut bitmap.lock());
+            self.engine.give_up_planned(bitmap.lock().bitmap_mut());
         }
         if cancel == Some(Cancel::Force) {
             let grace = self.job.cancel_grace();

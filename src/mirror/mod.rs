@@ -44,7 +44,7 @@ use crate::job::{
     Backoff, Cancel, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit, Stage,
     Status, Verb,
 };
-use crate::node::{JobBitmap, JobClaim, Node, Quiesce};
+use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
@@ -319,7 +319,8 @@ impl Mirror {
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-        let done = self.engine.done(op, outcome, dirty.as_mut());
+        let map = dirty.as_mut().map(JobBitmapGuard::bitmap_mut);
+        let done = self.engine.done(op, outcome, map);
         let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
             None | Some(Done::Nothing) => {}
@@ -434,7 +435,8 @@ impl Mirror {
             return None;
         }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-        self.engine.settle(dirty.as_mut())
+        self.engine
+            .settle(dirty.as_mut().map(JobBitmapGuard::bitmap_mut))
     }
 
     fn flushed(&mut self, id: OpId) {
