@@ -8,10 +8,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
+use crate::backup::Backup;
 use crate::copy::{Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch, SwitchBack};
+use crate::machine::{Machine, Step};
+use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// The caller's time: the library reads no clock.
@@ -108,7 +110,29 @@ where
     /// and a guest that was held goes on. The job can be run on, by this driver or another over the same
     /// devices, or cancelled.
     pub async fn run(&self, mirror: &mut Mirror) -> Driven {
-        let machine = DropSafe(mirror);
+        self.drive(mirror).await
+    }
+
+    /// Runs a backup until it is over. Backups that were started by one transaction, or are of one
+    /// [group](crate::JobGroup), are run at the same time.
+    ///
+    /// # Errors
+    ///
+    /// Why the backup did not succeed.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run`](Self::run). Guest writes that wait for something to be saved do so until the job is run on,
+    /// or dropped.
+    pub async fn run_backup(&self, backup: &mut Backup) -> Result<(), JobError> {
+        match self.drive(backup).await {
+            Driven::Done(result) => result,
+            Driven::Switch(_) | Driven::SwitchBack(_) => unreachable!("a backup never switches"),
+        }
+    }
+
+    async fn drive<M: Machine>(&self, machine: &mut M) -> Driven {
+        let machine = DropSafe(machine);
         let gives_up = AtomicBool::new(false);
         let mut running = FuturesUnordered::new();
         let mut sleep = None;
@@ -201,9 +225,9 @@ where
 }
 
 /// Tells the machine when the driver's future is dropped half-way.
-struct DropSafe<'a>(&'a mut Mirror);
+struct DropSafe<'a, M: Machine>(&'a mut M);
 
-impl Drop for DropSafe<'_> {
+impl<M: Machine> Drop for DropSafe<'_, M> {
     fn drop(&mut self) {
         self.0.ops_lost();
     }

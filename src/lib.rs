@@ -180,6 +180,7 @@
 //! | inconsistent | its stored copy was not closed, so that nobody knows what is dirty |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backup;
 pub mod bitmap;
 mod capabilities;
 mod copy;
@@ -187,6 +188,7 @@ pub mod driver;
 pub mod io;
 mod job;
 mod log;
+mod machine;
 mod memory;
 mod mirror;
 mod node;
@@ -197,29 +199,32 @@ mod sync;
 mod transaction;
 mod units;
 
+pub use crate::backup::{Backup, BackupError, BackupOptions, BackupSync, OnCbwError};
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{
     Content, Extent, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits, ShapeError, Side, Unmap,
 };
 pub use crate::job::{
-    Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError, JobGroup,
-    JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown, Status, Verb,
-    VerbError,
+    BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
+    JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
+    Status, Verb, VerbError,
 };
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
-pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch, SwitchBack};
+pub use crate::machine::{Machine, Step};
+pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Switch, SwitchBack};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::node::GateRule;
 pub use crate::node::{
     Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
     BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
-    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
-    PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
+    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, NotSaved,
+    OwnedTicket, PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way,
+    WriteRefused,
 };
 pub use crate::transaction::{
     ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,

@@ -21,7 +21,8 @@ use std::time::Duration;
 use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
 use crate::io::BufferPool;
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch, SwitchBack};
+use crate::machine::{Machine, Step};
+use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// A machine, and the requests of it that are out.
@@ -29,8 +30,8 @@ use crate::units::ByteRange;
 /// # Examples
 ///
 /// `examples/completion_queue.rs` is the whole loop over a submit/poll back end.
-pub struct Queue<P: BufferPool> {
-    mirror: Mirror,
+pub struct Queue<P: BufferPool, M: Machine = Mirror> {
+    machine: M,
     pool: P,
     /// Requests out, by id.
     out: BTreeMap<u64, Out>,
@@ -128,11 +129,11 @@ enum OutStep {
     Other,
 }
 
-impl<P: BufferPool> Queue<P> {
-    /// Runs `mirror` with buffers from `pool`.
-    pub fn new(mirror: Mirror, pool: P) -> Self {
+impl<P: BufferPool, M: Machine> Queue<P, M> {
+    /// Runs `machine` with buffers from `pool`.
+    pub fn new(machine: M, pool: P) -> Self {
         Self {
-            mirror,
+            machine,
             pool,
             out: BTreeMap::new(),
             halves: VecDeque::new(),
@@ -143,15 +144,15 @@ impl<P: BufferPool> Queue<P> {
 
     /// The machine.
     #[must_use]
-    pub fn mirror(&self) -> &Mirror {
-        &self.mirror
+    pub fn machine(&self) -> &M {
+        &self.machine
     }
 
     /// The machine back; what is out is lost, as with [`requests_lost`](Self::requests_lost).
     #[must_use]
-    pub fn into_mirror(mut self) -> Mirror {
+    pub fn into_machine(mut self) -> M {
         self.requests_lost();
-        self.mirror
+        self.machine
     }
 
     /// How many requests are out.
@@ -160,13 +161,13 @@ impl<P: BufferPool> Queue<P> {
         self.out.len() - self.halves.len()
     }
 
-    /// What to do next. As [`Mirror::poll`].
+    /// What to do next. As [`Mirror::poll`] and [`Backup::poll`](crate::Backup::poll).
     pub fn next(&mut self, now: Duration, waker: &Waker) -> Next<P::Buf> {
         if let Some(request) = self.halves.pop_front() {
             return Next::Submit(request);
         }
         loop {
-            match self.mirror.poll(now, waker) {
+            match self.machine.poll(now, waker) {
                 Step::Op(op) => {
                     if let Some(request) = self.request(now, op) {
                         return Next::Submit(request);
@@ -233,7 +234,7 @@ impl<P: BufferPool> Queue<P> {
                 target_failed(mismatch())
             }
         };
-        self.mirror.op_done(now, op, outcome);
+        self.machine.op_done(now, op, outcome);
     }
 
     /// Says that all requests that are out are lost, because the back end was torn down. As
@@ -245,7 +246,7 @@ impl<P: BufferPool> Queue<P> {
                 self.pool.put(buf);
             }
         }
-        self.mirror.ops_lost();
+        self.machine.ops_lost();
     }
 
     fn request(&mut self, now: Duration, op: Op) -> Option<Request<P::Buf>> {
@@ -259,7 +260,7 @@ impl<P: BufferPool> Queue<P> {
                     }
                     Err(error) => {
                         let side = Side::Target;
-                        self.mirror
+                        self.machine
                             .op_done(now, op, Outcome::Failed { side, error });
                         return None;
                     }
@@ -322,10 +323,10 @@ fn mismatch() -> io::Error {
     )
 }
 
-impl<P: BufferPool> fmt::Debug for Queue<P> {
+impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
-            .field("mirror", &self.mirror)
+            .field("machine", &self.machine)
             .field("in_flight", &self.in_flight())
             .finish_non_exhaustive()
     }

@@ -22,6 +22,22 @@ pub enum Sabotage {
     ForgetPlanned,
     /// Copy machinery 8: a clean bitmap is taken for equal disks.
     TrustCleanBitmap,
+    /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
+    LimitUrgent,
+    /// Backup 1: writes are let through before what is to be copied is complete.
+    HoldBeforeContent,
+    /// Backup 2: a guest write goes on when its clusters are in flight, not when they are on the target.
+    ReleaseInFlight,
+    /// Backup 3: a failed copy lets the guest overwrite what was not saved, and nobody is told.
+    ReleaseFailed,
+    /// Backup 4: a bitmap with mode on-success is clean after a failure.
+    CleanAfterFailure,
+    /// Backup 4: a bitmap with mode always forgets what is in flight at the end.
+    ForgetInFlight,
+    /// Backup 5: the job ends without a flush.
+    EndWithoutFlush,
+    /// Backup 6: guest writes go on while the job is paused.
+    LetGoWhilePaused,
     /// Mirror 1: recording starts without waiting for guest writes in flight.
     AttachWithoutQuiesce,
     /// Mirror 2: copying starts before the scan is over.
@@ -90,6 +106,8 @@ pub enum Sabotage {
     RemoveAtOnce,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Hold 4: writes wait for a job that is gone.
+    HoldForEver,
     /// Stored bitmap 2: the CRCs of records are not looked at.
     IgnoreCrc,
     /// Stored bitmap 2: dirty granules are not counted.

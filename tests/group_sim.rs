@@ -651,7 +651,7 @@ impl Sim {
             let Some(queue) = &member.queue else {
                 continue;
             };
-            let mirror = queue.mirror();
+            let mirror = queue.machine();
             mirror.check_invariants();
             if self.guests[index].current != disk_of(index, SOURCE) {
                 continue;

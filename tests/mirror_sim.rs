@@ -728,14 +728,14 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 }
                 Next::Switch(switch) => {
                     sim.take_events();
-                    sim.check_coverage(queue.mirror());
+                    sim.check_coverage(queue.machine());
                     sim.switch(switch);
                     flag.clone().wake_it();
                 }
                 Next::SwitchBack(_) => unreachable!("it is in no group"),
                 Next::Done(result) => {
                     sim.take_events();
-                    sim.check_coverage(queue.mirror());
+                    sim.check_coverage(queue.machine());
                     return sim.ended(result);
                 }
             }
@@ -783,7 +783,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
         }
         let steps = sim.world.borrow().steps;
         if steps % 8 == 0 {
-            sim.check_coverage(queue.mirror());
+            sim.check_coverage(queue.machine());
         }
     }
 }

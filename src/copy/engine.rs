@@ -21,14 +21,16 @@
 //!    then: the write may still land.
 //! 7. What was claimed and never handed out is dirty again when the job gives up.
 //! 8. What the target holds is promised only when no claim is left: not by a clean bitmap alone.
+//! 9. What a guest waits for goes ahead of everything else, and is not kept back by what the rest has of
+//!    workers and buffers.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
-use crate::copy::{Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -36,10 +38,18 @@ use crate::units::{ByteRange, Granularity};
 /// wait, and so often is a device asked in vain that is dead.
 const PARKED_MAX: usize = 64;
 
+/// Operations at the same time, at most, for guests that wait.
+const URGENT_MAX: usize = 64;
+
+/// How much is asked about at once where the source turned out to hold no data.
+const LOOK_MAX: u64 = 8 << 30;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Engine {
     shape: Shape,
+    /// The longest claim just now: longer where there is no data, so that holes are passed in few steps.
+    run_max: u64,
     /// Operations at the same time, at most.
     workers: usize,
     /// Bytes held in buffers at the same time, at most.
@@ -49,6 +59,8 @@ pub(crate) struct Engine {
     ready: VecDeque<u64>,
     /// Everything handed out and not reported back.
     running: BTreeMap<OpId, OpKind>,
+    /// Those of them that guests wait for. They count neither as workers nor as buffers.
+    urgent: BTreeSet<OpId>,
     buffered_bytes: u64,
     /// Where the search for dirty ranges goes on.
     cursor: u64,
@@ -78,6 +90,8 @@ pub(crate) enum Done {
     Nothing,
     /// Its range is on the target.
     Range(ByteRange),
+    /// The source's topmost layer holds nothing there, and so nothing is to be copied.
+    Skipped(ByteRange),
     /// The target is flushed.
     Flushed,
     /// A request for the source's status that was not one of the engine's own.
@@ -88,6 +102,8 @@ pub(crate) enum Done {
         side: Side,
         kind: OpKind,
         error: io::Error,
+        /// Whether a guest waits for it.
+        is_urgent: bool,
     },
 }
 
@@ -106,11 +122,13 @@ impl Engine {
             .transpose()?;
         Ok(Self {
             buf_size: buf_size.max(shape.chunk_max),
+            run_max: shape.run_max,
             shape,
             workers,
             claims: Claims::default(),
             ready: VecDeque::new(),
             running: BTreeMap::new(),
+            urgent: BTreeSet::new(),
             buffered_bytes: 0,
             cursor: 0,
             filled,
@@ -155,7 +173,12 @@ impl Engine {
     }
 
     pub(crate) fn has_free_worker(&self) -> bool {
-        self.running.len() < self.workers
+        self.running.len() - self.urgent.len() < self.workers
+    }
+
+    /// Whether nothing is in flight but what guests wait for.
+    pub(crate) fn is_idle_but_urgent(&self) -> bool {
+        self.running.len() == self.urgent.len() && !self.has_lost()
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -212,7 +235,7 @@ impl Engine {
 
     /// The next operation, if there is work and room for it.
     pub(crate) fn next(&mut self, dirty: &mut HBitmap, budget: Budget) -> Option<Op> {
-        if self.running.len() >= self.workers {
+        if !self.has_free_worker() {
             return None;
         }
         let may_claim = budget == Budget::Claim && self.claims.parked() < PARKED_MAX;
@@ -243,6 +266,57 @@ impl Engine {
         let op = self.hand_out(kind);
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
+    }
+
+    /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
+    /// target, or too much is on its way for guests already.
+    pub(crate) fn next_urgent(&mut self, dirty: &mut HBitmap, range: ByteRange) -> Option<Op> {
+        if self.urgent.len() >= URGENT_MAX && !is_broken(Sabotage::LimitUrgent) {
+            return None;
+        }
+        if is_broken(Sabotage::LimitUrgent) && !self.has_free_worker() {
+            return None;
+        }
+        let parked: Vec<u64> = self
+            .claims
+            .overlapping(range)
+            .filter(|claim| matches!(claim.state, ClaimState::Parked { .. }))
+            .map(|claim| claim.range.start())
+            .collect();
+        for start in parked {
+            self.claims.remove(start);
+        }
+        let waiting = self.claims.overlapping(range).find_map(|claim| {
+            let kind = match claim.state {
+                ClaimState::Look => OpKind::Status(claim.range),
+                ClaimState::Planned(kind) => kind,
+                ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
+                    return None;
+                }
+            };
+            Some((claim.range.start(), kind))
+        });
+        let (start, kind) = match waiting {
+            Some((start, kind)) => {
+                self.ready.retain(|&ready| ready != start);
+                (start, kind)
+            }
+            None => {
+                let wish = self.shape.widen(range, self.shape.block);
+                let free = self.claim_free(wish, self.shape.run_max, dirty)?;
+                (free.start(), OpKind::Status(free))
+            }
+        };
+        let op = self.hand_out(kind);
+        self.buffered_bytes -= kind.buffered_bytes();
+        self.urgent.insert(op.id());
+        self.claims.set_state(start, ClaimState::Running(op.id()));
+        Some(op)
+    }
+
+    /// Whether nothing of `range` is left to do, or being done.
+    pub(crate) fn is_done(&self, dirty: &HBitmap, range: ByteRange) -> bool {
+        !dirty.any_dirty_in(range) && self.claims.first_in(range).is_none()
     }
 
     /// What an operation counts against the speed limit.
@@ -286,13 +360,16 @@ impl Engine {
         dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
-        self.buffered_bytes -= kind.buffered_bytes();
+        let is_urgent = self.urgent.remove(&op.id());
+        if !is_urgent {
+            self.buffered_bytes -= kind.buffered_bytes();
+        }
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
         Some(match (kind, outcome) {
             (OpKind::Status(range), Outcome::Status(extent)) => self.looked(range, extent, op.id()),
             (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
-                if self.is_claimed_by(range, op.id()) =>
+                if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
@@ -324,22 +401,28 @@ impl Engine {
                         Outcome::Failed { error, .. } => error,
                         Outcome::Done | Outcome::Status(_) => wrong_answer(),
                     },
+                    is_urgent,
                 }
             }
             (kind, Outcome::Failed { side, error }) => {
                 self.has_unflushed |= kind == OpKind::Flush;
-                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                if let Some(range) = self.claimed_range(kind, op.id()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                     if !is_broken(Sabotage::ForgetFailed) {
                         make_dirty(dirty, range);
                     }
                 }
-                Done::Failed { side, kind, error }
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
             }
             (kind, Outcome::Status(_) | Outcome::Done) => {
                 // An answer to another question. It may not have been done.
                 self.has_unflushed |= kind == OpKind::Flush;
-                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                if let Some(range) = self.claimed_range(kind, op.id()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                     make_dirty(dirty, range);
                 }
@@ -351,6 +434,7 @@ impl Engine {
                     },
                     kind,
                     error: wrong_answer(),
+                    is_urgent,
                 }
             }
         })
@@ -372,7 +456,9 @@ impl Engine {
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
         for (id, kind) in std::mem::take(&mut self.running) {
-            self.buffered_bytes -= kind.buffered_bytes();
+            if !self.urgent.remove(&id) {
+                self.buffered_bytes -= kind.buffered_bytes();
+            }
             match kind {
                 OpKind::Status(range) if self.is_claimed_by(range, id) => {
                     self.claims.set_state(range.start(), ClaimState::Look);
@@ -411,15 +497,32 @@ impl Engine {
             || self.claim_in((0..start_of_search).into(), dirty)
     }
 
-    fn claim_in(&mut self, mut search: ByteRange, dirty: &mut HBitmap) -> bool {
-        while let Some(run) = dirty.next_dirty_area(search, self.shape.run_max) {
+    fn claim_in(&mut self, search: ByteRange, dirty: &mut HBitmap) -> bool {
+        let Some(free) = self.claim_free(search, self.run_max, dirty) else {
+            return false;
+        };
+        self.ready.push_back(free.start());
+        self.cursor = if free.end() >= self.shape.len {
+            0
+        } else {
+            free.end()
+        };
+        true
+    }
+
+    /// Claims the first run of `search` that is dirty and free, and clears its bits.
+    fn claim_free(
+        &mut self,
+        mut search: ByteRange,
+        run_max: u64,
+        dirty: &mut HBitmap,
+    ) -> Option<ByteRange> {
+        while let Some(run) = dirty.next_dirty_area(search, run_max) {
             let align = self.shape.claim_align(run, self.filled.as_ref());
             let wish = self.shape.widen(run, align);
             // `run_max` is a multiple of the alignment, but the run may straddle one more.
             let first_block = wish.split_at(wish.start() + align).0;
-            let most = first_block
-                .end()
-                .max(wish.start().saturating_add(self.shape.run_max));
+            let most = first_block.end().max(wish.start().saturating_add(run_max));
             let wish = wish.split_at(most).0;
             let compared = match is_broken(Sabotage::WidenAfterCheck) {
                 true => run,
@@ -454,15 +557,9 @@ impl Engine {
                 align,
                 state: ClaimState::Look,
             });
-            self.ready.push_back(free.start());
-            self.cursor = if free.end() >= self.shape.len {
-                0
-            } else {
-                free.end()
-            };
-            return true;
+            return Some(free);
         }
-        false
+        None
     }
 
     /// The source has told what is at the start of a range.
@@ -472,8 +569,20 @@ impl Engine {
         }
         let Claim { align, .. } = self.claims.remove(range.start());
         let extent = extent.or_data(range);
-        let mut rest = range;
         let known_end = range.start().saturating_add(extent.len).min(range.end());
+        let skipped = match self.shape.only_top && !extent.in_top {
+            true => self
+                .shape
+                .whole_blocks((range.start()..known_end).into(), align),
+            false => (range.start()..range.start()).into(),
+        };
+        let is_data = extent.content == Content::Data && skipped.is_empty();
+        self.run_max = match is_data {
+            true => self.shape.run_max,
+            false if known_end == range.end() => self.run_max.saturating_mul(2).min(LOOK_MAX),
+            false => self.run_max,
+        };
+        let mut rest = range.split_at(skipped.end()).1;
         let mut pieces = Vec::new();
         while rest.start() < known_end {
             let extent = Extent {
@@ -497,7 +606,16 @@ impl Engine {
             });
             self.ready.push_front(range.start());
         }
-        Done::Nothing
+        match skipped.is_empty() {
+            true => Done::Nothing,
+            false => Done::Skipped(skipped),
+        }
+    }
+
+    /// The range that is claimed for an operation.
+    fn claimed_range(&self, kind: OpKind, id: OpId) -> Option<ByteRange> {
+        let range = kind.range()?;
+        (kind.writes_target() || self.is_claimed_by(range, id)).then_some(range)
     }
 
     fn plan(&mut self, range: ByteRange, align: u64, kind: OpKind) {
@@ -582,11 +700,11 @@ impl Engine {
                 assert!(self.is_claimed_by(range, *id), "3: a write without a claim");
             }
         }
-        let buffered: u64 = self
+        let background = self
             .running
-            .values()
-            .map(|kind| kind.buffered_bytes())
-            .sum();
+            .iter()
+            .filter(|(id, _)| !self.urgent.contains(id));
+        let buffered: u64 = background.map(|(_, kind)| kind.buffered_bytes()).sum();
         assert_eq!(buffered, self.buffered_bytes);
         assert!(buffered <= self.buf_size);
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::copy::{OpKind, Side};
 use crate::job::{JobOptionsError, Status, Verb};
+use crate::units::ByteRange;
 
 /// Why a job did not succeed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -30,6 +31,16 @@ pub enum JobError {
     /// What did the work was dropped before it had come to an end.
     #[error("the job was dropped before its end")]
     Dropped,
+    /// A guest write waited longer than [`cbw_timeout`](crate::BackupOptions::cbw_timeout) for what it was to
+    /// overwrite to be saved. It went on, and with it the instant that was to be backed up was lost.
+    #[error("saving {range} took too long for the guest, which has overwritten it")]
+    TooSlow {
+        /// What the guest write covers.
+        range: ByteRange,
+    },
+    /// The bitmap that the job was to go by could not be had, or there was no memory for another.
+    #[error(transparent)]
+    Bitmap(#[from] Arc<crate::node::BitmapError>),
     /// The guest's writes could not be recorded.
     #[error(transparent)]
     Track(#[from] Arc<crate::node::TrackError>),

@@ -4,7 +4,8 @@ use std::task::Waker;
 use std::time::Duration;
 
 use crate::copy::{Budget, Op, OpKind};
-use crate::mirror::{End, Mirror, Phase, Step, Turn};
+use crate::machine::Step;
+use crate::mirror::{End, Mirror, Phase, Turn};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 

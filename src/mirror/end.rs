@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::copy::OpKind;
 use crate::job::{Asked, Cancel, Stage, Vote};
+use crate::machine::Step;
 use crate::mirror::copying::Copying;
-use crate::mirror::{Mirror, Phase, Step, Switch, SwitchBack, Turn};
+use crate::mirror::{Mirror, Phase, Switch, SwitchBack, Turn};
 use crate::node::{Quiesce, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 

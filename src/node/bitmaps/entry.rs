@@ -281,6 +281,11 @@ impl Named {
     pub(super) fn hold(&mut self, by: BusyWith) {
         match &mut self.content {
             Content::Inconsistent { held, .. } => *held = Some(by),
+            // What is claimed is in use already.
+            Content::Known {
+                usage: Usage::Claimed(_),
+                ..
+            } => {}
             Content::Known { usage, .. } => {
                 let is_enabled = usage.is_enabled();
                 *usage = Usage::Held { is_enabled, by };

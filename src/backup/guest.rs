@@ -1,0 +1,160 @@
+//! Guest writes that wait until what they overwrite is saved.
+//!
+//! ```text
+//! comes ──▶ waits ──▶ its clusters are saved, ahead of everything else ──▶ goes on
+//!             │
+//!             ├─ copying them fails ──┐   break-guest-write: it fails, and the backup goes on
+//!             └─ its time is over ────┤
+//!                                     └   break-snapshot: it goes on, and the backup fails
+//! ```
+//!
+//! A copy that was begun in the background and fails says nothing to a guest that came later: what that waits
+//! for is tried for itself.
+
+use std::task::Waker;
+use std::time::Duration;
+
+use crate::backup::{Backup, OnCbwError, Phase};
+use crate::copy::{Op, OpKind, Side};
+use crate::job::JobError;
+use crate::node::{NotSaved, WaitingWrite};
+use crate::sabotage::{Sabotage, is_broken};
+use crate::units::ByteRange;
+
+/// A guest write that the machine knows of.
+pub(super) struct Waiting {
+    write: WaitingWrite,
+    /// When it has waited long enough.
+    deadline: Option<Duration>,
+}
+
+impl Backup {
+    /// The next operation that a guest waits for.
+    pub(super) fn serve_guests(&mut self, now: Duration, waker: &Waker) -> Option<Op> {
+        let armed = self.armed.as_mut()?;
+        let hold = armed.hold.as_ref()?;
+        for write in hold.news(waker) {
+            let timeout = self.options.cbw_timeout;
+            let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
+            self.waiting.push(Waiting { write, deadline });
+            self.look_again = true;
+        }
+        if self.waiting.is_empty() || !self.look_again {
+            return None;
+        }
+        self.waiting
+            .retain(|waiting| hold.holds(waiting.write.range) && hold.is_waiting(waiting.write.id));
+        let granularity = armed.dirty.granularity();
+        let len = armed.dirty.len();
+        for waiting in &self.waiting {
+            let range = waiting.write.range;
+            let start = granularity.align_down(range.start());
+            let end = granularity.align_up(range.end()).min(len);
+            let op = self
+                .engine
+                .next_urgent(&mut armed.dirty, (start..end).into());
+            if let Some(op) = op {
+                if let (true, Some(hold)) = (is_broken(Sabotage::ReleaseInFlight), &armed.hold) {
+                    hold.release((start..end).into());
+                }
+                self.rate.account(self.engine.cost(op.kind()));
+                return Some(op);
+            }
+        }
+        self.look_again = false;
+        None
+    }
+
+    /// When the first of those that wait has waited long enough.
+    pub(super) fn next_deadline(&self) -> Option<Duration> {
+        self.waiting
+            .iter()
+            .filter_map(|waiting| waiting.deadline)
+            .min()
+    }
+
+    /// Deals with guest writes that have waited long enough; whether there were any.
+    pub(super) fn is_too_late(&mut self, now: Duration) -> bool {
+        let is_late = |waiting: &Waiting| waiting.deadline.is_some_and(|at| now >= at);
+        if !self.waiting.iter().any(is_late) {
+            return false;
+        }
+        let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
+        let hold = hold.expect("somebody waits for it");
+        let (late, rest) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(is_late);
+        self.waiting = rest;
+        let late: Vec<Waiting> = late;
+        for Waiting { write, .. } in late {
+            if !(hold.is_waiting(write.id) && hold.holds(write.range)) {
+                continue;
+            }
+            match self.options.on_cbw_error {
+                OnCbwError::BreakGuestWrite => hold.refuse(write.id, NotSaved::TimedOut),
+                OnCbwError::BreakSnapshot => {
+                    let range = write.range;
+                    self.job.fail(JobError::TooSlow { range });
+                    self.begin_ending(now, None);
+                    break;
+                }
+            }
+        }
+        true
+    }
+
+    /// Copying what a guest waits for has failed; it is dirty again, and not claimed.
+    pub(super) fn guest_copy_failed(
+        &mut self,
+        now: Duration,
+        side: Side,
+        kind: OpKind,
+        error: std::io::Error,
+    ) {
+        let range = kind.range().expect("a copy has a range");
+        let is_fatal = self.options.on_cbw_error == OnCbwError::BreakSnapshot;
+        let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
+        let hold = hold.expect("it was copied for a guest");
+        if is_broken(Sabotage::ReleaseFailed) {
+            return hold.release(range);
+        }
+        if !is_fatal {
+            for Waiting { write, .. } in &self.waiting {
+                if write.range.overlaps(range) {
+                    hold.refuse(write.id, NotSaved::Failed);
+                }
+            }
+        }
+        self.job.guest_copy_failed(side, kind, error, is_fatal);
+        if is_fatal && !matches!(self.phase, Phase::Ending { .. }) {
+            self.begin_ending(now, None);
+        }
+    }
+
+    /// `range` is on the target, or was found not to be wanted: guests may overwrite its clusters, if nothing
+    /// else of them is left.
+    pub(super) fn saved(&mut self, range: ByteRange) {
+        let Some(armed) = &self.armed else {
+            return;
+        };
+        let Some(hold) = &armed.hold else {
+            return;
+        };
+        let granularity = armed.dirty.granularity();
+        let mut rest = ByteRange::from(
+            granularity.align_down(range.start())
+                ..granularity.align_up(range.end()).min(armed.dirty.len()),
+        );
+        if rest == range {
+            // The usual: whole clusters, which were claimed as one.
+            return hold.release(range);
+        }
+        while !rest.is_empty() {
+            let (cluster, behind) = rest.split_at(rest.start() + granularity.bytes());
+            if self.engine.is_done(&armed.dirty, cluster) {
+                hold.release(cluster);
+            }
+            rest = behind;
+        }
+    }
+}
