@@ -194,7 +194,7 @@ impl Ends {
         let Request { id, side, work } = request;
         let ring = match side {
             Side::Source => &mut self.source,
-            Side::Target => &mut self.target,
+            Side::Target | Side::Buffer => &mut self.target,
         };
         match work {
             Work::Read { offset, buf } => ring.submit_read(offset, buf, id)?,

@@ -199,7 +199,9 @@ mod sync;
 mod transaction;
 mod units;
 
-pub use crate::backup::{Backup, BackupError, BackupOptions, BackupSync, OnCbwError};
+pub use crate::backup::{
+    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError,
+};
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{

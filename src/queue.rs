@@ -190,18 +190,12 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             }
             return;
         };
-        let side = match op.kind() {
-            OpKind::Status(_) => Side::Source,
-            _ => Side::Target,
-        };
-        let target_failed = |error| Outcome::Failed {
-            side: Side::Target,
-            error,
-        };
+        let [from, to] = sides(op.kind());
+        let failed = |error| Outcome::Failed { side: to, error };
         let outcome = match (step, answer) {
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) if self.gives_up => {
                 self.pool.put(buf);
-                target_failed(io::ErrorKind::Interrupted.into())
+                failed(io::ErrorKind::Interrupted.into())
             }
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
                 self.second_half(op, buf);
@@ -209,29 +203,23 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             }
             (OutStep::Read, Answer::Transfer(Err(error), buf)) => {
                 self.pool.put(buf);
-                Outcome::Failed {
-                    side: Side::Source,
-                    error,
-                }
+                Outcome::Failed { side: from, error }
             }
             (OutStep::Write, Answer::Transfer(result, buf)) => {
                 self.pool.put(buf);
-                result.map_or_else(target_failed, |()| Outcome::Done)
+                result.map_or_else(failed, |()| Outcome::Done)
             }
             (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
             (OutStep::Other, Answer::Plain(Ok(()))) => Outcome::Done,
             (OutStep::Other, Answer::Status(Err(error)) | Answer::Plain(Err(error))) => {
-                Outcome::Failed { side, error }
+                failed(error)
             }
             (OutStep::Other, Answer::Transfer(_, buf)) => {
                 self.pool.put(buf);
-                Outcome::Failed {
-                    side,
-                    error: mismatch(),
-                }
+                failed(mismatch())
             }
             (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
-                target_failed(mismatch())
+                failed(mismatch())
             }
         };
         self.machine.op_done(now, op, outcome);
@@ -250,16 +238,17 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     }
 
     fn request(&mut self, now: Duration, op: Op) -> Option<Request<P::Buf>> {
+        let [from, to] = sides(op.kind());
         let (side, work) = match op.kind() {
-            OpKind::Copy(range) => {
+            OpKind::Copy(range) | OpKind::Save(range) | OpKind::CopySaved(range) => {
                 let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
                 match self.pool.take(len) {
                     Ok(buf) => {
                         let offset = range.start();
-                        (Side::Source, Work::Read { offset, buf })
+                        (from, Work::Read { offset, buf })
                     }
                     Err(error) => {
-                        let side = Side::Target;
+                        let side = to;
                         self.machine
                             .op_done(now, op, Outcome::Failed { side, error });
                         return None;
@@ -269,6 +258,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             OpKind::Status(range) => (Side::Source, Work::Status(range)),
             OpKind::Zero(range, unmap) => (Side::Target, Work::WriteZeroes(range, unmap)),
             OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
+            OpKind::DiscardSaved(range) => (Side::Buffer, Work::Discard(range)),
             OpKind::Flush => (Side::Target, Work::Flush),
             OpKind::Settle => (Side::Target, Work::Settle),
             OpKind::CancelInFlight => {
@@ -297,8 +287,9 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn second_half(&mut self, op: Op, buf: P::Buf) {
         let range = op.kind().range().expect("a copy has a range");
         let offset = range.start();
+        let [_, to] = sides(op.kind());
         let write = Work::Write { offset, buf };
-        let request = self.put_out(op, OutStep::Write, Side::Target, write);
+        let request = self.put_out(op, OutStep::Write, to, write);
         self.halves.push_back(request);
     }
 
@@ -313,6 +304,22 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
         self.next_id += 1;
         self.out.insert(id, Out { op, step });
         Request { id, side, work }
+    }
+}
+
+/// What an operation reads, and what it writes or asks.
+fn sides(kind: OpKind) -> [Side; 2] {
+    match kind {
+        OpKind::Copy(_) => [Side::Source, Side::Target],
+        OpKind::Save(_) => [Side::Source, Side::Buffer],
+        OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
+        OpKind::DiscardSaved(_) => [Side::Buffer; 2],
+        OpKind::Status(_) => [Side::Source; 2],
+        OpKind::Zero(..)
+        | OpKind::Discard(_)
+        | OpKind::Flush
+        | OpKind::Settle
+        | OpKind::CancelInFlight => [Side::Target; 2],
     }
 }
 

@@ -38,6 +38,12 @@ pub enum Sabotage {
     EndWithoutFlush,
     /// Backup 6: guest writes go on while the job is paused.
     LetGoWhilePaused,
+    /// Buffer 1: what was put in counts as saved, whether it is still wanted or not.
+    SaveUnwanted,
+    /// Buffer 2: what is saved is copied from the source.
+    CopyOverwritten,
+    /// Buffer 3: what was saved while it was copied is taken for copied.
+    TrustOvertaken,
     /// Mirror 1: recording starts without waiting for guest writes in flight.
     AttachWithoutQuiesce,
     /// Mirror 2: copying starts before the scan is over.

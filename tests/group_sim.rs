@@ -223,7 +223,7 @@ impl Member {
         let queue = self.queue.as_mut().expect("it has asked");
         let side = match request.side {
             Side::Source => SOURCE,
-            Side::Target => TARGET,
+            Side::Target | Side::Buffer => TARGET,
         };
         let none = ByteRange::from(0..0);
         let (range, ask) = match request.work {

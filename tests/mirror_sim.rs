@@ -689,7 +689,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                     flag.clone().wake_it();
                     let disk = match request.side {
                         Side::Source => SOURCE,
-                        Side::Target => TARGET,
+                        Side::Target | Side::Buffer => TARGET,
                     };
                     let none = ByteRange::from(0..0);
                     let (range, ask) = match request.work {

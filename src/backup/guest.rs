@@ -14,10 +14,10 @@
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::backup::{Backup, OnCbwError, Phase};
-use crate::copy::{Op, OpKind, Side};
+use crate::backup::{Backup, OnBufferFull, OnCbwError, Phase};
+use crate::copy::{Op, OpKind, Side, Urgent};
 use crate::job::JobError;
-use crate::node::{NotSaved, WaitingWrite};
+use crate::node::{NotSaved, WaitingWrite, WriteHold};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -46,13 +46,22 @@ impl Backup {
             .retain(|waiting| hold.holds(waiting.write.range) && hold.is_waiting(waiting.write.id));
         let granularity = armed.dirty.granularity();
         let len = armed.dirty.len();
+        let mut full = None;
         for waiting in &self.waiting {
             let range = waiting.write.range;
             let start = granularity.align_down(range.start());
             let end = granularity.align_up(range.end()).min(len);
-            let op = self
-                .engine
-                .next_urgent(&mut armed.dirty, (start..end).into());
+            let range = (start..end).into();
+            let has_buffer = self.engine.buffer().is_some();
+            let op = match self.engine.next_of_buffer(&armed.dirty, range) {
+                Urgent::Op(op) => Some(op),
+                Urgent::Wait => None,
+                Urgent::Full if has_buffer && self.options.on_full == OnBufferFull::Break => {
+                    full = Some(waiting.write);
+                    break;
+                }
+                Urgent::Full => self.engine.next_urgent(&mut armed.dirty, range),
+            };
             if let Some(op) = op {
                 if let (true, Some(hold)) = (is_broken(Sabotage::ReleaseInFlight), &armed.hold) {
                     hold.release((start..end).into());
@@ -60,6 +69,10 @@ impl Backup {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Some(op);
             }
+        }
+        if let Some(write) = full {
+            self.give_up(now, write, NotSaved::Full);
+            return None;
         }
         self.look_again = false;
         None
@@ -79,28 +92,43 @@ impl Backup {
         if !self.waiting.iter().any(is_late) {
             return false;
         }
-        let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
-        let hold = hold.expect("somebody waits for it");
         let (late, rest) = std::mem::take(&mut self.waiting)
             .into_iter()
             .partition(is_late);
         self.waiting = rest;
         let late: Vec<Waiting> = late;
         for Waiting { write, .. } in late {
+            let hold = self.hold().expect("somebody waits for it");
             if !(hold.is_waiting(write.id) && hold.holds(write.range)) {
                 continue;
             }
-            match self.options.on_cbw_error {
-                OnCbwError::BreakGuestWrite => hold.refuse(write.id, NotSaved::TimedOut),
-                OnCbwError::BreakSnapshot => {
-                    let range = write.range;
-                    self.job.fail(JobError::TooSlow { range });
-                    self.begin_ending(now, None);
-                    break;
-                }
+            if self.give_up(now, write, NotSaved::TimedOut) {
+                break;
             }
         }
         true
+    }
+
+    /// What a guest write waits for is not saved in time: one of the two breaks. Whether it is the backup.
+    fn give_up(&mut self, now: Duration, write: WaitingWrite, why: NotSaved) -> bool {
+        match self.options.on_cbw_error {
+            OnCbwError::BreakGuestWrite => {
+                if let Some(hold) = self.hold() {
+                    hold.refuse(write.id, why);
+                }
+                false
+            }
+            OnCbwError::BreakSnapshot => {
+                let range = write.range;
+                self.job.fail(JobError::NotSaved { range, why });
+                self.begin_ending(now, None);
+                true
+            }
+        }
+    }
+
+    fn hold(&self) -> Option<&WriteHold> {
+        self.armed.as_ref()?.hold.as_ref()
     }
 
     /// Copying what a guest waits for has failed; it is dirty again, and not claimed.

@@ -47,7 +47,9 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
-use crate::copy::{Budget, Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{
+    Budget, Buffer, Done, Ends, Engine, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape, Side,
+};
 use crate::job::{
     AtStart, Backoff, Begun, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit,
     Stage, Status, Verb,
@@ -58,7 +60,7 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 use guest::Waiting;
-pub use options::{BackupError, BackupOptions, BackupSync, OnCbwError};
+pub use options::{BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError};
 use start::{Armed, Start};
 
 /// The shortest that the guest may be held: with none at all the instant would be tried for ever.
@@ -160,6 +162,8 @@ pub struct Backup {
 struct Kept {
     sync: BackupSync,
     on_cbw_error: OnCbwError,
+    on_full: OnBufferFull,
+    discards_saved: bool,
     cbw_timeout: Option<Duration>,
     hold_max: Duration,
 }
@@ -217,6 +221,7 @@ impl Backup {
             "chunk_max",
             "buf_size",
             "min_cluster_size",
+            "buffer",
             "unmap",
             "on_cbw_error",
             "cbw_timeout",
@@ -276,7 +281,23 @@ impl Backup {
         shape.only_top = options.sync == BackupSync::Top;
         let mut empty = HBitmap::new(node.len(), granularity)?;
         empty.reserve()?;
-        let engine = Engine::new(shape, options.workers, options.buf_size)?;
+        let buffer = match &options.buffer {
+            None => None,
+            Some(_) if options.sync == BackupSync::None => {
+                return Err(BackupError::NoneWithBuffer);
+            }
+            Some(buffer) => {
+                check_buffer(buffer, node.len(), [&source, &target])?;
+                let piece_max = buffer.piece_max(cluster, chunk_max)?;
+                Some(Buffer::new(
+                    node.len(),
+                    granularity,
+                    piece_max,
+                    buffer.bytes_max,
+                )?)
+            }
+        };
+        let engine = Engine::new(shape, options.workers, options.buf_size)?.with_buffer(buffer);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         let start = Arc::new(Start::new(node, options.sync, bitmap, empty));
@@ -289,6 +310,12 @@ impl Backup {
             options: Kept {
                 sync: options.sync,
                 on_cbw_error: options.on_cbw_error,
+                on_full: options
+                    .buffer
+                    .map_or(OnBufferFull::Wait, |buffer| buffer.on_full),
+                discards_saved: options
+                    .buffer
+                    .is_some_and(|buffer| buffer.limits.discard.is_some()),
                 cbw_timeout: options.cbw_timeout,
                 hold_max: options.hold_max.max(HOLD_MIN),
             },
@@ -319,6 +346,13 @@ impl Backup {
         self.engine.shape().granularity.bytes()
     }
 
+    /// Bytes of the [buffer](BackupOptions::buffer) that are in use, and the most that ever were.
+    #[must_use]
+    pub fn buffer_bytes(&self) -> (u64, u64) {
+        let buffer = self.engine.buffer();
+        buffer.map_or((0, 0), |buffer| (buffer.bytes(), buffer.bytes_peak()))
+    }
+
     /// What to do next. `now` is the time since any fixed moment and never falls. `waker` is called when
     /// it is worth asking again after [`Step::Wait`]. Never a switch.
     pub fn poll(&mut self, now: Duration, waker: &Waker) -> Step {
@@ -346,7 +380,7 @@ impl Backup {
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
             }
-            Some(Done::Skipped(range)) => self.saved(range),
+            Some(Done::Skipped(range) | Done::Saved(range)) => self.saved(range),
             Some(Done::Flushed) => {
                 self.backoff.reset();
                 if matches!(self.phase, Phase::Copying { flush } if flush == Some(id)) {
@@ -420,7 +454,7 @@ impl Backup {
         if let Some(op) = self.serve_guests(now, waker) {
             return Turn::Step(Step::Op(op));
         }
-        if self.armed.is_some() && self.is_too_late(now) {
+        if self.is_too_late(now) || matches!(self.phase, Phase::Ending { .. }) {
             return Turn::Again;
         }
         if asked.is_paused {
@@ -500,7 +534,13 @@ impl Backup {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Turn::Step(Step::Op(op));
             }
-            let is_copied = armed.dirty.is_clean() && self.engine.has_no_claims();
+            if let (true, Some(op)) = (self.options.discards_saved, self.engine.next_discard()) {
+                return Turn::Step(Step::Op(op));
+            }
+            // Nothing is left behind in the buffer.
+            let is_copied = armed.dirty.is_clean()
+                && self.engine.has_no_claims()
+                && !self.engine.is_buffer_busy();
             let Phase::Copying { flush } = &mut self.phase else {
                 unreachable!("called in this phase only");
             };
@@ -573,13 +613,19 @@ impl Backup {
         error: std::io::Error,
         is_urgent: bool,
     ) {
-        let claimed = kind.range();
+        if side == Side::Buffer && matches!(kind, OpKind::Save(_)) {
+            // There may be no space: what the guest waits for goes to the target then, or breaks.
+            return;
+        }
+        let claimed = kind.range().filter(|_| !matches!(kind, OpKind::Save(_)));
         if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
             *flush = None;
         }
         let is_ending = matches!(self.phase, Phase::Ending { .. });
-        if let (Some(range), true, false) = (claimed, is_urgent, is_ending) {
-            self.engine.release(range);
+        if is_urgent && !is_ending {
+            if let Some(range) = claimed {
+                self.engine.release(range);
+            }
             return self.guest_copy_failed(now, side, kind, error);
         }
         let action = self.job.device_failed(side, kind, error);
@@ -637,11 +683,35 @@ impl Backup {
             let mut rest = run;
             while !rest.is_empty() {
                 let (cluster, behind) = rest.split_at(rest.start() + self.cluster_size());
+                let is_saved = self
+                    .engine
+                    .buffer()
+                    .is_some_and(|buffer| buffer.has(cluster));
                 let is_held = armed.hold.as_ref().is_none_or(|hold| hold.holds(cluster));
+                let is_held = is_held || is_saved;
                 assert!(is_held, "2: a guest may overwrite {cluster:?}");
                 rest = behind;
             }
         }
+    }
+}
+
+fn check_buffer(buffer: &BackupBuffer, len: u64, others: [&Limits; 2]) -> Result<(), BackupError> {
+    let side = Side::Buffer;
+    let limits = &buffer.limits;
+    let checked = limits.check();
+    checked.map_err(|error| BackupError::Limits { side, error })?;
+    if limits.len < len {
+        let error = LimitsError {
+            field: "len",
+            value: limits.len,
+        };
+        return Err(BackupError::Limits { side, error });
+    }
+    let is_same = |other: &&Limits| limits.identity.is_some() && limits.identity == other.identity;
+    match others.iter().any(is_same) {
+        true => Err(BackupError::SameStorage),
+        false => Ok(()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::copy::{LimitsError, ShapeError, Side, Unmap};
+use crate::copy::{Limits, LimitsError, ShapeError, Side, Unmap};
 use crate::job::{BitmapMode, JobOptions, JobOptionsError};
 
 /// The smallest unit in which a backup saves what a guest is about to overwrite: 64 KiB.
@@ -35,6 +35,61 @@ pub enum OnCbwError {
     BreakSnapshot,
     /// The guest's write fails, and the backup goes on. The guest may try again.
     BreakGuestWrite,
+}
+
+/// A device, fast and near, in which a backup saves what the guest is about to overwrite, so that the guest
+/// waits for it and not for the target. What is saved is copied to the target in the background and then
+/// discarded.
+///
+/// Each cluster is saved at its own offset: a sparse file as long as the disk will do. Whoever drives the job
+/// has the device: see [`Driver::with_buffer`](crate::driver::Driver::with_buffer).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BackupBuffer {
+    /// What the device is and can do. Without [`discard`](Limits::discard) its space is never given back.
+    pub limits: Limits,
+    /// Bytes that may be in use at the same time. Default no limit, but that of the device.
+    pub bytes_max: u64,
+    /// What is done when there is no space. Default wait.
+    pub on_full: OnBufferFull,
+}
+
+/// What is done when something is to be saved and the buffer has no space.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OnBufferFull {
+    /// The guest waits until it is on the target, or there is space, for
+    /// [`cbw_timeout`](BackupOptions::cbw_timeout) at the most.
+    #[default]
+    Wait,
+    /// As [`on_cbw_error`](BackupOptions::on_cbw_error) says, at once.
+    Break,
+}
+
+impl BackupBuffer {
+    /// A buffer without a limit of its own.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            limits,
+            bytes_max: u64::MAX,
+            on_full: OnBufferFull::default(),
+        }
+    }
+
+    /// The longest piece that it takes, in whole clusters.
+    pub(super) fn piece_max(&self, cluster: u64, chunk_max: u64) -> Result<u64, BackupError> {
+        let most = chunk_max.min(self.limits.max_transfer.into()) & !(cluster - 1);
+        let align = self.limits.request_align;
+        if most == 0 || u64::from(align) > cluster {
+            let max_transfer = self.limits.max_transfer;
+            return Err(BackupError::BufferUnfit {
+                cluster,
+                align,
+                max_transfer,
+            });
+        }
+        Ok(most)
+    }
 }
 
 /// How a backup is made.
@@ -75,6 +130,8 @@ pub struct BackupOptions {
     /// The least to save at once before the guest overwrites part of it: 0, or a power of two up to 2 GiB.
     /// A *cluster* is the largest of this, the target's cluster and 64 KiB. Default 0.
     pub min_cluster_size: u64,
+    /// Where to save what the guest is about to overwrite, for a target that is slow. Default none.
+    pub buffer: Option<BackupBuffer>,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
     /// What is done when something cannot be saved in time.
@@ -98,6 +155,7 @@ impl Default for BackupOptions {
             chunk_max: 1 << 20,
             buf_size: 16 << 20,
             min_cluster_size: 0,
+            buffer: None,
             unmap: Unmap::Allowed,
             on_cbw_error: OnCbwError::default(),
             cbw_timeout: Some(Duration::from_secs(20)),
@@ -151,9 +209,24 @@ pub enum BackupError {
     /// Sync none never comes to the end at which something would become of a bitmap.
     #[error("sync none goes by no bitmap")]
     NoneWithBitmap,
+    /// Sync none copies nothing in the background that would empty a buffer.
+    #[error("sync none has no use for a buffer")]
+    NoneWithBuffer,
     /// Sync full and top do not look at the bitmap, so it would have no effect.
     #[error("a bitmap with mode never has no effect on this sync mode")]
     NoEffect,
+    /// The buffer cannot take a cluster at its place.
+    #[error(
+        "clusters of {cluster} bytes do not fit a buffer with requests of {align} to {max_transfer} bytes"
+    )]
+    BufferUnfit {
+        /// The cluster size in bytes.
+        cluster: u64,
+        /// What its requests are aligned to, in bytes.
+        align: u32,
+        /// Its longest request in bytes.
+        max_transfer: u32,
+    },
     /// Not a number of workers.
     #[error("{0} workers are not between 1 and 1024")]
     Workers(usize),

@@ -29,8 +29,9 @@ use std::io;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
+use crate::copy::buffer::Room;
 use crate::copy::claims::{Claim, ClaimState, Claims};
-use crate::copy::{Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Buffer, Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -40,6 +41,9 @@ const PARKED_MAX: usize = 64;
 
 /// Operations at the same time, at most, for guests that wait.
 const URGENT_MAX: usize = 64;
+
+/// How many areas of the buffer are looked at for one that is not in flight, before others have their turn.
+const SAVED_TRIES: usize = 64;
 
 /// How much is asked about at once where the source turned out to hold no data.
 const LOOK_MAX: u64 = 8 << 30;
@@ -66,6 +70,8 @@ pub(crate) struct Engine {
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
+    /// A place for what the guest is about to overwrite, if there is one.
+    buffer: Option<Buffer>,
     /// Whether a request to settle is out.
     is_settling: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
@@ -83,6 +89,17 @@ pub(crate) enum Budget {
     Claim,
 }
 
+/// What can be done for a guest that waits.
+#[derive(Debug)]
+pub(crate) enum Urgent {
+    /// This.
+    Op(Op),
+    /// Nothing more just now: all is on its way, or too much is for guests already.
+    Wait,
+    /// There is no space in the buffer.
+    Full,
+}
+
 /// What became of an operation that was reported back.
 #[derive(Debug)]
 pub(crate) enum Done {
@@ -90,6 +107,8 @@ pub(crate) enum Done {
     Nothing,
     /// Its range is on the target.
     Range(ByteRange),
+    /// It is in the buffer, and so what the guest may overwrite.
+    Saved(ByteRange),
     /// The source's topmost layer holds nothing there, and so nothing is to be copied.
     Skipped(ByteRange),
     /// The target is flushed.
@@ -132,9 +151,20 @@ impl Engine {
             buffered_bytes: 0,
             cursor: 0,
             filled,
+            buffer: None,
             is_settling: false,
             has_unflushed: false,
         })
+    }
+
+    /// With a place to put what guests wait for.
+    pub(crate) fn with_buffer(mut self, buffer: Option<Buffer>) -> Self {
+        self.buffer = buffer;
+        self
+    }
+
+    pub(crate) fn buffer(&self) -> Option<&Buffer> {
+        self.buffer.as_ref()
     }
 
     pub(crate) fn shape(&self) -> &Shape {
@@ -268,6 +298,42 @@ impl Engine {
         Some(op)
     }
 
+    /// The next operation that puts into the buffer, or discards there.
+    pub(crate) fn next_of_buffer(&mut self, dirty: &HBitmap, range: ByteRange) -> Urgent {
+        if self.urgent.len() >= URGENT_MAX {
+            return Urgent::Wait;
+        }
+        let claims = &self.claims;
+        let is_wanted = |range| dirty.any_dirty_in(range) || claims.first_in(range).is_some();
+        let Some(buffer) = &mut self.buffer else {
+            return Urgent::Full;
+        };
+        match buffer.room(range, is_wanted) {
+            Room::NotNeeded => Urgent::Wait,
+            Room::None => Urgent::Full,
+            Room::For(piece) => {
+                buffer.begin(piece);
+                let op = self.hand_out(OpKind::Save(piece));
+                self.urgent.insert(op.id());
+                Urgent::Op(op)
+            }
+        }
+    }
+
+    /// Whether something is being put into the buffer, or discarded there.
+    pub(crate) fn is_buffer_busy(&self) -> bool {
+        let mut kinds = self.running.values();
+        kinds.any(|kind| matches!(kind, OpKind::Save(_) | OpKind::DiscardSaved(_)))
+    }
+
+    /// The next range of the buffer that can be given back.
+    pub(crate) fn next_discard(&mut self) -> Option<Op> {
+        let range = self.buffer.as_mut()?.next_unneeded()?;
+        let op = self.hand_out(OpKind::DiscardSaved(range));
+        self.urgent.insert(op.id());
+        Some(op)
+    }
+
     /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
     /// target, or too much is on its way for guests already.
     pub(crate) fn next_urgent(&mut self, dirty: &mut HBitmap, range: ByteRange) -> Option<Op> {
@@ -303,13 +369,17 @@ impl Engine {
             }
             None => {
                 let wish = self.shape.widen(range, self.shape.block);
-                let free = self.claim_free(wish, self.shape.run_max, dirty)?;
-                (free.start(), OpKind::Status(free))
+                let (free, state) = self.claim_free(wish, self.shape.run_max, dirty)?;
+                let kind = match state {
+                    ClaimState::Planned(kind) => kind,
+                    _ => OpKind::Status(free),
+                };
+                (free.start(), kind)
             }
         };
         let op = self.hand_out(kind);
-        self.buffered_bytes -= kind.buffered_bytes();
         self.urgent.insert(op.id());
+        self.buffered_bytes -= kind.buffered_bytes();
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
     }
@@ -323,6 +393,7 @@ impl Engine {
     pub(crate) fn cost(&self, kind: OpKind) -> u64 {
         match kind {
             OpKind::Copy(range) => range.len(),
+            OpKind::CopySaved(range) | OpKind::Save(range) => range.len(),
             OpKind::Zero(range, _) | OpKind::Discard(range) if !self.shape.cheap_zeroes => {
                 range.len()
             }
@@ -357,7 +428,7 @@ impl Engine {
         &mut self,
         op: Op,
         outcome: Outcome,
-        dirty: Option<&mut HBitmap>,
+        mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
         let is_urgent = self.urgent.remove(&op.id());
@@ -378,12 +449,56 @@ impl Engine {
             (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
                 self.fill(range);
                 if is_broken(Sabotage::ClearAfterCopy) {
-                    let dirty = dirty.expect("there is a bitmap");
+                    let dirty = dirty.as_mut().expect("there is a bitmap");
                     make_clean(dirty, self.shape.granularity, kind);
                 }
-                self.landed(range)
+                self.landed(range, dirty)
             }
-            (OpKind::Discard(range), Outcome::Done) => self.landed(range),
+            (OpKind::Discard(range), Outcome::Done) => self.landed(range, dirty),
+            (OpKind::CopySaved(range), Outcome::Done) => {
+                self.fill(range);
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.is_copied(range);
+                }
+                self.landed(range, dirty)
+            }
+            (OpKind::Save(range), Outcome::Done) => {
+                let dirty = dirty.expect("a guest waits, so there is a bitmap");
+                let claims = &self.claims;
+                let is_wanted = |range| {
+                    dirty.any_dirty_in(range)
+                        || claims.first_in(range).is_some()
+                        || is_broken(Sabotage::SaveUnwanted)
+                };
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.put_in(range, is_wanted);
+                }
+                Done::Saved(range)
+            }
+            (OpKind::Save(range), outcome) => {
+                let (side, error) = match outcome {
+                    Outcome::Failed { side, error } => (side, error),
+                    Outcome::Done | Outcome::Status(_) => (Side::Buffer, wrong_answer()),
+                };
+                if let Some(buffer) = &mut self.buffer {
+                    match side {
+                        Side::Buffer => buffer.failed(range),
+                        Side::Source | Side::Target => buffer.stop(range),
+                    }
+                }
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
+            }
+            (OpKind::DiscardSaved(range), outcome) => {
+                if let (Some(buffer), Outcome::Done) = (&mut self.buffer, outcome) {
+                    buffer.discarded(range);
+                }
+                Done::Nothing
+            }
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
             (OpKind::Settle, Outcome::Done) => {
                 let dirty = dirty.expect("a range was claimed, so there is a bitmap");
@@ -464,7 +579,10 @@ impl Engine {
                     self.claims.set_state(range.start(), ClaimState::Look);
                     self.ready.push_front(range.start());
                 }
-                OpKind::Copy(range) | OpKind::Zero(range, _) | OpKind::Discard(range) => {
+                OpKind::Copy(range)
+                | OpKind::Zero(range, _)
+                | OpKind::Discard(range)
+                | OpKind::CopySaved(range) => {
                     self.claims.set_state(range.start(), ClaimState::Lost);
                 }
                 OpKind::Flush => {
@@ -472,6 +590,17 @@ impl Engine {
                     unclaimed.push(kind);
                 }
                 OpKind::Status(_) => unclaimed.push(kind),
+                // Should it still come to the buffer, it is what belongs there: the guest is held back.
+                OpKind::Save(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.stop(range);
+                    }
+                }
+                OpKind::DiscardSaved(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.discard_again(range);
+                    }
+                }
                 OpKind::Settle | OpKind::CancelInFlight => {}
             }
         }
@@ -493,12 +622,35 @@ impl Engine {
     /// Finds the next dirty run that is free, clears its bits and claims it.
     fn claim(&mut self, dirty: &mut HBitmap) -> bool {
         let start_of_search = self.cursor;
+        if self.claim_saved(dirty) {
+            return true;
+        }
         self.claim_in((start_of_search..self.shape.len).into(), dirty)
             || self.claim_in((0..start_of_search).into(), dirty)
     }
 
+    /// What is in the buffer goes first, so that there is space for more.
+    fn claim_saved(&mut self, dirty: &mut HBitmap) -> bool {
+        let mut after = 0;
+        for _ in 0..SAVED_TRIES {
+            let Some(run) = self
+                .buffer
+                .as_ref()
+                .and_then(|buffer| buffer.next_saved(after))
+            else {
+                return false;
+            };
+            if let Some((free, _)) = self.claim_free(run, self.run_max, dirty) {
+                self.ready.push_back(free.start());
+                return true;
+            }
+            after = run.end();
+        }
+        false
+    }
+
     fn claim_in(&mut self, search: ByteRange, dirty: &mut HBitmap) -> bool {
-        let Some(free) = self.claim_free(search, self.run_max, dirty) else {
+        let Some((free, _)) = self.claim_free(search, self.run_max, dirty) else {
             return false;
         };
         self.ready.push_back(free.start());
@@ -516,7 +668,7 @@ impl Engine {
         mut search: ByteRange,
         run_max: u64,
         dirty: &mut HBitmap,
-    ) -> Option<ByteRange> {
+    ) -> Option<(ByteRange, ClaimState)> {
         while let Some(run) = dirty.next_dirty_area(search, run_max) {
             let align = self.shape.claim_align(run, self.filled.as_ref());
             let wish = self.shape.widen(run, align);
@@ -545,6 +697,19 @@ impl Engine {
                 }
                 None => wish,
             };
+            // What is saved is no longer to be read from the source.
+            let (free, state) = match &self.buffer {
+                None => (free, ClaimState::Look),
+                Some(buffer) => match buffer.same(free) {
+                    (false, free) => (free, ClaimState::Look),
+                    (true, _) if is_broken(Sabotage::CopyOverwritten) => (free, ClaimState::Look),
+                    (true, saved) => {
+                        let end = saved.start().saturating_add(buffer.piece_max());
+                        let piece = saved.split_at(end).0;
+                        (piece, ClaimState::Planned(OpKind::CopySaved(piece)))
+                    }
+                },
+            };
             let is_late =
                 is_broken(Sabotage::ClearAfterLook) || is_broken(Sabotage::ClearAfterCopy);
             if !is_late {
@@ -555,9 +720,9 @@ impl Engine {
             self.claims.insert(Claim {
                 range: free,
                 align,
-                state: ClaimState::Look,
+                state,
             });
-            return Some(free);
+            return Some((free, state));
         }
         None
     }
@@ -576,6 +741,12 @@ impl Engine {
                 .whole_blocks((range.start()..known_end).into(), align),
             false => (range.start()..range.start()).into(),
         };
+        if let Some(buffer) = &mut self.buffer {
+            // Saved while the source was asked.
+            for saved in buffer.saved_in(skipped) {
+                buffer.is_copied(saved);
+            }
+        }
         let is_data = extent.content == Content::Data && skipped.is_empty();
         self.run_max = match is_data {
             true => self.shape.run_max,
@@ -627,8 +798,16 @@ impl Engine {
         self.ready.push_back(range.start());
     }
 
-    fn landed(&mut self, range: ByteRange) -> Done {
+    fn landed(&mut self, range: ByteRange, dirty: Option<&mut HBitmap>) -> Done {
         self.claims.remove(range.start());
+        if let (Some(buffer), Some(dirty)) = (&self.buffer, dirty) {
+            // Saved meanwhile: maybe before the source was read, and overwritten by then.
+            for saved in buffer.saved_in(range) {
+                if !is_broken(Sabotage::TrustOvertaken) {
+                    make_dirty(dirty, saved);
+                }
+            }
+        }
         Done::Range(range)
     }
 

@@ -121,7 +121,8 @@ impl State {
         error: io::Error,
     ) -> ErrorAction {
         let policy = match side {
-            Side::Source => self.options.on_source_error,
+            // Reading is what fails for good: writing to a buffer has other ways out.
+            Side::Source | Side::Buffer => self.options.on_source_error,
             Side::Target => self.options.on_target_error,
         };
         let mut action = policy.action(&error);

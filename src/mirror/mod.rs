@@ -303,7 +303,7 @@ impl Mirror {
         let done = self.engine.done(op, outcome, map);
         let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
-            None | Some(Done::Nothing | Done::Skipped(_)) => {}
+            None | Some(Done::Nothing | Done::Skipped(_) | Done::Saved(_)) => {}
             Some(Done::Range(range)) => self.range_done(now, kind, range),
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),

@@ -44,6 +44,9 @@ pub enum NotSaved {
     /// Copying it has failed.
     #[error("copying it has failed")]
     Failed,
+    /// The place to save it in is full.
+    #[error("there is no space to save it")]
+    Full,
     /// It took longer than the guest may have to wait.
     #[error("it took too long")]
     TimedOut,
@@ -56,7 +59,7 @@ impl From<WriteRefused> for io::Error {
         let kind = match refused {
             WriteRefused::ReadOnly => io::ErrorKind::PermissionDenied,
             WriteRefused::NotSaved(NotSaved::TimedOut) => io::ErrorKind::TimedOut,
-            WriteRefused::NotSaved(NotSaved::Failed) => io::ErrorKind::Other,
+            WriteRefused::NotSaved(NotSaved::Failed | NotSaved::Full) => io::ErrorKind::Other,
         };
         Self::new(kind, refused)
     }

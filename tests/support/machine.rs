@@ -437,6 +437,9 @@ impl Machine {
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
+            OpKind::Save(_) | OpKind::CopySaved(_) | OpKind::DiscardSaved(_) => {
+                unreachable!("a mirror has no buffer")
+            }
         }
         Outcome::Done
     }
