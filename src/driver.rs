@@ -258,6 +258,11 @@ where
                 self.copy(range, [Side::Buffer, Side::Target], gives_up)
                     .await
             }
+            OpKind::GiveUp(range) => done(Side::Target, self.target.discard(range).await),
+            OpKind::DiscardSource(range) => {
+                self.source.discard_read(range);
+                Outcome::Done
+            }
             OpKind::DiscardSaved(range) => done(Side::Buffer, self.buffer.discard(range).await),
             OpKind::Zero(range, unmap) => {
                 done(Side::Target, self.target.write_zeroes(range, unmap).await)

@@ -200,7 +200,8 @@ mod transaction;
 mod units;
 
 pub use crate::backup::{
-    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError,
+    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, FrozenRead, FrozenView,
+    OnBufferFull, OnCbwError, ViewError,
 };
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};

@@ -258,6 +258,8 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             OpKind::Status(range) => (Side::Source, Work::Status(range)),
             OpKind::Zero(range, unmap) => (Side::Target, Work::WriteZeroes(range, unmap)),
             OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
+            OpKind::GiveUp(range) => (Side::Target, Work::Discard(range)),
+            OpKind::DiscardSource(range) => (Side::Source, Work::Discard(range)),
             OpKind::DiscardSaved(range) => (Side::Buffer, Work::Discard(range)),
             OpKind::Flush => (Side::Target, Work::Flush),
             OpKind::Settle => (Side::Target, Work::Settle),
@@ -314,9 +316,10 @@ fn sides(kind: OpKind) -> [Side; 2] {
         OpKind::Save(_) => [Side::Source, Side::Buffer],
         OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
         OpKind::DiscardSaved(_) => [Side::Buffer; 2],
-        OpKind::Status(_) => [Side::Source; 2],
+        OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
         OpKind::Zero(..)
         | OpKind::Discard(_)
+        | OpKind::GiveUp(_)
         | OpKind::Flush
         | OpKind::Settle
         | OpKind::CancelInFlight => [Side::Target; 2],

@@ -38,6 +38,10 @@ pub enum Sabotage {
     EndWithoutFlush,
     /// Backup 6: guest writes go on while the job is paused.
     LetGoWhilePaused,
+    /// View 1: guests overwrite what is being read.
+    ReleaseWhileRead,
+    /// View 2: what was read while the view ended is used.
+    TrustBrokenView,
     /// Buffer 1: what was put in counts as saved, whether it is still wanted or not.
     SaveUnwanted,
     /// Buffer 2: what is saved is copied from the source.

@@ -49,6 +49,10 @@ impl Backup {
             self.grace_until = grace.map(|grace| now.saturating_add(grace));
         }
         self.waiting.clear();
+        // In this order: no read succeeds after a guest write that it was not protected from.
+        if let Some(view) = &self.view {
+            view.end();
+        }
         if let Some(armed) = &mut self.armed {
             armed.hold = None;
         }
@@ -105,6 +109,9 @@ impl Backup {
             }
             if let (Some(claim), Some(mode)) = (claim, self.start.mode()) {
                 end_bitmap(claim, mode, is_success, &dirty);
+            }
+            if let Some(view) = &self.view {
+                view.end();
             }
             drop(hold);
         }

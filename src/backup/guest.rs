@@ -128,7 +128,35 @@ impl Backup {
     }
 
     fn hold(&self) -> Option<&WriteHold> {
-        self.armed.as_ref()?.hold.as_ref()
+        self.armed.as_ref()?.hold.as_deref()
+    }
+
+    /// The next operation that gives space back: on the source what was copied, on the target what readers do
+    /// not need.
+    pub(super) fn give_back(&mut self) -> Option<Op> {
+        if let Some(range) = self.is_read.pop() {
+            return Some(self.engine.hand_out_aside(OpKind::DiscardSource(range)));
+        }
+        let (view, armed) = (self.view.as_ref()?, self.armed.as_mut()?);
+        self.given_up.append(&mut view.take_given_up());
+        for range in std::mem::take(&mut self.given_up) {
+            if !self.engine.forget(&mut armed.dirty, range) {
+                self.given_up.push(range);
+                continue;
+            }
+            view.saved(range);
+            self.unneeded.push(range);
+        }
+        let (align, max) = self.engine.discard_limits()?;
+        let range = self.unneeded.pop()?;
+        let max = (max & !(align - 1)).max(align);
+        let (piece, rest) = range.split_at(range.start().saturating_add(max));
+        if !rest.is_empty() {
+            self.unneeded.push(rest);
+        }
+        let is_aligned = piece.start() % align == 0
+            && (piece.end() % align == 0 || piece.end() == armed.dirty.len());
+        is_aligned.then(|| self.engine.hand_out_aside(OpKind::GiveUp(piece)))
     }
 
     /// Copying what a guest waits for has failed; it is dirty again, and not claimed.
@@ -168,6 +196,10 @@ impl Backup {
         let Some(hold) = &armed.hold else {
             return;
         };
+        let release = |range| match &self.view {
+            Some(view) => view.saved(range),
+            None => hold.release(range),
+        };
         let granularity = armed.dirty.granularity();
         let mut rest = ByteRange::from(
             granularity.align_down(range.start())
@@ -175,12 +207,12 @@ impl Backup {
         );
         if rest == range {
             // The usual: whole clusters, which were claimed as one.
-            return hold.release(range);
+            return release(range);
         }
         while !rest.is_empty() {
             let (cluster, behind) = rest.split_at(rest.start() + granularity.bytes());
             if self.engine.is_done(&armed.dirty, cluster) {
-                hold.release(cluster);
+                release(cluster);
             }
             rest = behind;
         }

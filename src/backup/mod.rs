@@ -39,6 +39,7 @@ mod end;
 mod guest;
 mod options;
 mod start;
+mod view;
 
 use std::fmt;
 use std::pin::Pin;
@@ -57,11 +58,12 @@ use crate::job::{
 use crate::machine::{Machine, Step};
 use crate::node::{JobClaim, Locked, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::Granularity;
+use crate::units::{ByteRange, Granularity};
 
 use guest::Waiting;
 pub use options::{BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError};
 use start::{Armed, Start};
+pub use view::{FrozenRead, FrozenView, ViewError};
 
 /// The shortest that the guest may be held: with none at all the instant would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
@@ -148,6 +150,14 @@ pub struct Backup {
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
+    /// For others to read, if that was asked for.
+    view: Option<FrozenView>,
+    /// What readers have given up, and was in flight then.
+    given_up: Vec<ByteRange>,
+    /// What the target is to discard, for nobody will read it.
+    unneeded: Vec<ByteRange>,
+    /// What the source may discard.
+    is_read: Vec<ByteRange>,
     /// Given back when the job is over.
     claim: Option<JobClaim>,
     /// Bytes brought to the target.
@@ -164,6 +174,7 @@ struct Kept {
     on_cbw_error: OnCbwError,
     on_full: OnBufferFull,
     discards_saved: bool,
+    discard_source: bool,
     cbw_timeout: Option<Duration>,
     hold_max: Duration,
 }
@@ -222,6 +233,8 @@ impl Backup {
             "buf_size",
             "min_cluster_size",
             "buffer",
+            "view",
+            "discard_source",
             "unmap",
             "on_cbw_error",
             "cbw_timeout",
@@ -286,6 +299,7 @@ impl Backup {
             Some(_) if options.sync == BackupSync::None => {
                 return Err(BackupError::NoneWithBuffer);
             }
+            Some(_) if options.view => return Err(BackupError::ViewWithBuffer),
             Some(buffer) => {
                 check_buffer(buffer, node.len(), [&source, &target])?;
                 let piece_max = buffer.piece_max(cluster, chunk_max)?;
@@ -316,6 +330,7 @@ impl Backup {
                 discards_saved: options
                     .buffer
                     .is_some_and(|buffer| buffer.limits.discard.is_some()),
+                discard_source: options.discard_source,
                 cbw_timeout: options.cbw_timeout,
                 hold_max: options.hold_max.max(HOLD_MIN),
             },
@@ -327,6 +342,12 @@ impl Backup {
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
+            view: options
+                .view
+                .then(|| FrozenView::new(node.len(), options.sync == BackupSync::None)),
+            given_up: Vec::new(),
+            unneeded: Vec::new(),
+            is_read: Vec::new(),
             claim: Some(claim),
             done_bytes: 0,
             retry_at: Duration::ZERO,
@@ -344,6 +365,13 @@ impl Backup {
     #[must_use]
     pub fn cluster_size(&self) -> u64 {
         self.engine.shape().granularity.bytes()
+    }
+
+    /// The disk as it was at the instant, if [`BackupOptions::view`] says so. It can be read from then on until
+    /// the job is over.
+    #[must_use]
+    pub fn view(&self) -> Option<FrozenView> {
+        self.view.clone()
     }
 
     /// Bytes of the [buffer](BackupOptions::buffer) that are in use, and the most that ever were.
@@ -379,6 +407,9 @@ impl Backup {
                 self.backoff.reset();
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
+                if self.options.discard_source {
+                    self.is_read.push(range);
+                }
             }
             Some(Done::Skipped(range) | Done::Saved(range)) => self.saved(range),
             Some(Done::Flushed) => {
@@ -446,12 +477,23 @@ impl Backup {
                 return Turn::Step(Step::Wait { until: None });
             }
             self.armed = self.start.take();
-            if self.armed.is_some() {
+            if let Some(Armed {
+                dirty,
+                hold: Some(hold),
+                ..
+            }) = &self.armed
+            {
+                if let Some(view) = &self.view {
+                    view.begin(dirty.clone(), Arc::clone(hold));
+                }
                 self.phase = Phase::Copying { flush: None };
             }
         }
         // Guests come first, and do not care whether the job is paused.
         if let Some(op) = self.serve_guests(now, waker) {
+            return Turn::Step(Step::Op(op));
+        }
+        if let Some(op) = self.give_back() {
             return Turn::Step(Step::Op(op));
         }
         if self.is_too_late(now) || matches!(self.phase, Phase::Ending { .. }) {

@@ -132,6 +132,12 @@ pub struct BackupOptions {
     pub min_cluster_size: u64,
     /// Where to save what the guest is about to overwrite, for a target that is slow. Default none.
     pub buffer: Option<BackupBuffer>,
+    /// Whether the disk as it was at the instant can be [read](crate::Backup::view) while the job runs. Not
+    /// together with a buffer. Default no.
+    pub view: bool,
+    /// Whether the source is told what is safely on the target and will not be read again: for a source that
+    /// is a copy, to give back its space. Default no.
+    pub discard_source: bool,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
     /// What is done when something cannot be saved in time.
@@ -156,6 +162,8 @@ impl Default for BackupOptions {
             buf_size: 16 << 20,
             min_cluster_size: 0,
             buffer: None,
+            view: false,
+            discard_source: false,
             unmap: Unmap::Allowed,
             on_cbw_error: OnCbwError::default(),
             cbw_timeout: Some(Duration::from_secs(20)),
@@ -212,6 +220,9 @@ pub enum BackupError {
     /// Sync none copies nothing in the background that would empty a buffer.
     #[error("sync none has no use for a buffer")]
     NoneWithBuffer,
+    /// A view is read from the source and the target, and not from a buffer.
+    #[error("with a buffer there is no view")]
+    ViewWithBuffer,
     /// Sync full and top do not look at the bitmap, so it would have no effect.
     #[error("a bitmap with mode never has no effect on this sync mode")]
     NoEffect,

@@ -12,6 +12,8 @@
 //! 2. What arming has done is undone by disarming, in full, and by nobody once the machine has it. The machine
 //!    does not take what a transaction may still undo.
 
+use std::sync::Arc;
+
 use parking_lot::Mutex;
 
 use crate::backup::BackupSync;
@@ -44,7 +46,7 @@ pub(super) struct Armed {
     pub(super) dirty: HBitmap,
     pub(super) claim: Option<BitmapClaim>,
     /// `None` once the instant is lost.
-    pub(super) hold: Option<WriteHold>,
+    pub(super) hold: Option<Arc<WriteHold>>,
 }
 
 impl Start {
@@ -173,7 +175,7 @@ impl AtStart for Start {
                 *state = State::Armed(Armed {
                     dirty,
                     claim,
-                    hold: Some(hold),
+                    hold: Some(Arc::new(hold)),
                 });
                 Ok(Begun::Here)
             }

@@ -313,9 +313,7 @@ impl Engine {
             Room::None => Urgent::Full,
             Room::For(piece) => {
                 buffer.begin(piece);
-                let op = self.hand_out(OpKind::Save(piece));
-                self.urgent.insert(op.id());
-                Urgent::Op(op)
+                Urgent::Op(self.hand_out_aside(OpKind::Save(piece)))
             }
         }
     }
@@ -329,9 +327,7 @@ impl Engine {
     /// The next range of the buffer that can be given back.
     pub(crate) fn next_discard(&mut self) -> Option<Op> {
         let range = self.buffer.as_mut()?.next_unneeded()?;
-        let op = self.hand_out(OpKind::DiscardSaved(range));
-        self.urgent.insert(op.id());
-        Some(op)
+        Some(self.hand_out_aside(OpKind::DiscardSaved(range)))
     }
 
     /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
@@ -382,6 +378,38 @@ impl Engine {
         self.buffered_bytes -= kind.buffered_bytes();
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
+    }
+
+    /// Hands out what is no copy, and does not count as a worker.
+    pub(crate) fn hand_out_aside(&mut self, kind: OpKind) -> Op {
+        let op = self.hand_out(kind);
+        self.urgent.insert(op.id());
+        op
+    }
+
+    /// `range`, which is made of whole clusters, is not wanted any more. `false` if something of it is in
+    /// flight: then it is to be asked again later.
+    pub(crate) fn forget(&mut self, dirty: &mut HBitmap, range: ByteRange) -> bool {
+        let is_running =
+            |claim: &Claim| matches!(claim.state, ClaimState::Running(_) | ClaimState::Lost);
+        let planned: Vec<ByteRange> = self
+            .claims
+            .overlapping(range)
+            .filter(|claim| !is_running(claim))
+            .map(|claim| claim.range)
+            .collect();
+        for claimed in planned {
+            self.claims.remove(claimed.start());
+            self.ready.retain(|&ready| ready != claimed.start());
+            make_dirty(dirty, claimed);
+        }
+        dirty.reset(range).expect("made of whole clusters");
+        self.claims.first_in(range).is_none()
+    }
+
+    /// How a range of the target can be discarded: what it is aligned to and how long it may be.
+    pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
+        self.shape.discard_limits()
     }
 
     /// Whether nothing of `range` is left to do, or being done.
@@ -505,7 +533,9 @@ impl Engine {
                 self.settled(dirty);
                 Done::Nothing
             }
-            (OpKind::CancelInFlight, _) => Done::Nothing,
+            (OpKind::CancelInFlight | OpKind::GiveUp(_) | OpKind::DiscardSource(_), _) => {
+                Done::Nothing
+            }
             (OpKind::Settle, outcome) => {
                 // Then it is not settled.
                 self.is_settling = false;
@@ -601,7 +631,10 @@ impl Engine {
                         buffer.discard_again(range);
                     }
                 }
-                OpKind::Settle | OpKind::CancelInFlight => {}
+                OpKind::GiveUp(_)
+                | OpKind::DiscardSource(_)
+                | OpKind::Settle
+                | OpKind::CancelInFlight => {}
             }
         }
         self.is_settling = false;

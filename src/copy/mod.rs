@@ -119,6 +119,10 @@ pub enum OpKind {
     Save(ByteRange),
     /// Read the range from the buffer and write it to the target.
     CopySaved(ByteRange),
+    /// Discard the range of the target: nobody will read it.
+    GiveUp(ByteRange),
+    /// Tell the source that the range will not be read any more, and may be discarded.
+    DiscardSource(ByteRange),
     /// Discard the range of the buffer.
     DiscardSaved(ByteRange),
     /// Tell what the source has at the start of the range.
@@ -182,6 +186,8 @@ impl OpKind {
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
             | OpKind::DiscardSaved(range)
+            | OpKind::GiveUp(range)
+            | OpKind::DiscardSource(range)
             | OpKind::Status(range) => Some(range),
             OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
         }

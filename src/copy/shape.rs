@@ -203,6 +203,11 @@ impl Shape {
         (!inner.is_empty()).then_some(inner)
     }
 
+    /// What discards are aligned to and how long they may be, if the target can discard.
+    pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
+        self.discard.filter(|&(_, max)| max > 0)
+    }
+
     /// What zero writes of the scan are aligned to and how long they may be, if the target can write
     /// them: whole clusters, for none was written yet.
     pub(crate) fn scan_zeroes(&self) -> Option<(u64, u64)> {

@@ -10,6 +10,7 @@
 
 mod buf;
 mod dynamic;
+mod frozen;
 mod guest;
 
 use std::future::Future;
@@ -22,6 +23,7 @@ use crate::units::ByteRange;
 
 pub use buf::{AlignedBuf, BufferPool, HeapPool};
 pub use dynamic::{DynReadAt, DynWriteAt, LocalBoxFuture};
+pub use frozen::FrozenDisk;
 pub use guest::GuestDisk;
 
 /// What came of a request, and its buffer back.
@@ -51,6 +53,10 @@ pub trait ReadAt: BlockDevice {
     /// A device that does not know answers [`Content::Data`] for the whole range. It should answer fast,
     /// with less than it could find out if need be.
     fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>>;
+
+    /// A job with [`discard_source`](crate::BackupOptions::discard_source) has `range` on its target and will
+    /// not read it again. A device that can give space back does so; others do nothing, as this does.
+    fn discard_read(&self, _range: ByteRange) {}
 }
 
 /// A device that can be written: a target.
@@ -103,6 +109,10 @@ macro_rules! forward {
 
             fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>> {
                 (**self).block_status(range)
+            }
+
+            fn discard_read(&self, range: ByteRange) {
+                (**self).discard_read(range);
             }
         }
 

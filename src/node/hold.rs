@@ -275,6 +275,14 @@ impl WriteHold {
         news
     }
 
+    /// Has who drives the job look again.
+    pub(crate) fn wake_job(&self) {
+        let job = self.node.gate.with_held(|held| held.job.clone());
+        if let Some(job) = job {
+            job.wake();
+        }
+    }
+
     /// Whether somebody waits still for that write.
     pub(crate) fn is_waiting(&self, id: WaiterId) -> bool {
         self.node.gate.with_held(|held| {
