@@ -211,6 +211,9 @@ impl Ends {
             }
             // What is on a ring is finished soon anyway.
             Work::Settle | Work::CancelInFlight => return Ok(Some(Answer::Plain(Ok(())))),
+            Work::WriteCompressed { .. } | Work::CopyFromSource(_) => {
+                unreachable!("this disk offers neither")
+            }
         }
         self.writing += usize::from(side == Side::Target);
         Ok(None)

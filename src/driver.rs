@@ -246,17 +246,12 @@ where
 
     async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
         let outcome = match op.kind() {
-            OpKind::Copy(range) => {
-                self.copy(range, [Side::Source, Side::Target], gives_up)
-                    .await
-            }
-            OpKind::Save(range) => {
-                self.copy(range, [Side::Source, Side::Buffer], gives_up)
-                    .await
-            }
-            OpKind::CopySaved(range) => {
-                self.copy(range, [Side::Buffer, Side::Target], gives_up)
-                    .await
+            OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::Save(range)
+            | OpKind::CopySaved(range) => self.copy(op.kind(), range, gives_up).await,
+            OpKind::CopyOffloaded(range) => {
+                done(Side::Target, self.target.copy_from_source(range).await)
             }
             OpKind::GiveUp(range) => done(Side::Target, self.target.discard(range).await),
             OpKind::DiscardSource(range) => {
@@ -289,12 +284,8 @@ where
         (op, outcome)
     }
 
-    async fn copy(
-        &self,
-        range: ByteRange,
-        [from, to]: [Side; 2],
-        gives_up: &AtomicBool,
-    ) -> Outcome {
+    async fn copy(&self, kind: OpKind, range: ByteRange, gives_up: &AtomicBool) -> Outcome {
+        let [from, to] = kind.sides();
         let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
         let buf = match self.pool.take(len) {
             Ok(buf) => buf,
@@ -313,9 +304,12 @@ where
             self.pool.put(buf);
             return done(to, Err(std::io::ErrorKind::Interrupted.into()));
         }
-        let (written, buf) = match to {
-            Side::Buffer => self.buffer.write_at(range.start(), buf).await,
-            Side::Source | Side::Target => self.target.write_at(range.start(), buf).await,
+        let (written, buf) = match (to, kind) {
+            (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,
+            (_, OpKind::CopyCompressed(_)) => {
+                self.target.write_compressed_at(range.start(), buf).await
+            }
+            (Side::Source | Side::Target, _) => self.target.write_at(range.start(), buf).await,
         };
         self.pool.put(buf);
         done(to, written)

@@ -91,6 +91,15 @@ pub enum Work<B> {
         /// What to write.
         buf: B,
     },
+    /// Write the buffer from `offset` on, compressed.
+    WriteCompressed {
+        /// Where to write.
+        offset: u64,
+        /// What to write.
+        buf: B,
+    },
+    /// Copy the range from the source, by a way that only the devices know.
+    CopyFromSource(ByteRange),
     /// Tell what is at the start of the range: [`Answer::Status`].
     Status(ByteRange),
     /// Make the range read as zeroes.
@@ -190,7 +199,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             }
             return;
         };
-        let [from, to] = sides(op.kind());
+        let [from, to] = op.kind().sides();
         let failed = |error| Outcome::Failed { side: to, error };
         let outcome = match (step, answer) {
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) if self.gives_up => {
@@ -230,7 +239,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     pub fn requests_lost(&mut self) {
         self.out.clear();
         for half in self.halves.drain(..) {
-            if let Work::Write { buf, .. } = half.work {
+            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
                 self.pool.put(buf);
             }
         }
@@ -238,9 +247,12 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     }
 
     fn request(&mut self, now: Duration, op: Op) -> Option<Request<P::Buf>> {
-        let [from, to] = sides(op.kind());
+        let [from, to] = op.kind().sides();
         let (side, work) = match op.kind() {
-            OpKind::Copy(range) | OpKind::Save(range) | OpKind::CopySaved(range) => {
+            OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::Save(range)
+            | OpKind::CopySaved(range) => {
                 let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
                 match self.pool.take(len) {
                     Ok(buf) => {
@@ -255,6 +267,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
                     }
                 }
             }
+            OpKind::CopyOffloaded(range) => (Side::Target, Work::CopyFromSource(range)),
             OpKind::Status(range) => (Side::Source, Work::Status(range)),
             OpKind::Zero(range, unmap) => (Side::Target, Work::WriteZeroes(range, unmap)),
             OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
@@ -279,7 +292,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn give_up(&mut self, now: Duration) {
         self.gives_up = true;
         for half in std::mem::take(&mut self.halves) {
-            if let Work::Write { buf, .. } = half.work {
+            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
                 let answer = Answer::Transfer(Err(io::ErrorKind::Interrupted.into()), buf);
                 self.completed(now, half.id, answer);
             }
@@ -289,8 +302,11 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn second_half(&mut self, op: Op, buf: P::Buf) {
         let range = op.kind().range().expect("a copy has a range");
         let offset = range.start();
-        let [_, to] = sides(op.kind());
-        let write = Work::Write { offset, buf };
+        let [_, to] = op.kind().sides();
+        let write = match op.kind() {
+            OpKind::CopyCompressed(_) => Work::WriteCompressed { offset, buf },
+            _ => Work::Write { offset, buf },
+        };
         let request = self.put_out(op, OutStep::Write, to, write);
         self.halves.push_back(request);
     }
@@ -306,23 +322,6 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
         self.next_id += 1;
         self.out.insert(id, Out { op, step });
         Request { id, side, work }
-    }
-}
-
-/// What an operation reads, and what it writes or asks.
-fn sides(kind: OpKind) -> [Side; 2] {
-    match kind {
-        OpKind::Copy(_) => [Side::Source, Side::Target],
-        OpKind::Save(_) => [Side::Source, Side::Buffer],
-        OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
-        OpKind::DiscardSaved(_) => [Side::Buffer; 2],
-        OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
-        OpKind::Zero(..)
-        | OpKind::Discard(_)
-        | OpKind::GiveUp(_)
-        | OpKind::Flush
-        | OpKind::Settle
-        | OpKind::CancelInFlight => [Side::Target; 2],
     }
 }
 

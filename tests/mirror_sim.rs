@@ -708,6 +708,9 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                             settling.push(request.id);
                             continue;
                         }
+                        Work::WriteCompressed { .. } | Work::CopyFromSource(_) => {
+                            unreachable!("not offered")
+                        }
                         Work::CancelInFlight => {
                             queue.completed(now, request.id, Answer::Plain(Ok(())));
                             continue;

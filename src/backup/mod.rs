@@ -49,7 +49,8 @@ use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{
-    Budget, Buffer, Done, Ends, Engine, Limits, LimitsError, Op, OpId, OpKind, Outcome, Shape, Side,
+    Budget, Buffer, CopyBy, Done, Ends, Engine, Limits, LimitsError, Op, OpId, OpKind, Outcome,
+    Shape, Side,
 };
 use crate::job::{
     AtStart, Backoff, Begun, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit,
@@ -235,6 +236,8 @@ impl Backup {
             "buffer",
             "view",
             "discard_source",
+            "compress",
+            "offload",
             "unmap",
             "on_cbw_error",
             "cbw_timeout",
@@ -282,6 +285,11 @@ impl Backup {
         if chunk_max < cluster {
             return Err(BackupError::ChunkTooShort { chunk_max, cluster });
         }
+        let copy_by = options.copy_by(&target)?;
+        let chunk_max = match copy_by {
+            CopyBy::Compressing => cluster,
+            CopyBy::Buffer | CopyBy::Offloading => chunk_max,
+        };
         let granularity = Granularity::from_bytes(cluster).expect("a power of two");
         let mut shape = Shape::new(
             &ends,
@@ -311,7 +319,9 @@ impl Backup {
                 )?)
             }
         };
-        let engine = Engine::new(shape, options.workers, options.buf_size)?.with_buffer(buffer);
+        let engine = Engine::new(shape, options.workers, options.buf_size)?
+            .with_buffer(buffer)
+            .copying_by(copy_by);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         let start = Arc::new(Start::new(node, options.sync, bitmap, empty));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::copy::{Limits, LimitsError, ShapeError, Side, Unmap};
+use crate::copy::{CopyBy, Limits, LimitsError, ShapeError, Side, Unmap};
 use crate::job::{BitmapMode, JobOptions, JobOptionsError};
 
 /// The smallest unit in which a backup saves what a guest is about to overwrite: 64 KiB.
@@ -138,6 +138,12 @@ pub struct BackupOptions {
     /// Whether the source is told what is safely on the target and will not be read again: for a source that
     /// is a copy, to give back its space. Default no.
     pub discard_source: bool,
+    /// Whether the target is to compress what it is given, one cluster at a time. Zeroes are written as such.
+    /// Default no.
+    pub compress: bool,
+    /// Whether the target is to fetch data from the source by itself, if it can. Once that has failed it is read
+    /// and written instead. Not together with `compress`. Default no.
+    pub offload: bool,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
     /// What is done when something cannot be saved in time.
@@ -164,6 +170,8 @@ impl Default for BackupOptions {
             buffer: None,
             view: false,
             discard_source: false,
+            compress: false,
+            offload: false,
             unmap: Unmap::Allowed,
             on_cbw_error: OnCbwError::default(),
             cbw_timeout: Some(Duration::from_secs(20)),
@@ -223,6 +231,12 @@ pub enum BackupError {
     /// A view is read from the source and the target, and not from a buffer.
     #[error("with a buffer there is no view")]
     ViewWithBuffer,
+    /// The target cannot compress.
+    #[error("the target cannot compress")]
+    CannotCompress,
+    /// What is copied by the target itself is not compressed.
+    #[error("what is offloaded cannot be compressed")]
+    CompressOffloaded,
     /// Sync full and top do not look at the bitmap, so it would have no effect.
     #[error("a bitmap with mode never has no effect on this sync mode")]
     NoEffect,
@@ -290,6 +304,17 @@ impl BackupOptions {
             (_, Some(mode)) => mode,
         };
         Ok(Some((name, mode)))
+    }
+
+    /// By what way data comes to the target.
+    pub(super) fn copy_by(&self, target: &Limits) -> Result<CopyBy, BackupError> {
+        match (self.compress, self.offload) {
+            (true, true) => Err(BackupError::CompressOffloaded),
+            (true, false) if !target.compresses => Err(BackupError::CannotCompress),
+            (true, false) => Ok(CopyBy::Compressing),
+            (false, true) if target.copies_from_source => Ok(CopyBy::Offloading),
+            (false, _) => Ok(CopyBy::Buffer),
+        }
     }
 
     /// The unit in which it saves, for a target with such clusters.

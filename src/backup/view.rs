@@ -70,7 +70,7 @@ struct Shared {
 enum State {
     /// The instant is still to come.
     Before,
-    Open(Open),
+    Open(Box<Open>),
     Over,
 }
 
@@ -215,7 +215,7 @@ impl FrozenView {
     pub(super) fn begin(&self, access: HBitmap, hold: Arc<WriteHold>) {
         let mut saved = access.clone();
         saved.reset_all();
-        *self.shared.state.lock() = State::Open(Open {
+        *self.shared.state.lock() = State::Open(Box::new(Open {
             access,
             saved,
             reads: BTreeMap::new(),
@@ -223,7 +223,7 @@ impl FrozenView {
             kept: Vec::new(),
             given_up: Vec::new(),
             hold,
-        });
+        }));
     }
 
     /// `range`, which is made of whole clusters, is on the target: guests may overwrite it once nobody reads it

@@ -70,12 +70,24 @@ pub(crate) struct Engine {
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
+    copy_by: CopyBy,
     /// A place for what the guest is about to overwrite, if there is one.
     buffer: Option<Buffer>,
     /// Whether a request to settle is out.
     is_settling: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
     has_unflushed: bool,
+}
+
+/// By what way data comes to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CopyBy {
+    /// It is read, and written.
+    Buffer,
+    /// The same, and the target compresses it.
+    Compressing,
+    /// The target fetches it, until that fails for the first time.
+    Offloading,
 }
 
 /// What may be handed out.
@@ -151,6 +163,7 @@ impl Engine {
             buffered_bytes: 0,
             cursor: 0,
             filled,
+            copy_by: CopyBy::Buffer,
             buffer: None,
             is_settling: false,
             has_unflushed: false,
@@ -161,6 +174,20 @@ impl Engine {
     pub(crate) fn with_buffer(mut self, buffer: Option<Buffer>) -> Self {
         self.buffer = buffer;
         self
+    }
+
+    pub(crate) fn copying_by(mut self, copy_by: CopyBy) -> Self {
+        self.copy_by = copy_by;
+        self
+    }
+
+    /// What is asked for when that is planned.
+    fn by(&self, kind: OpKind) -> OpKind {
+        match (kind, self.copy_by) {
+            (OpKind::Copy(range), CopyBy::Compressing) => OpKind::CopyCompressed(range),
+            (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
+            _ => kind,
+        }
     }
 
     pub(crate) fn buffer(&self) -> Option<&Buffer> {
@@ -279,7 +306,7 @@ impl Engine {
             .expect("what is in the queue is claimed");
         let kind = match claim.state {
             ClaimState::Look => OpKind::Status(claim.range),
-            ClaimState::Planned(kind) => kind,
+            ClaimState::Planned(kind) => self.by(kind),
             ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
                 unreachable!("only what waits to be handed out is in the queue")
             }
@@ -351,7 +378,7 @@ impl Engine {
         let waiting = self.claims.overlapping(range).find_map(|claim| {
             let kind = match claim.state {
                 ClaimState::Look => OpKind::Status(claim.range),
-                ClaimState::Planned(kind) => kind,
+                ClaimState::Planned(kind) => self.by(kind),
                 ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
                     return None;
                 }
@@ -420,7 +447,9 @@ impl Engine {
     /// What an operation counts against the speed limit.
     pub(crate) fn cost(&self, kind: OpKind) -> u64 {
         match kind {
-            OpKind::Copy(range) => range.len(),
+            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopyOffloaded(range) => {
+                range.len()
+            }
             OpKind::CopySaved(range) | OpKind::Save(range) => range.len(),
             OpKind::Zero(range, _) | OpKind::Discard(range) if !self.shape.cheap_zeroes => {
                 range.len()
@@ -474,7 +503,21 @@ impl Engine {
                 let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id())
             }
-            (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
+            (OpKind::CopyOffloaded(range), Outcome::Failed { .. } | Outcome::Status(_)) => {
+                // The target may hold anything there now; it is written again.
+                self.copy_by = CopyBy::Buffer;
+                self.claims
+                    .set_state(range.start(), ClaimState::Planned(OpKind::Copy(range)));
+                self.ready.push_front(range.start());
+                Done::Nothing
+            }
+            (
+                OpKind::Copy(range)
+                | OpKind::CopyCompressed(range)
+                | OpKind::CopyOffloaded(range)
+                | OpKind::Zero(range, _),
+                Outcome::Done,
+            ) => {
                 self.fill(range);
                 if is_broken(Sabotage::ClearAfterCopy) {
                     let dirty = dirty.as_mut().expect("there is a bitmap");
@@ -610,6 +653,8 @@ impl Engine {
                     self.ready.push_front(range.start());
                 }
                 OpKind::Copy(range)
+                | OpKind::CopyCompressed(range)
+                | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _)
                 | OpKind::Discard(range)
                 | OpKind::CopySaved(range) => {

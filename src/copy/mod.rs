@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::units::ByteRange;
 
 pub(crate) use buffer::Buffer;
-pub(crate) use engine::{Budget, Done, Engine, Urgent};
+pub(crate) use engine::{Budget, CopyBy, Done, Engine, Urgent};
 pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
@@ -111,6 +111,10 @@ pub struct Op {
 pub enum OpKind {
     /// Read the range from the source and write it to the target.
     Copy(ByteRange),
+    /// As [`Copy`](Self::Copy), compressed.
+    CopyCompressed(ByteRange),
+    /// Have the target copy the range from the source by itself.
+    CopyOffloaded(ByteRange),
     /// Make the range of the target read as zeroes.
     Zero(ByteRange, Unmap),
     /// Discard the range of the target.
@@ -181,6 +185,8 @@ impl OpKind {
     pub fn range(self) -> Option<ByteRange> {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopyOffloaded(range)
             | OpKind::Zero(range, _)
             | OpKind::Discard(range)
             | OpKind::Save(range)
@@ -193,19 +199,44 @@ impl OpKind {
         }
     }
 
+    /// What it reads, and what it writes or asks.
+    pub(crate) fn sides(self) -> [Side; 2] {
+        match self {
+            OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
+            OpKind::Save(_) => [Side::Source, Side::Buffer],
+            OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
+            OpKind::DiscardSaved(_) => [Side::Buffer; 2],
+            OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
+            OpKind::CopyOffloaded(_)
+            | OpKind::Zero(..)
+            | OpKind::Discard(_)
+            | OpKind::GiveUp(_)
+            | OpKind::Flush
+            | OpKind::Settle
+            | OpKind::CancelInFlight => [Side::Target; 2],
+        }
+    }
+
     /// Whether it may change the target.
     #[must_use]
     pub fn writes_target(self) -> bool {
         matches!(
             self,
-            OpKind::Copy(_) | OpKind::Zero(..) | OpKind::Discard(_) | OpKind::CopySaved(_)
+            OpKind::Copy(_)
+                | OpKind::CopyCompressed(_)
+                | OpKind::CopyOffloaded(_)
+                | OpKind::Zero(..)
+                | OpKind::Discard(_)
+                | OpKind::CopySaved(_)
         )
     }
 
     /// Bytes that are held in a buffer while it runs.
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {
-            OpKind::Copy(range) | OpKind::CopySaved(range) => range.len(),
+            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopySaved(range) => {
+                range.len()
+            }
             // What guests wait for has buffers of its own.
             _ => 0,
         }

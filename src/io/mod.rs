@@ -65,6 +65,23 @@ pub trait WriteAt: BlockDevice {
     /// been written.
     fn write_at(&self, offset: u64, buf: Self::Buf) -> impl Future<Output = BufResult<Self::Buf>>;
 
+    /// As [`write_at`](Self::write_at), compressed. Only called if [`Limits::compresses`] says so, with one
+    /// cluster of the job at a time. A device that does not is not asked; this fails.
+    fn write_compressed_at(
+        &self,
+        _offset: u64,
+        buf: Self::Buf,
+    ) -> impl Future<Output = BufResult<Self::Buf>> {
+        async { (Err(io::ErrorKind::Unsupported.into()), buf) }
+    }
+
+    /// Copies `range` from the source of the job, by a way that only the two devices know of: within a file
+    /// system, say, or a storage array. Only called if [`Limits::copies_from_source`] says so. Should it fail,
+    /// the job reads and writes instead, from then on. A device that cannot is not asked; this fails.
+    fn copy_from_source(&self, _range: ByteRange) -> impl Future<Output = io::Result<()>> {
+        async { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
     /// Makes `range` read as zeroes. Only called if [`Limits::write_zeroes`] says how.
     fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>>;
 
@@ -123,6 +140,18 @@ macro_rules! forward {
                 buf: Self::Buf,
             ) -> impl Future<Output = BufResult<Self::Buf>> {
                 (**self).write_at(offset, buf)
+            }
+
+            fn write_compressed_at(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = BufResult<Self::Buf>> {
+                (**self).write_compressed_at(offset, buf)
+            }
+
+            fn copy_from_source(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
+                (**self).copy_from_source(range)
             }
 
             fn write_zeroes(
