@@ -103,7 +103,7 @@ impl World {
         options.job.id = Some("backup".to_owned());
         options.job.on_source_error = OnError::Ignore;
         options.job.on_target_error = OnError::Ignore;
-        options.on_cbw_error = blockjob::OnCbwError::BreakGuestWrite;
+        options.on_cbw_error = OnCbwError::BreakGuestWrite;
         options.cbw_timeout = None;
         options.workers = rng.between(1, 4) as usize;
         options.chunk_max = rng.pick(&[CLUSTER, 4 * CLUSTER]);
@@ -190,7 +190,11 @@ impl World {
                     .any(|zombie| zombie.kind.writes_target());
                 return is_settled.then_some(Outcome::Done);
             }
-            OpKind::Zero(..) | OpKind::Discard(_) | OpKind::DiscardSource(_) => {
+            OpKind::CopyCompressed(_)
+            | OpKind::CopyOffloaded(_)
+            | OpKind::Zero(..)
+            | OpKind::Discard(_)
+            | OpKind::DiscardSource(_) => {
                 unreachable!("not offered")
             }
         };

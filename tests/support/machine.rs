@@ -437,12 +437,14 @@ impl Machine {
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
-            OpKind::Save(_)
+            OpKind::CopyCompressed(_)
+            | OpKind::CopyOffloaded(_)
+            | OpKind::Save(_)
             | OpKind::CopySaved(_)
             | OpKind::DiscardSaved(_)
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => {
-                unreachable!("a mirror has no buffer")
+                unreachable!("a mirror asks for none of these")
             }
         }
         Outcome::Done
