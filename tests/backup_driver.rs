@@ -2,9 +2,11 @@
 //! frozen view of another.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 use blockjob::driver::{Clock, Driver};
 use blockjob::io::{
@@ -49,12 +51,12 @@ impl Memory {
     }
 
     fn bytes(&self) -> Vec<u8> {
-        self.bytes.lock().unwrap().clone()
+        self.bytes.lock().clone()
     }
 
     fn put(&self, offset: u64, data: &[u8]) {
         let at = offset as usize;
-        self.bytes.lock().unwrap()[at..at + data.len()].copy_from_slice(data);
+        self.bytes.lock()[at..at + data.len()].copy_from_slice(data);
     }
 }
 
@@ -77,10 +79,9 @@ impl ReadAt for Memory {
         some_turns().await;
         let len = buf.as_ref().len();
         let at = offset as usize..offset as usize + len;
-        buf.as_mut()
-            .copy_from_slice(&self.bytes.lock().unwrap()[at]);
+        buf.as_mut().copy_from_slice(&self.bytes.lock()[at]);
         let range = ByteRange::at(offset, len as u64).unwrap();
-        self.read.lock().unwrap().push(range);
+        self.read.lock().push(range);
         some_turns().await;
         (Ok(()), buf)
     }
@@ -94,7 +95,7 @@ impl ReadAt for Memory {
     }
 
     fn discard_read(&self, range: ByteRange) {
-        self.discarded.lock().unwrap().push(range);
+        self.discarded.lock().push(range);
     }
 }
 
@@ -107,7 +108,7 @@ impl WriteAt for Memory {
 
     async fn write_compressed_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
         let range = ByteRange::at(offset, buf.as_ref().len() as u64).unwrap();
-        self.compressed.lock().unwrap().push(range);
+        self.compressed.lock().push(range);
         self.write_at(offset, buf).await
     }
 
@@ -131,7 +132,7 @@ impl WriteAt for Memory {
 
     async fn discard(&self, range: ByteRange) -> io::Result<()> {
         self.put(range.start(), &vec![0xdd; range.len() as usize]);
-        self.discarded.lock().unwrap().push(range);
+        self.discarded.lock().push(range);
         Ok(())
     }
 
@@ -209,7 +210,7 @@ async fn compressed_data_goes_cluster_by_cluster() {
 
     let target = Arc::new(target);
     backed_up(Memory::new(1), Arc::clone(&target), compressing).await;
-    let compressed = target.compressed.lock().unwrap();
+    let compressed = target.compressed.lock();
     assert_eq!(compressed.iter().map(|range| range.len()).sum::<u64>(), LEN);
     assert!(compressed.iter().all(|range| range.len() <= 64 << 10));
 }
@@ -231,7 +232,7 @@ async fn what_the_target_cannot_fetch_is_read_and_written() {
         let driver = Driver::new(Arc::clone(&source), Arc::clone(&target), NoTime);
         driver.run_backup(&mut backup).await.unwrap();
         assert!(target.bytes() == source.bytes());
-        assert_eq!(source.read.lock().unwrap().is_empty(), works > 100);
+        assert_eq!(source.read.lock().is_empty(), works > 100);
     }
 }
 
@@ -256,7 +257,7 @@ async fn a_buffer_is_filled_and_emptied() {
     assert!(target.bytes() == instant && source.bytes() != instant);
     let (left, peak) = backup.buffer_bytes();
     assert!(left == 0 && peak >= 64 << 10, "{left} of {peak}");
-    assert!(!buffer.discarded.lock().unwrap().is_empty());
+    assert!(!buffer.discarded.lock().is_empty());
 }
 
 #[tokio::test]
@@ -274,7 +275,7 @@ async fn the_source_is_told_what_was_copied() {
     let any_target: Box<dyn DynWriteAt<AlignedBuf>> = Box::new(Arc::clone(&target));
     let driver = Driver::new(any_source, any_target, NoTime);
     driver.run_backup(&mut backup).await.unwrap();
-    let told = source.discarded.lock().unwrap();
+    let told = source.discarded.lock();
     assert_eq!(told.iter().map(|range| range.len()).sum::<u64>(), LEN);
 }
 
@@ -334,6 +335,6 @@ async fn a_job_can_read_the_frozen_view_of_another() {
         "the copy is later than the instant"
     );
     assert!(view.begin_read((0..512).into()).is_err());
-    let read = fleece.read.lock().unwrap().len();
+    let read = fleece.read.lock().len();
     assert!(read > 0, "nothing was saved");
 }
