@@ -86,8 +86,14 @@ pub enum Sabotage {
     KeepHalf,
     /// Transactions 3: undoing goes from the first to the last.
     RollBackForward,
+    /// Transactions 3: undoing goes back to the log of before, whoever records meanwhile.
+    RollBackLog,
     /// Transactions 4: a bitmap goes before it is decided.
     RemoveAtOnce,
+    /// Transactions 5: others may have what was touched.
+    DoNotHold,
+    /// Transactions 5: a name that may have to be given back is given to others.
+    GiveAwayName,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Stored bitmap 2: the CRCs of records are not looked at.

@@ -7,6 +7,7 @@ use super::Inner;
 use super::bitmaps::List;
 use super::growing::GrowingLog;
 use crate::log::DirtyLogError;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::MutexGuard;
 use crate::units::{ByteRange, Granularity};
 
@@ -62,6 +63,30 @@ impl Inner {
     pub(super) fn write_to(&self, list: &mut List, recording: Option<usize>) {
         list.recording = recording;
         self.gate.record_in(recording);
+    }
+
+    /// Undoes what has changed where writes are recorded: to the log of `before`, unless somebody else has begun to
+    /// record meanwhile and that one does not do for him. The node must be quiesced and drained.
+    pub(super) fn go_back_to(&self, list: &mut List, before: Option<usize>) {
+        let Some(finest) = list.finest() else {
+            return self.write_to(list, None);
+        };
+        let coarsest = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
+        let does = |log: &usize| *log <= coarsest && self.covers(*log);
+        if is_broken(Sabotage::RollBackLog) {
+            return self.write_to(list, before);
+        }
+        // What is written to now is fine enough for all who record now. What was before is for all who did
+        // then: if it does not do for one that came since, the other is finer than both.
+        let log = before.filter(does).or(list.recording.filter(does));
+        assert!(log.is_some(), "who records has seen to it that it can");
+        self.write_to(list, log);
+    }
+
+    /// Whether a log is as long as the disk: the length may have changed since it was used.
+    fn covers(&self, log: usize) -> bool {
+        let log = self.logs[log].get();
+        log.is_some_and(|log| log.covers(self.len()))
     }
 
     fn log_or_new(

@@ -14,9 +14,11 @@
 //! 2. The acts are done in their order, and each sees what those before it did. After the first that fails
 //!    none is tried.
 //! 3. Each notes what it has changed, and one that fails has changed nothing. Undoing goes from the last to
-//!    the first and puts back exactly that: bits, recording, names, the order of bitmaps.
+//!    the first and puts back exactly that: bits, recording, names, the order of bitmaps. What others have
+//!    done meanwhile stays: what they record is recorded.
 //! 4. What cannot be undone is left for the commit, which cannot fail: a bitmap goes, a job starts.
-//! 5. What was touched is in use until the end: nobody else changes it in between.
+//! 5. What was touched is in use until the end: nobody else changes it in between. Names that may have to be
+//!    given back are, too.
 //! 6. No lock is held while it is open.
 
 mod action;
@@ -306,7 +308,9 @@ impl Preparing {
                 return Err(TransactionError { index, kind, why });
             }
         }
-        journal.hold(&mut locked);
+        if !is_broken(Sabotage::DoNotHold) {
+            journal.hold(&mut locked);
+        }
         drop(locked);
         let is_let_go = is_broken(Sabotage::LetGoBeforeCommit);
         Ok(Prepared {
