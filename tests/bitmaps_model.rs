@@ -681,6 +681,13 @@ fn what_is_broken_is_noticed() {
 
     const BROKEN: &[(Sabotage, u64)] = &[
         (Sabotage::VerbWithoutDrain, 500),
+        (Sabotage::LogAsNewest, 500),
+        (Sabotage::DrainIntoFirst, 500),
+        (Sabotage::SameNameTwice, 500),
+        (Sabotage::RecordOn, 500),
+        (Sabotage::ReadonlyFirst, 2000),
+        (Sabotage::ResizeInUse, 500),
+        (Sabotage::GoOnAfterFailure, 500),
         (Sabotage::FreezeWithoutHolding, 500),
         (Sabotage::MergeOneByOne, 500),
         (Sabotage::EndDisabled, 500),

@@ -42,9 +42,8 @@ impl Inner {
         list: &mut List,
         granularity: Granularity,
     ) -> Result<(), DirtyLogError> {
-        let finest = list
-            .finest()
-            .map_or(granularity, |known| known.min(granularity));
+        let known = list.finest().filter(|_| !is_broken(Sabotage::LogAsNewest));
+        let finest = known.map_or(granularity, |known| known.min(granularity));
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
         self.log_or_new(list, log, finest)?;
         self.write_to(list, Some(log));
@@ -53,7 +52,7 @@ impl Inner {
 
     /// Spares guest writes the log if no bitmap records any more.
     pub(super) fn stop_if_unused(&self, list: &mut List) {
-        if list.finest().is_none() {
+        if list.finest().is_none() && !is_broken(Sabotage::RecordOn) {
             self.write_to(list, None);
         }
     }
@@ -122,6 +121,9 @@ impl Inner {
             return;
         }
         let (logs, mut recorders) = list.logs_and_recorders();
+        if is_broken(Sabotage::DrainIntoFirst) {
+            recorders.truncate(1);
+        }
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
         for log in logs.iter().filter_map(|&log| self.logs[log].get()) {

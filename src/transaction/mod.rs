@@ -298,15 +298,22 @@ impl Preparing {
         let mut locked = Locked::new(&nodes);
         let mut journal = Journal::new(&mut locked, &nodes);
         let mut jobs = Vec::new();
+        let mut failed = None;
         for ((index, action), spare) in self.actions.iter().enumerate().zip(spares) {
             let applied = action.apply(&mut locked, &mut journal, &mut jobs, spare);
             if let Err(why) = applied {
-                if !is_broken(Sabotage::KeepHalf) {
-                    journal.roll_back(&mut locked);
-                }
                 let kind = action.kind();
-                return Err(TransactionError { index, kind, why });
+                failed = Some(TransactionError { index, kind, why });
+                if !is_broken(Sabotage::GoOnAfterFailure) {
+                    break;
+                }
             }
+        }
+        if let Some(error) = failed {
+            if !is_broken(Sabotage::KeepHalf) {
+                journal.roll_back(&mut locked);
+            }
+            return Err(error);
         }
         if !is_broken(Sabotage::DoNotHold) {
             journal.hold(&mut locked);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::error::BitmapError;
 use super::{BitmapInfo, SnapshotOf, copy_of};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 /// A bitmap in the list of its node.
@@ -251,11 +252,15 @@ impl Named {
 
     /// What hinders both those who want the bits and those who remove them.
     pub(super) fn check_idle(&self, intent: Intent) -> Result<(), BitmapError> {
+        let is_hindered = intent == Intent::Change && self.is_readonly();
+        if is_hindered && is_broken(Sabotage::ReadonlyFirst) {
+            return Err(self.readonly());
+        }
         if let Some(with) = self.busy_with() {
             let name = self.name.clone();
             return Err(BitmapError::Busy { name, with });
         }
-        if intent == Intent::Change && self.is_readonly() {
+        if is_hindered {
             return Err(self.readonly());
         }
         Ok(())

@@ -170,7 +170,7 @@ impl List {
     /// Whether nobody has that name, nor may get it back.
     pub(super) fn check_name_is_free(&self, name: &str) -> Result<(), BitmapError> {
         let name = name.to_owned();
-        if self.find(&name).is_ok() {
+        if self.find(&name).is_ok() && !is_broken(Sabotage::SameNameTwice) {
             return Err(BitmapError::NameExists { name });
         }
         if self.promised.contains(&name) && !is_broken(Sabotage::GiveAwayName) {
