@@ -354,6 +354,8 @@ impl Named {
             is_persistent: self.stored.is_some(),
             is_readonly: self.is_readonly(),
             is_inconsistent: self.is_inconsistent(),
+            #[cfg(feature = "sha2")]
+            digest: None,
         }
     }
 }

@@ -45,7 +45,7 @@
 //! | freeze, claim for reading | | busy | | inconsistent |
 //! | claim for change, hold | | busy | read-only | inconsistent |
 //! | runs, snapshot | | | | inconsistent |
-//! | query | | | | |
+//! | query, with the digest or without | | | | |
 //! | resize of the disk | | busy | read-only | |
 //! | export of all | stored | busy, if it would be stored | left as stored | left as stored |
 
