@@ -920,6 +920,26 @@ mod stored {
         node.bitmaps().import_state(&guard, vec![good()]).unwrap();
     }
 
+    /// A second migration is tried, and meanwhile the first one has given up: when the second gives up as well,
+    /// nobody else has the bitmap, and it must be stored.
+    #[test]
+    fn what_is_taken_back_while_it_is_held_again_is_stored_when_that_ends() {
+        let node = Node::new(LEN);
+        let bitmaps = node.bitmaps();
+        bitmaps.set_storage(Some(BitmapStorage::default()));
+        bitmaps.add_disabled("a", persistent()).unwrap();
+        bitmaps.hold("a").unwrap().hand_over();
+        let hold = bitmaps.hold("a").unwrap();
+        bitmaps.take_back();
+        let kept = || {
+            let export = bitmaps.export_state(&quiesced(&node)).unwrap();
+            export.to_keep
+        };
+        assert_eq!(kept(), ["a"], "somebody has it");
+        drop(hold);
+        assert_eq!(kept(), [""; 0]);
+    }
+
     #[test]
     fn what_was_handed_over_is_left_out_until_it_is_taken_back() {
         let node = node_with_storage();
@@ -944,9 +964,7 @@ mod stored {
         assert!(kept().is_empty(), "the migration has failed");
         node.bitmaps().hold("a").unwrap().hand_over();
         assert_eq!(kept(), ["a"]);
-        let hold = node.bitmaps().hold("a").unwrap();
-        node.bitmaps().take_back();
-        drop(hold);
+        drop(node.bitmaps().hold("a").unwrap());
         assert_eq!(kept(), ["a"], "as before it was held");
         node.bitmaps().take_back();
         assert!(kept().is_empty());

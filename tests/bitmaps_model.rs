@@ -15,7 +15,7 @@ mod twin;
 
 use blockjob::{
     ActionError, Begin, BitmapClaim, BitmapError, BitmapHold, BitmapOptions, BitmapState,
-    BitmapStorage, BusyWith, ClaimFor, FrozenBitmap, Grown, JobBitmap, Node, OwnedTicket, Prepared,
+    BitmapStorage, ClaimFor, FrozenBitmap, Grown, JobBitmap, Node, OwnedTicket, Prepared,
     QuiesceGuard, SnapshotOf, Transaction,
 };
 use rng::Rng;
@@ -31,7 +31,7 @@ const STEPS: usize = 150;
 enum Handle {
     Claim(At, BitmapClaim),
     Frozen(At, Vec<FrozenBitmap>, Dirty),
-    Hold(At, BitmapHold, bool),
+    Hold(At, BitmapHold),
     /// A bitmap of a job, and its number in the twin.
     Job(usize, JobBitmap, u64),
     /// A transaction that is not decided, and on which disks.
@@ -262,7 +262,7 @@ impl World {
             let disk = self.disk();
             self.nodes[disk].bitmaps().take_back();
             for bitmap in &mut self.twin.disks[disk].bitmaps {
-                bitmap.is_skipped &= bitmap.held == Some(BusyWith::Holder);
+                bitmap.is_skipped = false;
             }
             return;
         }
@@ -270,8 +270,8 @@ impl World {
         let expected = self.twin.hold(&at);
         let hold = self.nodes[at.0].bitmaps().hold(&at.1);
         assert_eq!(hold.as_ref().err(), expected.as_ref().err());
-        if let (Ok(hold), Ok(was_skipped)) = (hold, expected) {
-            self.handles.push(Handle::Hold(at, hold, was_skipped));
+        if let Ok(hold) = hold {
+            self.handles.push(Handle::Hold(at, hold));
         }
     }
 
@@ -414,16 +414,16 @@ impl World {
                     self.handles.push(Handle::Frozen(at, handles, dirty));
                 }
             }
-            Handle::Hold(at, hold, was_skipped) => {
+            Handle::Hold(at, hold) => {
                 let is_handed_over = self.rng.below(2) == 0;
                 let bitmap = self.twin.find(&at).unwrap();
                 bitmap.held = None;
                 assert_eq!(granules(&hold.snapshot().unwrap()), bitmap.dirty);
                 if is_handed_over {
                     hold.hand_over();
+                    bitmap.is_skipped = bitmap.is_persistent;
                 } else {
                     drop(hold);
-                    bitmap.is_skipped = was_skipped;
                 }
             }
         }

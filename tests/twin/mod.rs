@@ -219,13 +219,11 @@ impl Twin {
         Ok(bitmap.dirty.clone())
     }
 
-    pub(crate) fn hold(&mut self, at: &At) -> Answer<bool> {
+    pub(crate) fn hold(&mut self, at: &At) -> Answer {
         let bitmap = self.find(at)?;
         bitmap.check(Checks::All)?;
         bitmap.held = Some(BusyWith::Holder);
-        let was_skipped = bitmap.is_skipped;
-        bitmap.is_skipped = bitmap.is_persistent;
-        Ok(was_skipped)
+        Ok(())
     }
 
     pub(crate) fn mark_readonly(&mut self, at: &At, is_readonly: bool) -> Answer {
@@ -497,7 +495,8 @@ impl Bitmap {
 
     /// Whether it would be stored now.
     pub(crate) fn will_be_stored(&self) -> bool {
-        self.is_persistent && !self.is_skipped && !self.is_readonly && !self.is_inconsistent
+        let is_left_out = self.is_skipped || self.held == Some(BusyWith::Holder);
+        self.is_persistent && !is_left_out && !self.is_readonly && !self.is_inconsistent
     }
 
     /// Compares with what a query tells.

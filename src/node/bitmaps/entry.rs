@@ -38,8 +38,8 @@ pub(in crate::node) struct Named {
 pub(super) struct Stored {
     /// The storage cannot be written to.
     pub(super) is_readonly: bool,
-    /// It is left alone when bitmaps are stored: somebody else has the bitmap now.
-    pub(super) is_skipped: bool,
+    /// It is left alone when bitmaps are stored: somebody else has the bitmap now. So it is while it is held, too.
+    pub(super) is_handed_over: bool,
 }
 
 pub(super) enum Content {
@@ -186,7 +186,8 @@ impl Named {
     /// Whether it is written to storage when bitmaps are.
     pub(super) fn will_be_stored(&self) -> bool {
         self.stored
-            .is_some_and(|stored| !stored.is_skipped && !stored.is_readonly)
+            .is_some_and(|stored| !stored.is_handed_over && !stored.is_readonly)
+            && self.busy_with() != Some(BusyWith::Holder)
             && !self.is_inconsistent()
     }
 
@@ -323,12 +324,10 @@ impl Named {
         }
     }
 
-    /// Leaves it out of exports, or does not, and says which it was before. What is not persistent is
-    /// never in.
-    pub(super) fn skip(&mut self, is_skipped: bool) -> bool {
-        match &mut self.stored {
-            Some(stored) => std::mem::replace(&mut stored.is_skipped, is_skipped),
-            None => false,
+    /// Leaves it out of exports from now on, or does not. What is not persistent is never in.
+    pub(super) fn hand_over(&mut self, is_handed_over: bool) {
+        if let Some(stored) = &mut self.stored {
+            stored.is_handed_over = is_handed_over;
         }
     }
 
