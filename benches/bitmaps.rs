@@ -70,7 +70,7 @@ impl Load {
                 let begin = queue.begin_write((at..at + 4096).into());
                 begin.go().expect("nobody holds it").finish(());
                 if self == Self::LookedAt && op % 10_000 == 0 {
-                    node.bitmaps().query_all();
+                    let _ = node.bitmaps().query_all();
                 }
             }
             (began, Instant::now())
