@@ -1,7 +1,11 @@
-//! What managing named bitmaps costs: verbs on those of a disk of 1 TiB in granules of 64 KiB, and how long
-//! guests are held by a transaction.
+//! What named bitmaps of a disk of 1 TiB in granules of 64 KiB cost: guest writes that are recorded in them,
+//! verbs, and how long guests are held by a transaction.
 //!
 //! ```text
+//! writes                       a table: a write of each of four threads, recorded by so many bitmaps
+//!        dirty                 in granules that are dirty already
+//!        anywhere              in any granules; nobody looks at the bitmaps
+//!        looked at             the same, and all bitmaps are looked at after each 10,000 writes of a thread
 //! bitmaps/add_merge_remove/…   a clean bitmap is made, another merged into it, and it goes
 //! bitmaps/claim_reclaim/…      a bitmap is claimed and given back, with nothing written meanwhile
 //! bitmaps/held/switch          on four disks: add one, disable another, and two more acts; guests wait
@@ -10,23 +14,127 @@
 //!              …/mixed         each word of 64 granules has clean and dirty ones
 //! ```
 //!
+//! The table is not criterion's: each round measures all numbers of bitmaps one after the other, and ratios are
+//! those within a round, so that a machine that is slow for a while is so for all. `cargo bench --bench bitmaps
+//! -- writes` prints it alone.
 #![allow(
     clippy::disallowed_methods,
     clippy::disallowed_types,
     reason = "a bench measures time"
 )]
 
+#[path = "support/random.rs"]
+mod random;
+
+use std::sync::Barrier;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use blockjob::{BitmapOptions, ClaimFor, Granularity, Node, Transaction};
 use criterion::Criterion;
 
+use random::random;
+
 const LEN: u64 = 1 << 40;
 const GRANULE: u64 = 1 << 16;
+
+/// How many bitmaps record.
+const COUNTS: [usize; 4] = [0, 1, 4, 16];
+/// What all ratios are of: one that records.
+const BASE: usize = 1;
+const THREADS: u64 = 4;
+
+/// Where guests write, and who looks.
+#[derive(Clone, Copy, PartialEq)]
+enum Load {
+    Dirty,
+    Anywhere,
+    LookedAt,
+}
+
+impl Load {
+    /// Nanoseconds of one write, with those of all threads at the same time.
+    fn measure(self, node: &Node, ops: u64, seed: u64) -> f64 {
+        let start = Barrier::new(THREADS as usize);
+        let thread = |index: u64| {
+            let queue = node.queue();
+            let mut random = random(seed * THREADS + index);
+            start.wait();
+            let began = Instant::now();
+            for op in 0..ops {
+                let granule = match self {
+                    Self::Dirty => index,
+                    Self::Anywhere | Self::LookedAt => random() % (LEN / GRANULE),
+                };
+                let at = granule * GRANULE;
+                let begin = queue.begin_write((at..at + 4096).into());
+                begin.go().expect("nobody holds it").finish(());
+                if self == Self::LookedAt && op % 10_000 == 0 {
+                    let _ = node.bitmaps().query_all();
+                }
+            }
+            (began, Instant::now())
+        };
+        let thread = &thread;
+        let times: Vec<_> = thread::scope(|scope| {
+            let running: Vec<_> = (0..THREADS)
+                .map(|index| scope.spawn(move || thread(index)))
+                .collect();
+            let joined = running.into_iter().map(|running| running.join());
+            joined.map(|times| times.expect("no panic")).collect()
+        });
+        let began = times.iter().map(|time| time.0).min();
+        let ended = times.iter().map(|time| time.1).max();
+        let wall = ended.expect("some") - began.expect("some");
+        wall.as_nanos() as f64 / (ops * THREADS) as f64
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Prints what a guest write costs by the number of bitmaps.
+fn writes(rounds: u64, ops: u64) {
+    let nodes = COUNTS.map(|count| {
+        let names: Vec<_> = (0..count).map(|index| index.to_string()).collect();
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        let node = Fill::None.node(&names);
+        assert_eq!(node.bitmaps().query_all().len(), count);
+        node
+    });
+    println!("| bitmaps that record | dirty | anywhere | looked at |");
+    println!("|---:|---:|---:|---:|");
+    let mut cells = COUNTS.map(|count| vec![count.to_string()]);
+    for load in [Load::Dirty, Load::Anywhere, Load::LookedAt] {
+        let mut times = COUNTS.map(|_| Vec::new());
+        for round in 0..=rounds {
+            for (node, times) in nodes.iter().zip(&mut times) {
+                let time = load.measure(node, ops, round);
+                // The first one warms up.
+                if round > 0 {
+                    times.push(time);
+                }
+            }
+        }
+        let base = times[BASE].clone();
+        for (cells, times) in cells.iter_mut().zip(times) {
+            let ratios = times.iter().zip(&base).map(|(time, base)| time / base);
+            let ratio = median(ratios.collect());
+            cells.push(format!("{:.1} ns, {ratio:.2}", median(times)));
+        }
+    }
+    for cells in cells {
+        println!("| {} |", cells.join(" | "));
+    }
+    println!();
+}
 
 /// What is dirty.
 #[derive(Clone, Copy)]
 enum Fill {
+    None,
     Full,
     Mixed,
 }
@@ -36,6 +144,7 @@ impl Fill {
 
     fn name(self) -> &'static str {
         match self {
+            Self::None => "none",
             Self::Full => "full",
             Self::Mixed => "mixed",
         }
@@ -55,6 +164,7 @@ impl Fill {
             begin.go().expect("nobody holds it").finish(());
         };
         match self {
+            Self::None => {}
             Self::Full => write(0, LEN),
             Self::Mixed => {
                 for word in 0..LEN / GRANULE / 64 {
@@ -156,6 +266,15 @@ fn held(criterion: &mut Criterion) {
 }
 
 fn main() {
+    let args: Vec<_> = std::env::args().skip(1).collect();
+    let is_named = |name: &str| args.iter().any(|arg| arg == name);
+    if is_named("--test") {
+        writes(1, 1);
+    } else if is_named("writes") {
+        return writes(31, 100_000);
+    } else if args.iter().all(|arg| arg.starts_with("--")) {
+        writes(31, 100_000);
+    }
     let mut criterion = Criterion::default().configure_from_args();
     verbs(&mut criterion);
     held(&mut criterion);

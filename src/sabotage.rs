@@ -68,6 +68,10 @@ pub enum Sabotage {
     LeaveCreated,
     /// Group 3: a member is pending while others still work.
     PendingAlone,
+    /// Group 3: a group is finalized although a member wants to be told.
+    FinalizeUntold,
+    /// Group 4: a guest is held before all members could hold theirs.
+    HoldAlone,
     /// Group 4: a switch is handed out while others are not prepared.
     SwitchAlone,
     /// Group 5: a guest goes on before all have voted.
@@ -80,12 +84,28 @@ pub enum Sabotage {
     JoinLate,
     /// Manager 1: a name is given to two jobs.
     NameTwice,
+    /// Manager 2: jobs without a name are told of.
+    TellInternal,
+    /// Manager 3: a shutdown cancels nobody.
+    ShutDownNobody,
     /// Manager 3: a job is made during the shutdown.
     MakeInShutdown,
+    /// Manager 4: jobs outlive their manager.
+    OutliveManager,
     /// Node 1: a write is recorded when it begins.
     RecordAtBegin,
     /// Node 1: a ticket that is dropped records nothing.
     ForgetDropped,
+    /// Node 3: the log has the granularity of the newest bitmap, not of the finest.
+    LogAsNewest,
+    /// Node 4: the log is drained into the first bitmap that records, and not into the others.
+    DrainIntoFirst,
+    /// Bitmaps 2: a name is given to two bitmaps of a disk.
+    SameNameTwice,
+    /// Bitmaps 3: guest writes are recorded on when no bitmap records any more.
+    RecordOn,
+    /// Bitmaps 5: that a bitmap is read-only is told before that it is in use.
+    ReadonlyFirst,
     /// Bitmaps 5: a merge checks each source when its turn comes.
     MergeOneByOne,
     /// Bitmaps 1: a verb looks at the bitmaps before what was recorded has come there.
@@ -104,16 +124,26 @@ pub enum Sabotage {
     LockAsNamed,
     /// Growing log 1: it does not grow with the disk.
     LogStaysShort,
+    /// Resize 1: bitmaps that somebody has, and read-only ones, are resized, too.
+    ResizeInUse,
     /// Resize 2: what is new is clean.
     GrowClean,
     /// Transactions 1: the guests go on before it is decided.
     LetGoBeforeCommit,
+    /// Transactions 2: what comes after an act that fails is tried all the same.
+    GoOnAfterFailure,
     /// Transactions 3: what was done before an act that fails is kept.
     KeepHalf,
     /// Transactions 3: undoing goes from the first to the last.
     RollBackForward,
+    /// Transactions 3: undoing goes back to the log of before, whoever records meanwhile.
+    RollBackLog,
     /// Transactions 4: a bitmap goes before it is decided.
     RemoveAtOnce,
+    /// Transactions 5: others may have what was touched.
+    DoNotHold,
+    /// Transactions 5: a name that may have to be given back is given to others.
+    GiveAwayName,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.

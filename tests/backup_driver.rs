@@ -152,7 +152,7 @@ impl Clock for NoTime {
     }
 
     async fn sleep_until(&self, _: Duration) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -456,6 +456,36 @@ fn an_owner_changes_bits_that_are_not_read_only() {
     }
 }
 
+/// Whoever has it, and only of one that knows anything. Two that have the same are the same.
+#[cfg(feature = "sha2")]
+#[test]
+fn a_digest_is_told_in_every_state() {
+    for state in State::all() {
+        let world = World::new(state);
+        let before = world.picture();
+        let bitmaps = world.node.bitmaps();
+        let mut info = bitmaps.query_with_digest(X).unwrap();
+        assert_eq!(world.picture(), before);
+        let bits = bitmaps.snapshot(X, SnapshotOf::Bitmap);
+        let expected = bits.ok().map(|bits| bits.digest());
+        assert_eq!(info.digest, expected, "{state:?}");
+        assert_eq!(expected.is_none(), state.is_inconsistent);
+        info.digest = None;
+        assert_eq!(bitmaps.query(X), Ok(info));
+        // What it is called does not go in.
+        if state == State::all()[0] {
+            bitmaps.rename(X, "z").unwrap();
+            assert_eq!(bitmaps.query_with_digest("z").unwrap().digest, expected);
+            bitmaps.clear("z").unwrap();
+            assert_ne!(bitmaps.query_with_digest("z").unwrap().digest, expected);
+        }
+    }
+    let node = Node::new(LEN);
+    let missing = node.bitmaps().query_with_digest(X);
+    let name = X.to_owned();
+    assert_eq!(missing, Err(BitmapError::NotFound { name }));
+}
+
 #[test]
 fn nothing_is_told_of_what_is_not_there() {
     let state = State::all()[0];

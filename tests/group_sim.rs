@@ -134,6 +134,8 @@ struct Sim {
     is_shut_down: bool,
     /// Whether a round is on: a switch was handed out, and none was dropped.
     is_round_on: bool,
+    /// Whether somebody has told them to finalize.
+    was_told: bool,
     report: Report,
 }
 
@@ -361,6 +363,7 @@ impl Sim {
                 member.switch = Some(switch);
                 member.flag.clone().wake_it();
                 self.is_round_on = true;
+                self.check_told();
                 self.check_instant();
                 let delay = self.random(3_000);
                 self.ask_later(delay, index, Asking::Decide);
@@ -478,7 +481,7 @@ impl Sim {
                     self.ask_later(500, index, Asking::Complete);
                 }
             }
-            Asking::Finalize => drop(job.finalize()),
+            Asking::Finalize => self.was_told |= job.finalize().is_ok(),
             Asking::SoftCancel => {
                 let was_ready = job.query().status.is_ready();
                 let was_accepted = job.cancel(Cancel::Soft).is_ok();
@@ -520,7 +523,7 @@ impl Sim {
                 member.holds.clear();
                 member.is_driven |= job.start().is_ok();
                 let _ = job.resume();
-                let _ = job.finalize();
+                self.was_told |= job.finalize().is_ok();
                 let until = PEACE + 10_000;
                 self.guests[index].until = self.guests[index].until.min(until);
                 for chain in &mut self.chains {
@@ -574,6 +577,13 @@ impl Sim {
             }
             self.members[index].events.push(event);
         }
+    }
+
+    /// If one wants to be told, nothing ends before it is.
+    fn check_told(&self) {
+        let is_auto = |member: &Member| member.plan.options.job.auto_finalize;
+        let may_end = self.was_told || self.members.iter().all(is_auto);
+        assert!(may_end, "at the end, and nobody was told");
     }
 
     /// Every guest is held, and every target is what its source is.
@@ -676,6 +686,9 @@ impl Sim {
 
     fn ended(&mut self, index: usize, result: Result<(), JobError>) {
         self.take_events(index);
+        if result.is_ok() {
+            self.check_told();
+        }
         if result.is_ok() && self.members[index].is_soft() {
             // Its guest goes on in the next step: this is what was copied.
             self.check_copied(index, &self.world.borrow());
@@ -969,6 +982,7 @@ fn run(seed: u64) -> Report {
         was_cancelled: false,
         is_shut_down: false,
         is_round_on: false,
+        was_told: false,
         report: Report::default(),
     };
     for (at, member, ask) in asks {
@@ -1076,6 +1090,8 @@ mod sabotage {
         (Sabotage::OthersGoOn, 400),
         (Sabotage::LeaveCreated, 1000),
         (Sabotage::PendingAlone, 50),
+        (Sabotage::FinalizeUntold, 100),
+        (Sabotage::HoldAlone, 100),
         (Sabotage::SwitchAlone, 50),
         (Sabotage::ReleaseEarly, 50),
         (Sabotage::KeepHolding, 100),

@@ -399,15 +399,18 @@ fn a_declined_switch_lets_a_soft_cancelled_member_go_on_too() {
 
 #[test]
 fn guests_are_held_together_and_only_when_all_could_be() {
-    let mut all = two();
+    let mut all = Together::ready(2, LEN, |_, options| options.job.auto_finalize = false);
+    all.complete();
+    all.run();
+    all.assert_statuses(Status::Pending);
     // One has more to copy than it may hold its guest for: nothing was seen to be copied lately.
     for member in &mut all.members {
         member.machine.now += Duration::from_secs(3600);
     }
-    all.complete();
-    all.members[0].run_alone();
     all.members[1].machine.guest_write(0..LEN, 1);
+    all.members[0].machine.job.finalize().unwrap();
     let _ = all.members[1].machine.take_all();
+    // It could, and waits for the other one.
     all.members[0].run_alone();
     assert_eq!(all.held(), [false; 2]);
     all.members[1].machine.woken.wake_once();
@@ -923,6 +926,14 @@ mod sabotage {
         (
             Sabotage::PendingAlone,
             who_is_done_waits_in_step_and_nobody_is_held,
+        ),
+        (
+            Sabotage::FinalizeUntold,
+            one_that_waits_to_be_told_holds_all_and_one_finalize_on_any_is_enough,
+        ),
+        (
+            Sabotage::HoldAlone,
+            guests_are_held_together_and_only_when_all_could_be,
         ),
         (Sabotage::JoinLate, nobody_joins_after_one_has_begun_to_end),
         (

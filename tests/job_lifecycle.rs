@@ -393,6 +393,22 @@ fn a_cancel_before_the_start_has_no_final_event_and_no_rest() {
 }
 
 #[test]
+fn a_job_that_is_over_keeps_no_waker() {
+    let mut cancelled = Machine::new(LEN, options());
+    cancelled.job.cancel(Cancel::Force).unwrap();
+    let mut failed = Machine::started(LEN, options());
+    let _ = failed.drive().wait();
+    failed.job.cancel(Cancel::Force).unwrap();
+    for machine in [&mut cancelled, &mut failed] {
+        for _ in 0..2 {
+            assert!(machine.take_all().done().is_err());
+        }
+        // What drives a job may own a handle of it: one would keep the other for ever.
+        assert_eq!(Arc::strong_count(&machine.woken), 2, "those of the test");
+    }
+}
+
+#[test]
 fn a_paused_job_passes_through_its_working_status_before_it_aborts() {
     for (status, passed) in [(Status::Paused, "running"), (Status::Standby, "ready")] {
         let mut machine = machine_in(status);

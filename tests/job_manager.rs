@@ -569,12 +569,18 @@ fn the_capabilities_are_those_of_the_types() {
 fn every_broken_invariant_is_noticed() {
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
-    let broken: [(Sabotage, fn()); 2] = [
+    let broken: [(Sabotage, fn()); 5] = [
         (
             Sabotage::NameTwice,
             a_name_is_taken_until_its_job_is_dismissed,
         ),
+        (Sabotage::TellInternal, a_job_without_a_name_is_not_told_of),
+        (Sabotage::ShutDownNobody, a_shutdown_in_every_status),
         (Sabotage::MakeInShutdown, a_shutdown_in_every_status),
+        (
+            Sabotage::OutliveManager,
+            dropping_the_manager_cancels_its_jobs_and_keeps_nothing,
+        ),
     ];
     for (sabotage, test) in broken {
         break_on_this_thread(Some(sabotage));

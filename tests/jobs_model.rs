@@ -1,16 +1,27 @@
 //! Jobs of a group against what must hold of them: every verb in every status, and every trouble at every
 //! step of their common end.
 
+#![allow(clippy::disallowed_methods, reason = "a test brings the threads")]
+
 #[path = "support/machine.rs"]
 mod machine;
+#[allow(dead_code, reason = "what else the simulations draw")]
+#[path = "sim/rng.rs"]
+mod rng;
 #[path = "support/together.rs"]
 mod together;
 
 use std::io::ErrorKind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use blockjob::{Cancel, Change, Hold, Job, JobError, OnError, Side, Status, Verb, VerbError};
+use blockjob::{
+    Cancel, Change, ErrorAction, Event, Hold, IoStatus, Job, JobError, OnError, Side, Status, Verb,
+    VerbError,
+};
 
-use machine::{KIB, MS, Rest};
+use machine::{KIB, MS, Machine, Rest, options};
+use rng::Rng;
 use together::{On, Together};
 
 const LEN: u64 = 16 * KIB;
@@ -489,14 +500,15 @@ impl Play {
 
 #[test]
 fn every_trouble_at_every_step_ends_all_or_none() {
-    for count in [2, 3] {
+    for count in [1, 2, 3, 4] {
         let undisturbed = play(count, Trouble::Nothing, 0, 0);
         assert!(undisturbed.succeeded);
         let mut backs = 0;
         for trouble in TROUBLES {
             let (mut hits, mut successes) = (0, 0);
-            for victim in (0..count).step_by(count - 1) {
-                for at in 0..undisturbed.steps {
+            for victim in (0..count).step_by(1.max(count - 1)) {
+                // With many it is the same all over again.
+                for at in (0..undisturbed.steps).step_by(if count > 3 { 4 } else { 1 }) {
                     let played = play(count, trouble, victim, at);
                     backs += played.backs;
                     hits += usize::from(played.was_hit);
@@ -522,6 +534,329 @@ fn every_trouble_at_every_step_ends_all_or_none() {
                 }
             }
         }
-        assert!(backs > 0, "nobody ever went back");
+        assert_eq!(backs > 0, count > 1, "who goes back");
     }
+}
+
+// Pauses of all kinds
+
+/// What a job must say of its pauses: one of its user, who may be an error, and any number of others.
+struct Pauses {
+    machine: Machine,
+    is_user_paused: bool,
+    io_status: IoStatus,
+    holds: Vec<Hold>,
+    seen_still: usize,
+}
+
+impl Pauses {
+    fn new(rng: &mut Rng) -> Self {
+        let mut options = options();
+        options.chunk_max = 4 * KIB;
+        options.job.on_target_error = OnError::Stop;
+        options.job.auto_finalize = rng.one_in(2);
+        let machine = Machine::started(LEN, options);
+        Self {
+            machine,
+            is_user_paused: false,
+            io_status: IoStatus::Ok,
+            holds: Vec::new(),
+            seen_still: 0,
+        }
+    }
+
+    fn is_paused(&self) -> bool {
+        self.is_user_paused || !self.holds.is_empty()
+    }
+
+    fn resumed(&mut self) {
+        self.is_user_paused = false;
+        self.io_status = IoStatus::Ok;
+    }
+
+    fn step(&mut self, rng: &mut Rng) {
+        let job = self.machine.job.clone();
+        let may_pause = job.query().status.allows(Verb::Pause);
+        match rng.below(20) {
+            0 => {
+                let expected = match (may_pause, self.is_user_paused) {
+                    (false, _) => None,
+                    (true, true) => Some(Err(VerbError::AlreadyPaused)),
+                    (true, false) => Some(Ok(())),
+                };
+                let answer = job.pause();
+                match expected {
+                    Some(expected) => assert_eq!(answer, expected),
+                    None => assert!(matches!(answer, Err(VerbError::NotAllowed { .. }))),
+                }
+                self.is_user_paused |= answer.is_ok();
+            }
+            1 | 2 => {
+                let answer = job.resume();
+                assert_eq!(answer.is_ok(), may_pause && self.is_user_paused);
+                if answer.is_ok() {
+                    self.resumed();
+                }
+            }
+            3 => self.holds.push(job.hold()),
+            4 | 5 => drop(self.holds.pop()),
+            6 if !self.machine.is_guest_held() => {
+                let at = rng.below(LEN / 512) * 512;
+                self.machine.guest_write(at..at + 512, rng.next() as u8);
+            }
+            7 if rng.one_in(4) => {
+                if let Some(index) = self.machine.find(|kind| kind.writes_target()) {
+                    let is_full = rng.one_in(2);
+                    let kind = match is_full {
+                        true => ErrorKind::StorageFull,
+                        false => ErrorKind::Other,
+                    };
+                    self.machine.fail(index, Side::Target, kind);
+                    self.is_user_paused |= may_pause;
+                    if may_pause && self.io_status == IoStatus::Ok {
+                        self.io_status = match is_full {
+                            true => IoStatus::NoSpace,
+                            false => IoStatus::Failed,
+                        };
+                    }
+                }
+            }
+            8..14 if !self.machine.out.is_empty() => {
+                let index = rng.below(self.machine.out.len() as u64) as usize;
+                self.machine.answer(index);
+            }
+            14 => drop(job.complete()),
+            _ => self.ask(),
+        }
+        self.check();
+    }
+
+    /// Has the machine hand out all that it has.
+    fn ask(&mut self) {
+        let (is_paused, before) = (self.is_paused(), self.machine.asked.len());
+        let rest = self.machine.take_all();
+        let status = self.machine.job.query().status;
+        if is_paused {
+            assert_eq!(self.machine.asked.len(), before, "asked while paused");
+            assert!(matches!(rest, Rest::Wait(_)), "{rest:?}");
+            assert!(!self.machine.is_guest_held());
+            if self.machine.out.is_empty() && !status.is_completed() {
+                assert!(matches!(status, Status::Paused | Status::Standby));
+                self.seen_still += 1;
+            }
+        }
+        if status.is_completed() {
+            self.resumed();
+        }
+        match rest {
+            // It is declined, and goes on.
+            Rest::Switch(switch) => drop(switch),
+            Rest::Wait(Some(until)) => self.machine.now = until,
+            Rest::Wait(None) => {}
+            rest => panic!("{rest:?}"),
+        }
+    }
+
+    fn check(&mut self) {
+        let info = self.machine.job.query();
+        assert_eq!(info.is_user_paused, self.is_user_paused, "{info:?}");
+        assert_eq!(info.holds, self.holds.len());
+        assert_eq!(info.is_paused, self.is_paused());
+        assert_eq!(info.io_status, self.io_status);
+        if matches!(info.status, Status::Paused | Status::Standby) {
+            assert!(self.machine.out.is_empty(), "{info:?}");
+        }
+    }
+}
+
+#[test]
+fn pauses_of_all_kinds_are_counted() {
+    let (mut seen_still, mut ready) = (0, 0);
+    for seed in 0..300 {
+        let mut rng = Rng::new(seed);
+        let mut pauses = Pauses::new(&mut rng);
+        let run = std::panic::AssertUnwindSafe(|| {
+            for _ in 0..300 {
+                pauses.step(&mut rng);
+            }
+            // Whoever cancels it, nothing keeps it from its end but what is in flight.
+            pauses.machine.job.cancel(Cancel::Force).unwrap();
+            assert!(!pauses.machine.job.query().is_user_paused);
+            assert!(pauses.machine.drive().done().is_err());
+            seen_still += pauses.seen_still;
+            let names = pauses.machine.names();
+            ready += usize::from(names.iter().any(|name| name == "READY"));
+        });
+        if let Err(panic) = std::panic::catch_unwind(run) {
+            eprintln!("seed {seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+    assert!(seen_still > 300 && ready > 100, "{seen_still} {ready}");
+}
+
+// Errors
+
+#[test]
+fn every_policy_on_every_error_of_either_side() {
+    for policy in [
+        OnError::Report,
+        OnError::Ignore,
+        OnError::Enospc,
+        OnError::Stop,
+    ] {
+        for side in [Side::Source, Side::Target] {
+            for kind in [ErrorKind::StorageFull, ErrorKind::Other] {
+                for was_ready in [false, true] {
+                    check_policy(policy, side, kind, was_ready);
+                }
+            }
+        }
+    }
+}
+
+fn check_policy(policy: OnError, side: Side, kind: ErrorKind, was_ready: bool) {
+    let case = format!("{policy:?} of {side}, {kind}, ready before: {was_ready}");
+    let mut options = options();
+    // That of the other side is never asked.
+    (options.job.on_source_error, options.job.on_target_error) = match side {
+        Side::Source => (policy, OnError::Report),
+        Side::Target => (OnError::Report, policy),
+    };
+    let mut machine = match was_ready {
+        true => Machine::ready(LEN, options),
+        false => Machine::started(LEN, options),
+    };
+    if was_ready {
+        machine.guest_write(0..LEN, 77);
+        machine.now += 100 * MS;
+    }
+    while machine.find(|kind| kind.writes_target()).is_none() {
+        let _ = machine.take_all();
+        if machine.find(|kind| kind.writes_target()).is_none() {
+            machine.answer_all();
+        }
+    }
+    machine.new_names();
+    let index = machine.find(|kind| kind.writes_target()).unwrap();
+    machine.fail(index, side, kind);
+    machine.answer_all();
+
+    let expected = match (policy, kind) {
+        (OnError::Report, _) => ErrorAction::Report,
+        (OnError::Ignore, _) => ErrorAction::Ignore,
+        (OnError::Stop, _) | (OnError::Enospc, ErrorKind::StorageFull) => ErrorAction::Stop,
+        (OnError::Enospc, _) => ErrorAction::Report,
+    };
+    let Some(Event::Error(event)) = machine.job.next_event() else {
+        panic!("{case}: it is told at once");
+    };
+    assert_eq!((event.side, event.action), (side, expected), "{case}");
+    assert_eq!(event.is_no_space, kind == ErrorKind::StorageFull, "{case}");
+    assert_eq!(event.error.kind(), kind, "{case}");
+    let info = machine.job.query();
+    let is_stopped = expected == ErrorAction::Stop;
+    assert_eq!(info.is_user_paused, is_stopped, "{case}");
+    let io_status = match (is_stopped, event.is_no_space) {
+        (false, _) => IoStatus::Ok,
+        (true, true) => IoStatus::NoSpace,
+        (true, false) => IoStatus::Failed,
+    };
+    assert_eq!(info.io_status, io_status, "{case}");
+    match expected {
+        ErrorAction::Report => {
+            let error = machine.drive().done().unwrap_err();
+            assert!(
+                matches!(error, JobError::Io { side: failed, .. } if failed == side),
+                "{case}"
+            );
+            return;
+        }
+        ErrorAction::Stop => {
+            let _ = machine.drive().wait();
+            assert!(!machine.is_equal(), "{case}: nothing is tried before");
+            machine.job.resume().unwrap();
+            assert_eq!(machine.job.query().io_status, IoStatus::Ok, "{case}");
+        }
+        ErrorAction::Ignore => {}
+    }
+    let _ = machine.drive().wait();
+    assert!(machine.is_equal(), "{case}: nothing is left out");
+    assert_eq!(machine.job.query().status, Status::Ready, "{case}");
+}
+
+// Queries
+
+/// One drives a job, one asks it for all kinds of things, and one looks: what is told fits together.
+#[test]
+fn what_is_told_of_a_job_fits_together_under_load() {
+    let (send, receive) = std::sync::mpsc::channel();
+    let driven = std::thread::spawn(move || {
+        let mut options = options();
+        options.chunk_max = 4 * KIB;
+        options.workers = 2;
+        options.job.auto_dismiss = false;
+        let mut machine = Machine::started(64 * LEN, options);
+        send.send(machine.job.clone()).unwrap();
+        loop {
+            match machine.take_all() {
+                Rest::Done(result) => break result,
+                Rest::Switch(switch) => switch.commit(),
+                Rest::SwitchBack(_) => unreachable!("it is in no group"),
+                Rest::Wait(until) => {
+                    machine.now = until.unwrap_or(machine.now + MS);
+                    machine.answer_all();
+                    std::thread::yield_now();
+                }
+            }
+        }
+    });
+    let job = receive.recv().unwrap();
+    let looks = Arc::new(AtomicUsize::new(0));
+    let asking = std::thread::spawn({
+        let (job, looks) = (job.clone(), Arc::clone(&looks));
+        move || {
+            let mut rng = Rng::new(1);
+            for _ in 0..2000 {
+                match rng.below(6) {
+                    0 => drop(job.pause()),
+                    1 | 2 => drop(job.resume()),
+                    3 => drop(job.hold()),
+                    4 => drop(job.set_speed(rng.below(2) << 40)),
+                    _ => std::thread::yield_now(),
+                }
+            }
+            let _ = job.resume();
+            // However busy the machine is, it is looked at while it works.
+            while !job.query().status.is_ready() || looks.load(Ordering::Relaxed) < 100 {
+                std::thread::yield_now();
+            }
+            job.complete().unwrap();
+        }
+    });
+    let (mut last, mut current) = (Status::Created, 0);
+    loop {
+        let info = job.query();
+        looks.fetch_add(1, Ordering::Relaxed);
+        let is_paused = info.is_user_paused || info.holds > 0;
+        assert_eq!(info.is_paused, is_paused, "{info:?}");
+        let progress = info.progress;
+        assert!(
+            progress.current >= current && progress.total >= progress.current,
+            "{info:?}"
+        );
+        current = progress.current;
+        assert!(!(last.is_ready() && info.status == Status::Running));
+        if matches!(info.status, Status::Paused | Status::Standby) {
+            assert!(!info.is_busy, "{info:?}");
+        }
+        last = info.status;
+        if last == Status::Concluded {
+            assert_eq!(progress.current, progress.total);
+            assert!(!info.is_busy && info.error.is_none() && !info.is_paused);
+            break;
+        }
+    }
+    asking.join().unwrap();
+    driven.join().unwrap().unwrap();
 }

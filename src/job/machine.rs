@@ -49,17 +49,24 @@ impl Job {
         }
     }
 
-    /// The state, with the waker in it. It is cloned, and the one before dropped, outside of the lock.
+    /// The state, with the waker in it unless the job is over: nobody would take it out again, and with it goes
+    /// what drives the job, handles of it among that. It is cloned, and the one before dropped, outside of the
+    /// lock.
     fn lock_with_driver(&self, waker: &Waker) -> MutexGuard<'_, State> {
         let state = self.shared.lock();
         let known = state.driver.as_ref();
-        if known.is_some_and(|known| known.will_wake(waker)) {
+        if state.is_over() || known.is_some_and(|known| known.will_wake(waker)) {
             return state;
         }
         drop(state);
         let waker = waker.clone();
-        let before = self.shared.lock().driver.replace(waker);
-        drop(before);
+        let mut state = self.shared.lock();
+        let unused = match state.is_over() {
+            true => Some(waker),
+            false => state.driver.replace(waker),
+        };
+        drop(state);
+        drop(unused);
         self.shared.lock()
     }
 

@@ -45,7 +45,8 @@ impl Members {
         if !are_all && !is_broken(Sabotage::PendingAlone) {
             return;
         }
-        let is_auto = self.all(|state| state.options.auto_finalize);
+        let is_auto =
+            self.all(|state| state.options.auto_finalize) || is_broken(Sabotage::FinalizeUntold);
         for mut state in self.states() {
             if state.status != Status::Waiting {
                 continue;
@@ -74,10 +75,14 @@ impl Members {
             state.stage = Stage::Near;
         }
         drop(state);
-        if !self.all(|state| state.stage == Stage::Near) {
+        let is_alone = is_broken(Sabotage::HoldAlone);
+        if !is_alone && !self.all(|state| state.stage == Stage::Near) {
             return;
         }
         for mut state in self.states() {
+            if is_alone && state.stage != Stage::Near {
+                continue;
+            }
             state.stage = Stage::Closing;
             after.wake(&mut state);
         }

@@ -108,7 +108,8 @@ impl Jobs {
         let jobs = self.handle.registry.jobs();
         let infos = jobs.iter().map(Job::query);
         infos
-            .filter(|info| info.id.is_some() && info.status != Status::Null)
+            .filter(|info| info.id.is_some() || is_broken(Sabotage::TellInternal))
+            .filter(|info| info.status != Status::Null)
             .collect()
     }
 
@@ -204,7 +205,7 @@ impl Registry {
     /// Refuses new jobs and cancels all there are, unless that was done.
     fn shut_down(&self) {
         let was_shutting_down = mem::replace(&mut self.list.lock().is_shutting_down, true);
-        if !was_shutting_down {
+        if !was_shutting_down && !is_broken(Sabotage::ShutDownNobody) {
             self.jobs().iter().for_each(Job::cancel_by_force);
         }
     }
@@ -239,7 +240,9 @@ impl Registry {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.registry.shut_down();
+        if !is_broken(Sabotage::OutliveManager) {
+            self.registry.shut_down();
+        }
     }
 }
 

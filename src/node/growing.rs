@@ -53,6 +53,11 @@ impl GrowingLog {
         self.start + self.log.len()
     }
 
+    /// Whether it covers `len` bytes.
+    pub(super) fn covers(&self, len: u64) -> bool {
+        self.pieces().last().is_some_and(|last| len <= last.end())
+    }
+
     /// Covers `len` bytes from now on. Not for two threads at once. On error nothing has changed.
     pub(super) fn grow_to(&self, len: u64) -> Result<(), DirtyLogError> {
         let mut last = self;

@@ -7,6 +7,7 @@ use super::Inner;
 use super::bitmaps::List;
 use super::growing::GrowingLog;
 use crate::log::DirtyLogError;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::MutexGuard;
 use crate::units::{ByteRange, Granularity};
 
@@ -41,9 +42,8 @@ impl Inner {
         list: &mut List,
         granularity: Granularity,
     ) -> Result<(), DirtyLogError> {
-        let finest = list
-            .finest()
-            .map_or(granularity, |known| known.min(granularity));
+        let known = list.finest().filter(|_| !is_broken(Sabotage::LogAsNewest));
+        let finest = known.map_or(granularity, |known| known.min(granularity));
         let log = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
         self.log_or_new(list, log, finest)?;
         self.write_to(list, Some(log));
@@ -52,7 +52,7 @@ impl Inner {
 
     /// Spares guest writes the log if no bitmap records any more.
     pub(super) fn stop_if_unused(&self, list: &mut List) {
-        if list.finest().is_none() {
+        if list.finest().is_none() && !is_broken(Sabotage::RecordOn) {
             self.write_to(list, None);
         }
     }
@@ -62,6 +62,30 @@ impl Inner {
     pub(super) fn write_to(&self, list: &mut List, recording: Option<usize>) {
         list.recording = recording;
         self.gate.record_in(recording);
+    }
+
+    /// Undoes what has changed where writes are recorded: to the log of `before`, unless somebody else has begun to
+    /// record meanwhile and that one does not do for him. The node must be quiesced and drained.
+    pub(super) fn go_back_to(&self, list: &mut List, before: Option<usize>) {
+        let Some(finest) = list.finest() else {
+            return self.write_to(list, None);
+        };
+        let coarsest = usize::from(finest.exponent() - LOG_EXPONENT_MIN);
+        let does = |log: &usize| *log <= coarsest && self.covers(*log);
+        if is_broken(Sabotage::RollBackLog) {
+            return self.write_to(list, before);
+        }
+        // What is written to now is fine enough for all who record now. What was before is for all who did
+        // then: if it does not do for one that came since, the other is finer than both.
+        let log = before.filter(does).or(list.recording.filter(does));
+        assert!(log.is_some(), "who records has seen to it that it can");
+        self.write_to(list, log);
+    }
+
+    /// Whether a log is as long as the disk: the length may have changed since it was used.
+    fn covers(&self, log: usize) -> bool {
+        let log = self.logs[log].get();
+        log.is_some_and(|log| log.covers(self.len()))
     }
 
     fn log_or_new(
@@ -97,6 +121,9 @@ impl Inner {
             return;
         }
         let (logs, mut recorders) = list.logs_and_recorders();
+        if is_broken(Sabotage::DrainIntoFirst) {
+            recorders.truncate(1);
+        }
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
         for log in logs.iter().filter_map(|&log| self.logs[log].get()) {

@@ -14,9 +14,11 @@
 //! 2. The acts are done in their order, and each sees what those before it did. After the first that fails
 //!    none is tried.
 //! 3. Each notes what it has changed, and one that fails has changed nothing. Undoing goes from the last to
-//!    the first and puts back exactly that: bits, recording, names, the order of bitmaps.
+//!    the first and puts back exactly that: bits, recording, names, the order of bitmaps. What others have
+//!    done meanwhile stays: what they record is recorded.
 //! 4. What cannot be undone is left for the commit, which cannot fail: a bitmap goes, a job starts.
-//! 5. What was touched is in use until the end: nobody else changes it in between.
+//! 5. What was touched is in use until the end: nobody else changes it in between. Names that may have to be
+//!    given back are, too.
 //! 6. No lock is held while it is open.
 
 mod action;
@@ -298,20 +300,29 @@ impl Preparing {
         let mut locked = Locked::new(&nodes);
         let mut journal = Journal::new(&mut locked, &nodes);
         let mut jobs = Vec::new();
+        let mut failed = None;
         for ((index, action), spare) in self.actions.iter().enumerate().zip(spares) {
             let applied = action.apply(&mut locked, &mut journal, &mut jobs, spare, &guards);
             if let Err(why) = applied {
-                disarm(&jobs, &mut locked);
-                if !is_broken(Sabotage::KeepHalf) {
-                    journal.roll_back(&mut locked);
-                }
-                drop(locked);
-                jobs.iter().for_each(Job::wake_machine);
                 let kind = action.kind();
-                return Err(TransactionError { index, kind, why });
+                failed = Some(TransactionError { index, kind, why });
+                if !is_broken(Sabotage::GoOnAfterFailure) {
+                    break;
+                }
             }
         }
-        journal.hold(&mut locked);
+        if let Some(error) = failed {
+            disarm(&jobs, &mut locked);
+            if !is_broken(Sabotage::KeepHalf) {
+                journal.roll_back(&mut locked);
+            }
+            drop(locked);
+            jobs.iter().for_each(Job::wake_machine);
+            return Err(error);
+        }
+        if !is_broken(Sabotage::DoNotHold) {
+            journal.hold(&mut locked);
+        }
         drop(locked);
         let is_let_go = is_broken(Sabotage::LetGoBeforeCommit);
         Ok(Prepared {

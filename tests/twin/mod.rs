@@ -22,10 +22,18 @@ pub(crate) struct Disk {
     /// How many bitmaps the storage takes, if there is any.
     pub(crate) storage: Option<usize>,
     pub(crate) bitmaps: Vec<Bitmap>,
+    /// What jobs record, by the number of their bitmap: in what granules, and what is dirty.
+    pub(crate) jobs: Vec<(u64, u64, Dirty)>,
+    /// Names that open transactions may give back.
+    pub(crate) promised: Vec<String>,
+    /// How many bitmaps there ever were.
+    made: u64,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Bitmap {
+    /// No other of the disk ever has it.
+    pub(crate) id: u64,
     pub(crate) name: String,
     pub(crate) granule: u64,
     pub(crate) dirty: Dirty,
@@ -41,6 +49,13 @@ pub(crate) struct Bitmap {
     pub(crate) is_leaving: bool,
 }
 
+/// What it takes to undo an open transaction.
+pub(crate) struct Opened {
+    /// Bitmaps by disk and number, and what they were, if they were there.
+    changed: Vec<(usize, u64, Option<Bitmap>)>,
+    renamed: Vec<At>,
+}
+
 /// A bitmap by its disk and its name.
 pub(crate) type At = (usize, String);
 
@@ -54,6 +69,24 @@ pub(crate) enum Verb {
     Disable(At),
     Merge(At, Vec<At>),
     Rename(At, String),
+}
+
+impl Verb {
+    /// The disks that it names.
+    pub(crate) fn disks(&self) -> Vec<usize> {
+        match self {
+            Verb::Add((disk, _), ..)
+            | Verb::Remove((disk, _))
+            | Verb::Clear((disk, _))
+            | Verb::Enable((disk, _))
+            | Verb::Disable((disk, _))
+            | Verb::Rename((disk, _), _) => vec![*disk],
+            Verb::Merge((disk, _), sources) => {
+                let sources = sources.iter().map(|source| source.0);
+                sources.chain([*disk]).collect()
+            }
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -74,6 +107,9 @@ impl Twin {
             len: *len,
             storage: None,
             bitmaps: Vec::new(),
+            jobs: Vec::new(),
+            promised: Vec::new(),
+            made: 0,
         };
         Self {
             disks: lens.iter().map(disk).collect(),
@@ -183,13 +219,11 @@ impl Twin {
         Ok(bitmap.dirty.clone())
     }
 
-    pub(crate) fn hold(&mut self, at: &At) -> Answer<bool> {
+    pub(crate) fn hold(&mut self, at: &At) -> Answer {
         let bitmap = self.find(at)?;
         bitmap.check(Checks::All)?;
         bitmap.held = Some(BusyWith::Holder);
-        let was_skipped = bitmap.is_skipped;
-        bitmap.is_skipped = bitmap.is_persistent;
-        Ok(was_skipped)
+        Ok(())
     }
 
     pub(crate) fn mark_readonly(&mut self, at: &At, is_readonly: bool) -> Answer {
@@ -206,6 +240,14 @@ impl Twin {
         Ok(())
     }
 
+    /// A job records from now on, in a bitmap of that number.
+    pub(crate) fn track(&mut self, disk: usize, granule: u64) -> u64 {
+        let disk = &mut self.disks[disk];
+        disk.made += 1;
+        disk.jobs.push((disk.made, granule, Dirty::new()));
+        disk.made
+    }
+
     /// A guest write has settled.
     pub(crate) fn record(&mut self, disk: usize, range: Range<u64>) {
         let disk = &mut self.disks[disk];
@@ -218,16 +260,54 @@ impl Twin {
                 set(&mut bitmap.dirty, bitmap.granule, range.clone());
             }
         }
+        for (_, granule, dirty) in &mut disk.jobs {
+            set(dirty, *granule, range.clone());
+        }
     }
 
-    /// What changes when a transaction is committed, or rolled back to what `before` was.
-    pub(crate) fn close(&mut self) {
-        for disk in &mut self.disks {
-            disk.bitmaps.retain(|bitmap| !bitmap.is_leaving);
-            for bitmap in &mut disk.bitmaps {
-                if bitmap.held == Some(BusyWith::Transaction) {
-                    bitmap.held = None;
+    /// A transaction was prepared that has touched those. What it will take to undo it.
+    pub(crate) fn open(&mut self, before: Twin, touched: &[At], renamed: Vec<At>) -> Opened {
+        for at in touched {
+            self.find(at).unwrap().held = Some(BusyWith::Transaction);
+        }
+        for (disk, name) in &renamed {
+            self.disks[*disk].promised.push(name.clone());
+        }
+        let before = before.disks.into_iter().map(|disk| disk.bitmaps);
+        let mut changed = Vec::new();
+        for (index, (disk, before)) in self.disks.iter().zip(before).enumerate() {
+            for bitmap in &disk.bitmaps {
+                let was = before.iter().find(|was| was.id == bitmap.id);
+                if was != Some(bitmap) {
+                    changed.push((index, bitmap.id, was.cloned()));
                 }
+            }
+        }
+        Opened { changed, renamed }
+    }
+
+    /// It is committed, or undone.
+    pub(crate) fn close(&mut self, opened: Opened, is_committed: bool) {
+        for (disk, name) in opened.renamed {
+            let promised = &mut self.disks[disk].promised;
+            let index = promised.iter().position(|known| *known == name);
+            promised.remove(index.unwrap());
+        }
+        for (disk, id, was) in opened.changed {
+            let bitmaps = &mut self.disks[disk].bitmaps;
+            let index = bitmaps.iter().position(|bitmap| bitmap.id == id).unwrap();
+            let bitmap = &mut bitmaps[index];
+            match was {
+                _ if is_committed && bitmap.is_leaving => drop(bitmaps.remove(index)),
+                _ if is_committed => bitmap.held = None,
+                // Others may have taken it back from where it was handed over to.
+                Some(was) => {
+                    *bitmap = Bitmap {
+                        is_skipped: bitmap.is_skipped,
+                        ..was
+                    }
+                }
+                None => drop(bitmaps.remove(index)),
             }
         }
     }
@@ -280,10 +360,7 @@ impl Disk {
                 return Err(BitmapError::CannotPersist { name, why });
             }
         }
-        if self.bitmaps.iter().any(|bitmap| bitmap.name == name) {
-            let name = name.to_owned();
-            return Err(BitmapError::NameExists { name });
-        }
+        self.check_free(name)?;
         if name.len() > 1023 {
             let bytes = name.len();
             return Err(BitmapError::NameTooLong { bytes });
@@ -291,8 +368,31 @@ impl Disk {
         Ok(())
     }
 
+    /// Whether nobody has that name, nor may get it back.
+    pub(crate) fn check_free(&self, name: &str) -> Answer {
+        let name = name.to_owned();
+        if self.bitmaps.iter().any(|bitmap| bitmap.name == name) {
+            return Err(BitmapError::NameExists { name });
+        }
+        if self.promised.contains(&name) {
+            let with = BusyWith::Transaction;
+            return Err(BitmapError::Busy { name, with });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn push(&mut self, bitmap: Bitmap) {
+        self.made += 1;
+        let id = self.made;
+        self.bitmaps.push(Bitmap { id, ..bitmap });
+    }
+
     /// Whether it may have another length: operations hinder it before read-only bitmaps do.
     pub(crate) fn check_resize(&self) -> Answer {
+        if !self.jobs.is_empty() {
+            let with = BusyWith::Job;
+            return Err(BitmapError::NodeBusy { with });
+        }
         for bitmap in &self.bitmaps {
             bitmap.check_use()?;
         }
@@ -332,7 +432,7 @@ impl Disk {
         let mut bitmap = Bitmap::new(name, granularity.bytes());
         bitmap.is_enabled = is_enabled;
         bitmap.is_persistent = options.persistent;
-        self.bitmaps.push(bitmap);
+        self.push(bitmap);
         Ok(())
     }
 
@@ -353,6 +453,7 @@ impl Disk {
 impl Bitmap {
     pub(crate) fn new(name: &str, granule: u64) -> Self {
         Self {
+            id: 0,
             name: name.to_owned(),
             granule,
             dirty: Dirty::new(),
@@ -394,7 +495,8 @@ impl Bitmap {
 
     /// Whether it would be stored now.
     pub(crate) fn will_be_stored(&self) -> bool {
-        self.is_persistent && !self.is_skipped && !self.is_readonly && !self.is_inconsistent
+        let is_left_out = self.is_skipped || self.held == Some(BusyWith::Holder);
+        self.is_persistent && !is_left_out && !self.is_readonly && !self.is_inconsistent
     }
 
     /// Compares with what a query tells.

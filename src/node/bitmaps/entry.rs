@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::error::BitmapError;
 use super::{BitmapInfo, SnapshotOf, copy_of};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 /// A bitmap in the list of its node.
@@ -37,8 +38,8 @@ pub(in crate::node) struct Named {
 pub(super) struct Stored {
     /// The storage cannot be written to.
     pub(super) is_readonly: bool,
-    /// It is left alone when bitmaps are stored: somebody else has the bitmap now.
-    pub(super) is_skipped: bool,
+    /// It is left alone when bitmaps are stored: somebody else has the bitmap now. So it is while it is held, too.
+    pub(super) is_handed_over: bool,
 }
 
 pub(super) enum Content {
@@ -185,7 +186,8 @@ impl Named {
     /// Whether it is written to storage when bitmaps are.
     pub(super) fn will_be_stored(&self) -> bool {
         self.stored
-            .is_some_and(|stored| !stored.is_skipped && !stored.is_readonly)
+            .is_some_and(|stored| !stored.is_handed_over && !stored.is_readonly)
+            && self.busy_with() != Some(BusyWith::Holder)
             && !self.is_inconsistent()
     }
 
@@ -251,11 +253,15 @@ impl Named {
 
     /// What hinders both those who want the bits and those who remove them.
     pub(super) fn check_idle(&self, intent: Intent) -> Result<(), BitmapError> {
+        let is_hindered = intent == Intent::Change && self.is_readonly();
+        if is_hindered && is_broken(Sabotage::ReadonlyFirst) {
+            return Err(self.readonly());
+        }
         if let Some(with) = self.busy_with() {
             let name = self.name.clone();
             return Err(BitmapError::Busy { name, with });
         }
-        if intent == Intent::Change && self.is_readonly() {
+        if is_hindered {
             return Err(self.readonly());
         }
         Ok(())
@@ -323,12 +329,10 @@ impl Named {
         }
     }
 
-    /// Leaves it out of exports, or does not, and says which it was before. What is not persistent is
-    /// never in.
-    pub(super) fn skip(&mut self, is_skipped: bool) -> bool {
-        match &mut self.stored {
-            Some(stored) => std::mem::replace(&mut stored.is_skipped, is_skipped),
-            None => false,
+    /// Leaves it out of exports from now on, or does not. What is not persistent is never in.
+    pub(super) fn hand_over(&mut self, is_handed_over: bool) {
+        if let Some(stored) = &mut self.stored {
+            stored.is_handed_over = is_handed_over;
         }
     }
 
@@ -354,6 +358,8 @@ impl Named {
             is_persistent: self.stored.is_some(),
             is_readonly: self.is_readonly(),
             is_inconsistent: self.is_inconsistent(),
+            #[cfg(feature = "sha2")]
+            digest: None,
         }
     }
 }

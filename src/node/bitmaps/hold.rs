@@ -18,8 +18,6 @@ pub struct BitmapHold {
     /// `None` once it has ended.
     node: Option<Arc<Inner>>,
     id: u64,
-    /// Whether the bitmap was left out before.
-    was_skipped: bool,
 }
 
 impl Bitmaps<'_> {
@@ -34,23 +32,19 @@ impl Bitmaps<'_> {
         let (id, named) = list.find_mut(name)?;
         named.idle(Intent::Change)?;
         named.hold(BusyWith::Holder);
-        let was_skipped = named.skip(true);
         Ok(BitmapHold {
             node: Some(Arc::clone(self.inner())),
             id,
-            was_skipped,
         })
     }
 
     /// Stores again, with the next export, what was [handed over](BitmapHold::hand_over) and is this
-    /// node's again: the other side has given up.
+    /// node's again: the other side has given up. What is held once more is left out until that ends.
     pub fn take_back(&self) {
         let mut list = self.inner().lock_drained();
         for entry in &mut list.entries {
             if let Some(named) = entry.named_mut() {
-                if named.busy_with() != Some(BusyWith::Holder) {
-                    named.skip(false);
-                }
+                named.hand_over(false);
             }
         }
     }
@@ -70,22 +64,22 @@ impl BitmapHold {
     /// The other side has the bitmap. It is free again here, and left out of exports until it is
     /// [taken back](Bitmaps::take_back): what the other side records this one does not know.
     pub fn hand_over(mut self) {
-        self.end(true);
+        if let Some(node) = &self.node {
+            node.list.lock().owned_mut(self.id).hand_over(true);
+        }
+        self.end();
     }
 
-    fn end(&mut self, is_skipped: bool) {
+    fn end(&mut self) {
         if let Some(node) = self.node.take() {
-            let mut list = node.list.lock();
-            let named = list.owned_mut(self.id);
-            named.let_go();
-            named.skip(is_skipped);
+            node.list.lock().owned_mut(self.id).let_go();
         }
     }
 }
 
 impl Drop for BitmapHold {
     fn drop(&mut self) {
-        self.end(self.was_skipped);
+        self.end();
     }
 }
 

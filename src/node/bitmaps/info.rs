@@ -29,6 +29,11 @@ pub struct BitmapInfo {
     pub is_readonly: bool,
     /// Whether its stored copy was not closed, so that nobody knows what is dirty.
     pub is_inconsistent: bool,
+    /// [`HBitmap::digest`] of what `dirty_bytes` counts. Only if it was
+    /// [asked for](Bitmaps::query_with_digest), and not of one that is inconsistent.
+    #[cfg(feature = "sha2")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
+    pub digest: Option<[u8; 32]>,
 }
 
 impl BitmapInfo {
@@ -66,6 +71,41 @@ impl Bitmaps<'_> {
     /// [`NotFound`](BitmapError::NotFound).
     pub fn query(&self, name: &str) -> Result<BitmapInfo, BitmapError> {
         Ok(self.inner().lock_drained().find(name)?.info())
+    }
+
+    /// The same, and the digest of its bits at that moment, whoever has them: for comparing bitmaps across
+    /// machines. The node's lock is held while the bits are copied, not while they are digested.
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](BitmapError::NotFound), [`OutOfMemory`](BitmapError::OutOfMemory).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{BitmapOptions, Node};
+    ///
+    /// let disks = [Node::new(1 << 30), Node::new(1 << 30)];
+    /// for disk in &disks {
+    ///     disk.bitmaps().add_disabled("monday", BitmapOptions::default())?;
+    /// }
+    /// let [one, other] = disks.each_ref().map(|disk| disk.bitmaps().query_with_digest("monday"));
+    /// assert!(one?.digest.is_some_and(|digest| other.unwrap().digest == Some(digest)));
+    /// # Ok::<(), blockjob::BitmapError>(())
+    /// ```
+    #[cfg(feature = "sha2")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "sha2")))]
+    pub fn query_with_digest(&self, name: &str) -> Result<BitmapInfo, BitmapError> {
+        let list = self.inner().lock_drained();
+        let named = list.find(name)?;
+        let mut info = named.info();
+        let copy = match named.map() {
+            Ok(map) => Some(super::copy_of(map)?),
+            Err(_) => None,
+        };
+        drop(list);
+        info.digest = copy.map(|copy| copy.digest());
+        Ok(info)
     }
 
     /// What there is to know of all, at one moment and in the order in which they were made.

@@ -1,8 +1,11 @@
 //! What a transaction has done to bitmaps, so that it can be undone exactly.
 //!
 //! The nodes are quiesced from the first entry until the journal is closed, and what it has touched is in
-//! use for everybody else once [`hold`](Journal::hold) was called. So nothing is recorded and nothing
-//! changed in between, and what is put back is as it was.
+//! use for everybody else once [`hold`](Journal::hold) was called, the names among it that it may have to give
+//! back. So nothing is recorded and nothing of that changed in between, and what is put back is as it was.
+//!
+//! What it has not touched others may change meanwhile. They may even begin to record, for they can have
+//! guards of their own: so the log that was written to before is gone back to only if it does for them.
 
 use std::mem;
 
@@ -20,6 +23,8 @@ pub(crate) struct Journal {
     /// Every node concerned, and the log that it recorded in before.
     nodes: Vec<(Node, Option<usize>)>,
     done: Vec<Done>,
+    /// Whether others have come to see what was done.
+    is_held: bool,
 }
 
 /// What one action has done.
@@ -55,6 +60,7 @@ impl Journal {
         Self {
             nodes: nodes.iter().map(before).collect(),
             done: Vec::new(),
+            is_held: false,
         }
     }
 
@@ -166,9 +172,13 @@ impl Journal {
     }
 
     /// All that was touched is in use until the journal is closed.
-    pub(crate) fn hold(&self, locked: &mut Locked<'_>) {
+    pub(crate) fn hold(&mut self, locked: &mut Locked<'_>) {
+        self.is_held = true;
         for done in &self.done {
             done.named(locked).hold(BusyWith::Transaction);
+            if let What::Renamed(before) = &done.what {
+                locked.list(&done.node).promise(before);
+            }
         }
     }
 
@@ -209,13 +219,16 @@ impl Journal {
             }
         }
         for (node, recording) in self.nodes {
-            node.inner().write_to(locked.list(&node), recording);
+            node.inner().go_back_to(locked.list(&node), recording);
         }
     }
 
     fn let_go(&self, locked: &mut Locked<'_>) {
         for done in &self.done {
             done.named(locked).let_go();
+            if let (true, What::Renamed(before)) = (self.is_held, &done.what) {
+                locked.list(&done.node).take_back_promise(before);
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use super::error::{BitmapError, CannotPersist};
 use super::options::{BitmapOptions, BitmapStorage};
 use super::{BusyWith, NAME_BYTES_MAX, is_recordable};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 /// What a node's lock protects.
@@ -15,6 +16,8 @@ pub(in crate::node) struct List {
     next_id: u64,
     /// What persistent bitmaps are kept in.
     pub(super) storage: Option<BitmapStorage>,
+    /// Names that no bitmap has, and that an open transaction may have to give back. One may be in twice.
+    promised: Vec<String>,
     /// The log that writes are recorded in, if any.
     pub(in crate::node) recording: Option<usize>,
     /// The logs there are, so that draining does not look for them in every place.
@@ -156,15 +159,37 @@ impl List {
                 why,
             })?;
         }
-        if self.find(name).is_ok() {
-            let name = name.to_owned();
-            return Err(BitmapError::NameExists { name });
-        }
+        self.check_name_is_free(name)?;
         if name.len() > NAME_BYTES_MAX {
             let bytes = name.len();
             return Err(BitmapError::NameTooLong { bytes });
         }
         Ok(())
+    }
+
+    /// Whether nobody has that name, nor may get it back.
+    pub(super) fn check_name_is_free(&self, name: &str) -> Result<(), BitmapError> {
+        let name = name.to_owned();
+        if self.find(&name).is_ok() && !is_broken(Sabotage::SameNameTwice) {
+            return Err(BitmapError::NameExists { name });
+        }
+        if self.promised.contains(&name) && !is_broken(Sabotage::GiveAwayName) {
+            let with = BusyWith::Transaction;
+            return Err(BitmapError::Busy { name, with });
+        }
+        Ok(())
+    }
+
+    /// Keeps a name for an open transaction that may have to give it back.
+    pub(super) fn promise(&mut self, name: &str) {
+        self.promised.push(name.to_owned());
+    }
+
+    /// It is decided: the name is free, or given back.
+    pub(super) fn take_back_promise(&mut self, name: &str) {
+        if let Some(index) = self.promised.iter().position(|known| known == name) {
+            self.promised.swap_remove(index);
+        }
     }
 
     /// Whether a bitmap may be made; that there is memory for it comes up when it is.

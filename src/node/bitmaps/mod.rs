@@ -20,8 +20,8 @@
 //!    hold of the lock. That is its moment: a write whose ticket was finished before is recorded as
 //!    things were, a later one as they are then.
 //! 2. A bitmap belongs to one node for life and is as long as its disk. Its name, of 1 to 1023 bytes, is
-//!    the only one of its kind on the node, and the order of all is that of their creation. Granules
-//!    are 512 bytes to 2 GiB.
+//!    the only one of its kind on the node, also of those that an open transaction may give back, and the
+//!    order of all is that of their creation. Granules are 512 bytes to 2 GiB.
 //! 3. The node records exactly while a bitmap does, in granules no coarser than those of any. So disabling
 //!    the last recorder frees the guest of all that recording costs.
 //! 4. A bitmap is idle, in use (held, frozen or claimed) or inconsistent. Only an idle one is changed by
@@ -45,7 +45,7 @@
 //! | freeze, claim for reading | | busy | | inconsistent |
 //! | claim for change, hold | | busy | read-only | inconsistent |
 //! | runs, snapshot | | | | inconsistent |
-//! | query | | | | |
+//! | query, with the digest or without | | | | |
 //! | resize of the disk | | busy | read-only | |
 //! | export of all | stored | busy, if it would be stored | left as stored | left as stored |
 
@@ -143,8 +143,8 @@ impl Bitmaps<'_> {
     /// The first of these that applies: [`NameEmpty`](BitmapError::NameEmpty),
     /// [`OtherNode`](BitmapError::OtherNode) of the guard,
     /// [`BadGranularity`](BitmapError::BadGranularity), [`CannotPersist`](BitmapError::CannotPersist),
-    /// [`NameExists`](BitmapError::NameExists), [`NameTooLong`](BitmapError::NameTooLong),
-    /// [`NodeBusy`](BitmapError::NodeBusy) while the disk is being resized,
+    /// [`NameExists`](BitmapError::NameExists), [`Busy`](BitmapError::Busy) if an open transaction may have to
+    /// give the name back, [`NameTooLong`](BitmapError::NameTooLong), [`NodeBusy`](BitmapError::NodeBusy) while the disk is being resized,
     /// [`TooLarge`](BitmapError::TooLarge), [`OutOfMemory`](BitmapError::OutOfMemory).
     pub fn add(
         &self,
@@ -255,7 +255,8 @@ impl Bitmaps<'_> {
     /// [`ReadOnly`](BitmapError::ReadOnly), [`Inconsistent`](BitmapError::Inconsistent); of the new name
     /// [`NameEmpty`](BitmapError::NameEmpty) before these, and then
     /// [`CannotPersist`](BitmapError::CannotPersist), [`NameExists`](BitmapError::NameExists) (also for
-    /// the one that it has), [`NameTooLong`](BitmapError::NameTooLong).
+    /// the one that it has), [`Busy`](BitmapError::Busy) if an open transaction may have to give it back,
+    /// [`NameTooLong`](BitmapError::NameTooLong).
     pub fn rename(&self, name: &str, new_name: &str) -> Result<(), BitmapError> {
         let mut list = self.inner().lock_drained();
         list.rename(name, new_name)?;

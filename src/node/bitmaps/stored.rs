@@ -105,8 +105,8 @@ impl Bitmaps<'_> {
     ///
     /// [`OtherNode`](BitmapError::OtherNode) of the guard; of the bitmaps, in their order,
     /// [`NameEmpty`](BitmapError::NameEmpty), [`BadGranularity`](BitmapError::BadGranularity),
-    /// [`NameExists`](BitmapError::NameExists), [`NameTooLong`](BitmapError::NameTooLong),
-    /// [`SizeMismatch`](BitmapError::SizeMismatch); [`NodeBusy`](BitmapError::NodeBusy) while the disk is
+    /// [`NameExists`](BitmapError::NameExists), [`Busy`](BitmapError::Busy) of a name that an open transaction
+    /// may give back, [`NameTooLong`](BitmapError::NameTooLong), [`SizeMismatch`](BitmapError::SizeMismatch); [`NodeBusy`](BitmapError::NodeBusy) while the disk is
     /// being resized; [`TooLarge`](BitmapError::TooLarge) and
     /// [`OutOfMemory`](BitmapError::OutOfMemory) of the log.
     pub fn import_state(
@@ -127,10 +127,11 @@ impl Bitmaps<'_> {
                 return Err(BitmapError::BadGranularity(granularity));
             }
             let is_twice = states[..index].iter().any(|other| other.name == *name);
-            if is_twice || list.find(name).is_ok() {
+            if is_twice {
                 let name = name.clone();
                 return Err(BitmapError::NameExists { name });
             }
+            list.check_name_is_free(name)?;
             if name.len() > NAME_BYTES_MAX {
                 let bytes = name.len();
                 return Err(BitmapError::NameTooLong { bytes });
