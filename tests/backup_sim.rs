@@ -157,6 +157,9 @@ struct Member {
     instant: Option<Instant>,
     /// By block: whether it has come to the target, and nothing else was heard of it since.
     landed: Vec<bool>,
+    /// By cluster: whether a part of it has failed or was lost. Then all of it is copied again, and is
+    /// missing until that is over, also where it is on the target already.
+    again: Vec<bool>,
     /// By granule of the bitmap: written before the instant, and since.
     before: Vec<bool>,
     since: Vec<bool>,
@@ -381,6 +384,7 @@ impl Member {
             holds: Vec::new(),
             instant: None,
             landed: vec![false; len.div_ceil(BLOCK) as usize],
+            again: Vec::new(),
             before: vec![false; granules],
             since: vec![false; granules],
             is_recording: plan.options.bitmap.is_some(),
@@ -436,6 +440,9 @@ impl Member {
         for cluster in units(range, self.cluster) {
             let whole = cluster_at(cluster, self.cluster, self.len());
             self.landed[units(whole, BLOCK)].fill(false);
+            if let Some(again) = self.again.get_mut(cluster) {
+                *again = true;
+            }
         }
     }
 
@@ -481,6 +488,7 @@ impl Member {
             BackupSync::Full | BackupSync::None => (of(&all), of(&all)),
         };
         self.landed.fill(false);
+        self.again = vec![false; clusters];
         self.instant = Some(Instant {
             bytes: source.bytes.clone(),
             blocks: source.blocks.clone(),
@@ -1022,7 +1030,7 @@ impl Sim {
                 let range = cluster_at(cluster, member.cluster, member.len());
                 let (is_left, is_missing) = (left.any_dirty_in(range), member.is_missing(cluster));
                 let must = instant.must[cluster] && is_missing;
-                let may = instant.may[cluster] && is_missing;
+                let may = instant.may[cluster] && (is_missing || member.again[cluster]);
                 assert!(
                     !must || is_left,
                     "{range} is not on the target and nobody knows"
@@ -1144,9 +1152,9 @@ impl Sim {
             .filter(|&index| infos[index].error.is_none())
             .collect();
         if self.report.is_together {
-            let is_whole = |member: &usize| {
-                let plan = &self.members[*member].plan;
-                !plan.goes_by_bitmap() || plan.granularity > 0
+            let is_whole = |&member: &usize| {
+                let member = &self.members[member];
+                !member.plan.goes_by_bitmap() || member.is_recording
             };
             let whole: Vec<usize> = good.iter().copied().filter(is_whole).collect();
             for chain in &self.chains {
@@ -1193,9 +1201,12 @@ impl Sim {
             (BitmapMode::OnSuccess | BitmapMode::Always, true) => {}
             (BitmapMode::Always, false) => {
                 let instant = member.instant.as_ref().expect("it has run");
-                add(&self.missing(index, &instant.must));
+                add(&self.missing(index, &instant.must, &[]));
                 let mut most = member.since.clone();
-                for (most, bit) in most.iter_mut().zip(self.missing(index, &instant.may)) {
+                for (most, bit) in
+                    most.iter_mut()
+                        .zip(self.missing(index, &instant.may, &member.again))
+                {
                     *most |= bit;
                 }
                 at_most = Some(most);
@@ -1222,12 +1233,13 @@ impl Sim {
         }
     }
 
-    /// By granule: what of `wanted` is not on the target.
-    fn missing(&self, index: usize, wanted: &[bool]) -> Vec<bool> {
+    /// By granule: what of `wanted` is not on the target, or is to be copied again.
+    fn missing(&self, index: usize, wanted: &[bool], again: &[bool]) -> Vec<bool> {
         let member = &self.members[index];
         let mut missing = vec![false; member.since.len()];
         for cluster in 0..member.clusters() {
-            if wanted[cluster] && member.is_missing(cluster) {
+            let is_again = again.get(cluster) == Some(&true);
+            if wanted[cluster] && (member.is_missing(cluster) || is_again) {
                 let range = cluster_at(cluster, member.cluster, member.len());
                 missing[units(range, member.plan.granularity)].fill(true);
             }
@@ -1443,6 +1455,9 @@ fn run(seed: u64) -> Report {
     let plans: Vec<MemberPlan> = (0..count)
         .map(|index| MemberPlan::new(&mut rng, index, group.as_ref(), count == 1))
         .collect();
+    if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
+        eprintln!("{plans:#?}");
+    }
     let may_fail = rng.one_in(2);
     let mut disks = Vec::new();
     let latency = |rng: &mut Rng| Latency {

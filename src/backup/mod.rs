@@ -259,7 +259,7 @@ impl Backup {
         if options.buf_size == 0 {
             return Err(BackupError::Zero("buf_size"));
         }
-        let cluster = options.cluster(target.cluster)?;
+        let cluster = options.cluster(target.cluster, ends.request_align())?;
         let chunk_max = options.chunk_max;
         if chunk_max < cluster {
             return Err(BackupError::ChunkTooShort { chunk_max, cluster });
@@ -345,6 +345,7 @@ impl Backup {
                 self.backoff.reset();
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
+                self.forget_late(range);
             }
             Some(Done::Skipped(range)) => self.saved(range),
             Some(Done::Flushed) => {
