@@ -280,7 +280,7 @@ impl Backup {
         if options.buf_size == 0 {
             return Err(BackupError::Zero("buf_size"));
         }
-        let cluster = options.cluster(target.cluster)?;
+        let cluster = options.cluster(target.cluster, ends.request_align())?;
         let chunk_max = options.chunk_max;
         if chunk_max < cluster {
             return Err(BackupError::ChunkTooShort { chunk_max, cluster });
@@ -417,6 +417,7 @@ impl Backup {
                 self.backoff.reset();
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
+                self.forget_late(range);
                 if self.options.discard_source {
                     self.is_read.push(range);
                 }

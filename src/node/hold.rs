@@ -312,8 +312,10 @@ impl Drop for WriteHold {
         self.node.gate.hold_back(None);
         let (job, wakers) = self.node.gate.with_held(|held| {
             held.news.clear();
-            let all = (0..u64::MAX).into();
-            (held.job.take(), held.wakers_in(all))
+            // All of them: one that comes by only when the next job holds writes back must be told to that.
+            let writers = std::mem::take(&mut held.writers).into_values();
+            let wakers: Vec<Waker> = writers.filter_map(|writer| writer.waker).collect();
+            (held.job.take(), wakers)
         });
         drop(job);
         wakers.into_iter().for_each(Waker::wake);

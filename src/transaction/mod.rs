@@ -361,14 +361,14 @@ impl Prepared {
         let unused = open.journal.commit(&mut Locked::new(&open.nodes));
         for job in open.jobs {
             // Somebody may have started or cancelled it since it was looked at. Either is as if it had
-            // been asked a moment later.
+            // been asked a moment later: one that runs has begun at this instant, like all the others.
             if let Some(start) = job.at_start() {
                 start.commit();
             }
-            if job.start().is_err() {
+            if job.start().is_err() && job.is_over() {
                 disarm(std::slice::from_ref(&job), &mut Locked::new(&open.nodes));
-                job.wake_machine();
             }
+            job.wake_machine();
         }
         drop(open.guards);
         // Giving back memory takes time, and the guests need not wait for it.
