@@ -188,6 +188,7 @@ pub mod io;
 mod job;
 mod log;
 mod memory;
+pub mod migration;
 mod mirror;
 mod node;
 pub mod queue;
@@ -211,6 +212,10 @@ pub use crate::job::{
 #[doc(hidden)]
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
+pub use crate::migration::{
+    BitmapMapping, BitmapMigration, IncomingError, IncomingMigration, MappingError, OutgoingError,
+    OutgoingMigration, SetupError,
+};
 pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch, SwitchBack};
 #[cfg(loom)]
 #[doc(hidden)]

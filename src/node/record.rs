@@ -96,6 +96,7 @@ impl Inner {
         if !self.has_recorded_in(list) {
             return;
         }
+        list.found = list.found.wrapping_add(1);
         let (logs, mut recorders) = list.logs_and_recorders();
         // A write that began before the last change of logs may still be inside only if recording
         // stopped since: then nobody is owed its mark. So the current log is all there is.
