@@ -8,6 +8,13 @@
     reason = "a test may read the clock, to be over in time"
 )]
 
+#[path = "migration/cases.rs"]
+mod cases;
+#[path = "migration/hostile.rs"]
+mod hostile;
+#[path = "sim/rng.rs"]
+#[allow(dead_code, reason = "not everybody needs all of it")]
+mod rng;
 #[path = "migration/truth.rs"]
 mod truth;
 
@@ -19,6 +26,7 @@ use blockjob::migration::{
 };
 use blockjob::{BitmapMigration, Node};
 
+use rng::Rng;
 use truth::{Truth, bits_of, digest, quiesce};
 
 const FIXTURES: &[&str] = &[
@@ -184,4 +192,173 @@ fn every_fixture_is_made_byte_for_byte() {
             fixture.name
         );
     }
+}
+
+/// The bitmaps that there are, by node and name.
+fn present(nodes: &[(String, Node)]) -> usize {
+    nodes
+        .iter()
+        .map(|(_, node)| node.bitmaps().query_all().len())
+        .sum()
+}
+
+#[test]
+fn a_stream_that_ends_anywhere_leaves_nothing_and_one_that_was_cut_anywhere_all() {
+    for fixture in Fixture::all() {
+        let bytes = fixture.bare();
+        // The long ones are cut at fewer places, among them those around every record.
+        let step = if bytes.len() > 4000 { 7 } else { 1 };
+        for cut in (0..bytes.len()).filter(|cut| cut % step == 0 || cut % 1061 < 64) {
+            let (target, nodes) = fixture.truth.target();
+            let mut incoming = target.incoming(options(Framing::Bare));
+            incoming.feed(&bytes[..cut]).unwrap();
+            for (_, node) in &nodes {
+                for info in node.bitmaps().query_all() {
+                    let is_whole = incoming.bitmaps().iter().any(|came| {
+                        came.id.bitmap == info.name && came.state == ArrivalState::Whole
+                    });
+                    assert!(info.is_busy() || is_whole, "{} at {cut}", fixture.name);
+                }
+            }
+            let is_all =
+                incoming.is_complete() && incoming.bitmaps().len() == fixture.truth.bitmaps.len();
+            if incoming.finish().is_err() {
+                assert_eq!(present(&nodes), 0, "{} ends at {cut}", fixture.name);
+            } else {
+                assert!(is_all || present(&nodes) == 0, "{} at {cut}", fixture.name);
+            }
+
+            let mut incoming = target.incoming(options(Framing::Bare));
+            drop(incoming.finish());
+            drop(incoming);
+            let mut incoming = target.incoming(options(Framing::Bare));
+            incoming.feed(&bytes[..cut]).unwrap();
+            incoming.feed(&bytes[cut..]).unwrap();
+            incoming.finish().unwrap();
+            if cut % 16 == 0 {
+                start_guest(&mut incoming, &nodes);
+                check(&fixture, &incoming, &nodes);
+            }
+        }
+    }
+}
+
+/// What a stream came to on a host with a bitmap of its own, which nothing may touch.
+fn survive(fixture: &Fixture, framing: Framing, bytes: &[u8], piece: usize) -> bool {
+    let (target, nodes) = fixture.truth.target();
+    for (_, node) in &nodes {
+        node.bitmaps()
+            .add_disabled("of this host", blockjob::BitmapOptions::default())
+            .unwrap();
+        truth::set(node, "of this host", &[(0..1).into()]).unwrap();
+    }
+    let mut incoming = target.incoming(options(framing));
+    let fed = bytes
+        .chunks(piece.max(1))
+        .try_for_each(|bytes| incoming.feed(bytes).map(drop));
+    let is_sound = fed.and_then(|()| incoming.finish()).is_ok();
+    start_guest(&mut incoming, &nodes);
+    drop(incoming);
+    for (name, node) in &nodes {
+        node.bitmaps().check_invariants();
+        assert_eq!(
+            bits_of(node, "of this host").count(),
+            1.min(node.len()),
+            "{name}"
+        );
+        for info in node.bitmaps().query_all() {
+            assert!(!info.is_busy(), "{name}");
+        }
+    }
+    assert!(is_sound || present(&nodes) == nodes.len());
+    is_sound
+}
+
+#[test]
+fn every_byte_may_be_wrong() {
+    let mut counts = [0; 2];
+    for fixture in Fixture::all() {
+        let bytes = fixture.bare();
+        let step = if bytes.len() > 4000 { 5 } else { 1 };
+        for at in (0..bytes.len()).filter(|at| *at < 400 || at % step == 0 || at % 1061 < 40) {
+            for wrong in [0x01, 0x80, 0xff] {
+                let mut bytes = bytes.clone();
+                bytes[at] ^= wrong;
+                counts[usize::from(survive(&fixture, Framing::Bare, &bytes, bytes.len()))] += 1;
+            }
+        }
+    }
+    println!("{} were refused, {} were taken", counts[0], counts[1]);
+    assert!(counts.iter().all(|&count| count > 1000));
+}
+
+fn env(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
+    )
+}
+
+/// Anything may come: fixtures with bytes changed, left out, put in and repeated, cut anywhere. For about
+/// three seconds, or as many seeds as are asked for.
+#[test]
+fn nothing_that_comes_does_harm() {
+    let first = env("BLOCKJOB_SEED").unwrap_or(0);
+    let seeds = env("BLOCKJOB_SEEDS");
+    println!("seeds from {first}");
+    let fixtures = Fixture::all();
+    let started = std::time::Instant::now();
+    let mut seed = first;
+    let mut taken = 0;
+    while seeds.map_or(started.elapsed() < Duration::from_secs(3), |count| {
+        seed - first < count
+    }) {
+        let outcome = std::panic::catch_unwind(|| fuzz(&fixtures, seed));
+        taken += u64::from(outcome.unwrap_or_else(|panic| {
+            eprintln!(
+                "seed {seed} failed; again with:\n  \
+                 BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test migration_wire nothing_that_comes"
+            );
+            std::panic::resume_unwind(panic)
+        }));
+        seed += 1;
+    }
+    println!("{} streams, of which {taken} were taken", seed - first);
+}
+
+fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
+    let mut rng = Rng::new(seed);
+    let fixture = &fixtures[rng.below(fixtures.len() as u64) as usize];
+    let is_whole = rng.one_in(2);
+    let (framing, mut bytes) = if is_whole {
+        (Framing::Whole, fixture.stream.clone())
+    } else {
+        (Framing::Bare, fixture.bare())
+    };
+    for _ in 0..rng.between(1, 4) {
+        let len = bytes.len() as u64;
+        // What is not payload is more worth to be wrong.
+        let at = if rng.one_in(2) {
+            rng.below(len.min(500))
+        } else {
+            rng.below(len)
+        } as usize;
+        match rng.below(5) {
+            0 => bytes[at] = rng.next() as u8,
+            1 => bytes[at] ^= 1 << rng.below(8),
+            2 => drop(bytes.drain(at..(at + rng.below(40) as usize).min(bytes.len()))),
+            3 => {
+                let from = rng.below(len) as usize;
+                let piece = bytes[from..(from + rng.below(200) as usize).min(bytes.len())].to_vec();
+                bytes.splice(at..at, piece);
+            }
+            _ => bytes.truncate(at),
+        }
+        if bytes.is_empty() {
+            break;
+        }
+    }
+    let piece = [1, 3, 100, 5000, 1 << 20][rng.below(5) as usize];
+    survive(fixture, framing, &bytes, piece)
 }

@@ -240,9 +240,12 @@ impl Loader {
         if memory > self.allowed.memory {
             return Err(Fault::Limit { what: "memory" }.into());
         }
-        let mut options = BitmapOptions::default();
-        options.granularity = Some(granularity);
-        options.persistent = persistent.unwrap_or(begins.is_persistent);
+        let is_persistent = persistent.unwrap_or(begins.is_persistent);
+        let options = BitmapOptions {
+            granularity: Some(granularity),
+            persistent: is_persistent,
+            ..BitmapOptions::default()
+        };
         let make = || {
             let bits = map(shape.len, granularity)?;
             let words = Granularity::from_exponent(granularity.exponent() + 6);
@@ -268,7 +271,7 @@ impl Loader {
             alias,
             shape,
             is_enabled: begins.is_enabled,
-            is_persistent: options.persistent,
+            is_persistent,
             stage,
             received: 0,
         });

@@ -156,7 +156,7 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Parsed<'_>, (usize, Fault)> {
     let len = u32::from_le_bytes(header[4..8].try_into().expect("4 bytes"));
     let bounds = match kind {
         HELLO => 28..=28,
-        START => 48..=47 + 2 * 255 + 1,
+        START => 44..=40 + 2 * 256,
         BITS => 24..=24 + super::CHUNK as u32,
         COMPLETE => 17..=49,
         END => 4..=4,
