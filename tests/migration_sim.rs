@@ -315,11 +315,10 @@ impl Sim {
                 _ => {}
             }
             self.check_target();
-            if self.outgoing.is_none() || self.incoming.is_none() {
-                return;
-            }
-            if self.is_over() {
+            if self.outgoing.is_some() && self.incoming.is_some() && self.is_over() {
                 self.finish();
+            }
+            if self.outgoing.is_none() || self.incoming.is_none() {
                 return;
             }
         }

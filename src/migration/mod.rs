@@ -65,6 +65,7 @@
 //! are compared by length, identity and generation, contents by a digest, and a stream that broke is taken up
 //! where it was.
 
+pub mod driver;
 mod error;
 mod event;
 mod incoming;
