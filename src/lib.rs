@@ -190,6 +190,7 @@ mod job;
 mod log;
 mod machine;
 mod memory;
+pub mod migration;
 mod mirror;
 mod node;
 pub mod queue;
@@ -218,6 +219,10 @@ pub use crate::job::{
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
 pub use crate::machine::{Machine, Step};
+pub use crate::migration::{
+    BitmapMapping, BitmapMigration, IncomingError, IncomingMigration, MappingError, OutgoingError,
+    OutgoingMigration, SetupError,
+};
 pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Switch, SwitchBack};
 #[cfg(loom)]
 #[doc(hidden)]

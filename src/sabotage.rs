@@ -128,6 +128,24 @@ pub enum Sabotage {
     ResizeInUse,
     /// Resize 2: what is new is clean.
     GrowClean,
+    /// Arrivals 1: a bitmap whose bits are not here is free.
+    ArriveIdle,
+    /// Arrivals 1: a bitmap whose bits did not come stays.
+    KeepPartial,
+    /// Arrivals 2: the guest starts, and its writes are not recorded.
+    StartUnrecorded,
+    /// Arrivals 2: what was written here is lost when the bits come.
+    DeliverOverWrites,
+    /// Loader 3: a bitmap is taken for whole although parts did not come.
+    CompleteWithGaps,
+    /// Migration 4: bitmaps are taken one by one, and kept when one is refused.
+    HoldBeforeCheck,
+    /// Migration 3: what was not handed over is left out of exports.
+    CancelHandsOver,
+    /// Migration 6: writes are not looked for while the guest is to stand still.
+    IgnoreWrites,
+    /// Migration 8: what was on its way when the connection broke is not sent again.
+    ForgetUnconfirmed,
     /// Transactions 1: the guests go on before it is decided.
     LetGoBeforeCommit,
     /// Transactions 2: what comes after an act that fails is tried all the same.
@@ -162,6 +180,8 @@ pub enum Sabotage {
     ForgetMerged,
     /// Tracked bitmap 3: what is new after growing is not marked.
     ForgetTruncated,
+    /// Tracked bitmap 1: what a guest writes is not marked.
+    ForgetRecorded,
     /// Words 2: bits past the last granule are kept.
     KeepPadding,
     /// Words 3: what is put in is not counted.

@@ -53,11 +53,11 @@ use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
 use bitmaps::List;
+pub(crate) use bitmaps::{BitmapArrival, Journal, Locked, Released};
 pub use bitmaps::{
     BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo, BitmapOptions, BitmapState,
     BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor, DirtyRuns, FrozenBitmap, SnapshotOf,
 };
-pub(crate) use bitmaps::{Journal, Locked};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use gate::GateRule;
