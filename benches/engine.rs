@@ -603,12 +603,12 @@ fn granule(group: &mut BenchmarkGroup<'_, WallTime>, granules: u64) {
         let clock = SetClock::default();
         let mut queue = Queue::new(mirror, Handles);
         bencher.iter_custom(|iters| {
-            let before = done(queue.mirror());
+            let before = done(queue.machine());
             let time = per_granule(&node, granules, iters, || {
                 clock.advance();
                 run_queue(&mut queue, clock.now());
             });
-            assert_eq!(done(queue.mirror()) - before, iters * GRANULE);
+            assert_eq!(done(queue.machine()) - before, iters * GRANULE);
             time
         });
     });

@@ -49,12 +49,18 @@ use random::random;
 
 type Group<'a> = BenchmarkGroup<'a, WallTime>;
 
-/// Bytes of a granule, and how many granules there are.
+/// Bytes of a granule.
 const GRANULE: u64 = 1 << 16;
-const GRANULES: u64 = 1 << 24;
+
+/// How many granules there are. When each body is only to be run once, fewer do.
+fn granules() -> u64 {
+    if table::is_test() { 1 << 16 } else { 1 << 24 }
+}
 
 /// Marks on a clean map after which it is cleaned again: one granule in 64 is dirty then.
-const MARKS: usize = 1 << 18;
+fn marks() -> usize {
+    granules() as usize / 64
+}
 
 /// What several threads mark and one empties.
 trait Marked: Sync {
@@ -74,7 +80,7 @@ impl Marked for DirtyLog {
     const NAME: &'static str = "blockjob";
 
     fn new() -> Self {
-        DirtyLog::new(GRANULES * GRANULE, Granularity::DEFAULT).expect("it is small enough")
+        DirtyLog::new(granules() * GRANULE, Granularity::DEFAULT).expect("it is small enough")
     }
 
     #[inline]
@@ -93,7 +99,7 @@ impl Marked for Mutex<HBitmap> {
     const NAME: &'static str = "mutex";
 
     fn new() -> Self {
-        let map = HBitmap::new(GRANULES * GRANULE, Granularity::DEFAULT);
+        let map = HBitmap::new(granules() * GRANULE, Granularity::DEFAULT);
         Mutex::new(map.expect("it is small enough"))
     }
 
@@ -118,7 +124,7 @@ impl<const FENCED: bool> Marked for Flat<FENCED> {
     const NAME: &'static str = if FENCED { "flat_fenced" } else { "flat" };
 
     fn new() -> Self {
-        Self((0..GRANULES / 64).map(|_| AtomicU64::new(0)).collect())
+        Self((0..granules() / 64).map(|_| AtomicU64::new(0)).collect())
     }
 
     #[inline]
@@ -149,7 +155,7 @@ impl<const FENCED: bool> Marked for Flat<FENCED> {
 fn lists(threads: usize) -> Vec<Vec<u64>> {
     let list = |seed| {
         let mut random = random(seed);
-        (0..MARKS).map(|_| random() % GRANULES).collect()
+        (0..marks()).map(|_| random() % granules()).collect()
     };
     (0..threads as u64).map(list).collect()
 }
@@ -181,7 +187,7 @@ fn mark<M: Marked>(map: &M, lists: &[Vec<u64>], marks: u64) -> Duration {
 
 /// How many granules are in the lists, each counted once.
 fn distinct(lists: &[Vec<u64>]) -> u64 {
-    let mut is_dirty = vec![false; GRANULES as usize];
+    let mut is_dirty = vec![false; granules() as usize];
     let granules = lists.iter().flatten();
     granules.for_each(|granule| is_dirty[*granule as usize] = true);
     is_dirty.iter().filter(|is_dirty| **is_dirty).count() as u64
@@ -189,13 +195,13 @@ fn distinct(lists: &[Vec<u64>]) -> u64 {
 
 fn mark_clean<M: Marked>(group: &mut Group<'_>, threads: usize) {
     let lists = lists(threads);
-    let share = (MARKS / threads) as u64;
+    let share = (marks() / threads) as u64;
     let mut map = None;
     group.throughput(Throughput::Elements(threads as u64));
     group.bench_function(M::NAME, |bencher| {
         let map = map.get_or_insert_with(|| {
             let map = M::new();
-            mark(&map, &lists, MARKS as u64);
+            mark(&map, &lists, marks() as u64);
             assert_eq!(map.drain(), distinct(&lists), "{}", M::NAME);
             map
         });
@@ -225,12 +231,12 @@ fn mark_dirty<M: Marked>(group: &mut Group<'_>, threads: usize) {
         let map = map.get_or_insert_with(|| {
             let map = M::new();
             let mark_half = || {
-                let granules = (0..GRANULES).step_by(2);
+                let granules = (0..granules()).step_by(2);
                 granules.for_each(|granule| map.mark(granule));
             };
             mark_half();
-            mark(&map, &lists, MARKS as u64);
-            assert_eq!(map.drain(), GRANULES / 2, "{}", M::NAME);
+            mark(&map, &lists, marks() as u64);
+            assert_eq!(map.drain(), granules() / 2, "{}", M::NAME);
             mark_half();
             map
         });
@@ -294,11 +300,13 @@ impl Workload {
             Self::MarkClean(threads) => mark_clean::<M>(group, threads),
             Self::MarkDirty(threads) => mark_dirty::<M>(group, threads),
             Self::DrainRandom => {
-                let granules: Vec<_> = (0..GRANULES / 100).map(|_| random() % GRANULES).collect();
+                let granules: Vec<_> = (0..granules() / 100)
+                    .map(|_| random() % granules())
+                    .collect();
                 drain::<M>(group, &granules);
             }
             Self::DrainRuns => {
-                let starts = (0..GRANULES / 100 / 1000).map(|_| random() % (GRANULES - 1000));
+                let starts = (0..granules() / 100 / 1000).map(|_| random() % (granules() - 1000));
                 let granules: Vec<_> = starts.flat_map(|start| start..start + 1000).collect();
                 drain::<M>(group, &granules);
             }

@@ -194,7 +194,7 @@ impl Ends {
         let Request { id, side, work } = request;
         let ring = match side {
             Side::Source => &mut self.source,
-            Side::Target => &mut self.target,
+            Side::Target | Side::Buffer => &mut self.target,
         };
         match work {
             Work::Read { offset, buf } => ring.submit_read(offset, buf, id)?,
@@ -211,6 +211,9 @@ impl Ends {
             }
             // What is on a ring is finished soon anyway.
             Work::Settle | Work::CancelInFlight => return Ok(Some(Answer::Plain(Ok(())))),
+            Work::WriteCompressed { .. } | Work::CopyFromSource(_) => {
+                unreachable!("this disk offers neither")
+            }
         }
         self.writing += usize::from(side == Side::Target);
         Ok(None)

@@ -1,5 +1,6 @@
 //! What this build can do, for those who decide at run time what to offer.
 
+use crate::backup::Backup;
 use crate::job::JobKind;
 use crate::mirror::Mirror;
 
@@ -24,6 +25,6 @@ pub struct Capabilities {
 /// What this build can do. It is the same at each call.
 #[must_use]
 pub fn capabilities() -> Capabilities {
-    const JOBS: &[JobKind] = &[Mirror::KIND];
+    const JOBS: &[JobKind] = &[Mirror::KIND, Backup::KIND];
     Capabilities { jobs: JOBS }
 }

@@ -8,10 +8,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
+use crate::backup::Backup;
 use crate::copy::{Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch, SwitchBack};
+use crate::machine::{Machine, Step};
+use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// The caller's time: the library reads no clock.
@@ -43,11 +45,65 @@ impl<C: Clock + ?Sized> Clock for &C {
 /// See `examples/live_mirror.rs` for the whole of it, and `examples/local_executor.rs` for devices
 /// whose futures are not `Send`.
 #[derive(Debug)]
-pub struct Driver<S, T, P, C> {
+pub struct Driver<S, T, P, C, B = NoBuffer> {
     source: S,
     target: T,
+    buffer: B,
     pool: P,
     clock: C,
+}
+
+/// A place for what a backup saves before the guest overwrites it: any device that can be read and written, or
+/// [`NoBuffer`].
+pub trait SaveArea<Buf>: sealed::Sealed<Buf> {}
+
+/// There is none: whoever asks for it is told so by an error.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoBuffer;
+
+impl<Buf> SaveArea<Buf> for NoBuffer {}
+
+impl<D: ReadAt + WriteAt> SaveArea<D::Buf> for D {}
+
+mod sealed {
+    use std::io;
+
+    use crate::io::{BufResult, ReadAt, WriteAt};
+    use crate::units::ByteRange;
+
+    pub trait Sealed<Buf> {
+        fn read_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
+        fn write_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
+        fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>>;
+    }
+
+    impl<Buf> Sealed<Buf> for super::NoBuffer {
+        async fn read_at(&self, _: u64, buf: Buf) -> BufResult<Buf> {
+            (Err(io::ErrorKind::Unsupported.into()), buf)
+        }
+
+        async fn write_at(&self, _: u64, buf: Buf) -> BufResult<Buf> {
+            (Err(io::ErrorKind::Unsupported.into()), buf)
+        }
+
+        async fn discard(&self, _: ByteRange) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    impl<D: ReadAt + WriteAt> Sealed<D::Buf> for D {
+        fn read_at(&self, offset: u64, buf: D::Buf) -> impl Future<Output = BufResult<D::Buf>> {
+            ReadAt::read_at(self, offset, buf)
+        }
+
+        fn write_at(&self, offset: u64, buf: D::Buf) -> impl Future<Output = BufResult<D::Buf>> {
+            WriteAt::write_at(self, offset, buf)
+        }
+
+        fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
+            WriteAt::discard(self, range)
+        }
+    }
 }
 
 /// Where a job is when the driver has nothing more to do for now.
@@ -74,6 +130,7 @@ where
         Self {
             source,
             target,
+            buffer: NoBuffer,
             pool: HeapPool::new(align as usize),
             clock,
         }
@@ -92,11 +149,35 @@ where
         Self {
             source,
             target,
+            buffer: NoBuffer,
             pool,
             clock,
         }
     }
+}
 
+impl<S, T, P, C> Driver<S, T, P, C> {
+    /// With a device to save in what guests are about to overwrite, for a backup that was made with
+    /// [`BackupOptions::buffer`](crate::BackupOptions::buffer). The buffers of the pool must suit it, too.
+    pub fn with_buffer<B>(self, buffer: B) -> Driver<S, T, P, C, B> {
+        Driver {
+            source: self.source,
+            target: self.target,
+            buffer,
+            pool: self.pool,
+            clock: self.clock,
+        }
+    }
+}
+
+impl<S, T, P, C, B> Driver<S, T, P, C, B>
+where
+    S: ReadAt,
+    T: WriteAt<Buf = S::Buf>,
+    P: BufferPool<Buf = S::Buf>,
+    C: Clock,
+    B: SaveArea<S::Buf>,
+{
     /// Runs the job until it is over, or wants to switch. Call it again after a switch, whether it was
     /// committed or dropped. Jobs of one [group](crate::JobGroup) wait for each other: run them at the same
     /// time.
@@ -108,7 +189,29 @@ where
     /// and a guest that was held goes on. The job can be run on, by this driver or another over the same
     /// devices, or cancelled.
     pub async fn run(&self, mirror: &mut Mirror) -> Driven {
-        let machine = DropSafe(mirror);
+        self.drive(mirror).await
+    }
+
+    /// Runs a backup until it is over. Backups that were started by one transaction, or are of one
+    /// [group](crate::JobGroup), are run at the same time.
+    ///
+    /// # Errors
+    ///
+    /// Why the backup did not succeed.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run`](Self::run). Guest writes that wait for something to be saved do so until the job is run on,
+    /// or dropped.
+    pub async fn run_backup(&self, backup: &mut Backup) -> Result<(), JobError> {
+        match self.drive(backup).await {
+            Driven::Done(result) => result,
+            Driven::Switch(_) | Driven::SwitchBack(_) => unreachable!("a backup never switches"),
+        }
+    }
+
+    async fn drive<M: Machine>(&self, machine: &mut M) -> Driven {
+        let machine = DropSafe(machine);
         let gives_up = AtomicBool::new(false);
         let mut running = FuturesUnordered::new();
         let mut sleep = None;
@@ -142,18 +245,25 @@ where
     }
 
     async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
-        let target = |result: std::io::Result<()>| match result {
-            Ok(()) => Outcome::Done,
-            Err(error) => Outcome::Failed {
-                side: Side::Target,
-                error,
-            },
-        };
         let outcome = match op.kind() {
-            OpKind::Copy(range) => self.copy(range, gives_up).await,
-            OpKind::Zero(range, unmap) => target(self.target.write_zeroes(range, unmap).await),
-            OpKind::Discard(range) => target(self.target.discard(range).await),
-            OpKind::Flush => target(self.target.flush().await),
+            OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::Save(range)
+            | OpKind::CopySaved(range) => self.copy(op.kind(), range, gives_up).await,
+            OpKind::CopyOffloaded(range) => {
+                done(Side::Target, self.target.copy_from_source(range).await)
+            }
+            OpKind::GiveUp(range) => done(Side::Target, self.target.discard(range).await),
+            OpKind::DiscardSource(range) => {
+                self.source.discard_read(range);
+                Outcome::Done
+            }
+            OpKind::DiscardSaved(range) => done(Side::Buffer, self.buffer.discard(range).await),
+            OpKind::Zero(range, unmap) => {
+                done(Side::Target, self.target.write_zeroes(range, unmap).await)
+            }
+            OpKind::Discard(range) => done(Side::Target, self.target.discard(range).await),
+            OpKind::Flush => done(Side::Target, self.target.flush().await),
             OpKind::Settle => {
                 self.target.settle().await;
                 Outcome::Done
@@ -174,36 +284,49 @@ where
         (op, outcome)
     }
 
-    async fn copy(&self, range: ByteRange, gives_up: &AtomicBool) -> Outcome {
-        let failed = |side, error| Outcome::Failed { side, error };
+    async fn copy(&self, kind: OpKind, range: ByteRange, gives_up: &AtomicBool) -> Outcome {
+        let [from, to] = kind.sides();
         let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
         let buf = match self.pool.take(len) {
             Ok(buf) => buf,
-            Err(error) => return failed(Side::Target, error),
+            Err(error) => return done(to, Err(error)),
         };
-        let (read, buf) = self.source.read_at(range.start(), buf).await;
-        if let Err(error) = read {
+        let (read, buf) = match from {
+            Side::Buffer => self.buffer.read_at(range.start(), buf).await,
+            Side::Source | Side::Target => self.source.read_at(range.start(), buf).await,
+        };
+        if read.is_err() {
             self.pool.put(buf);
-            return failed(Side::Source, error);
+            return done(from, read);
         }
         if gives_up.load(Ordering::Relaxed) {
             // The target was told to give up what it has: it gets nothing more.
             self.pool.put(buf);
-            return failed(Side::Target, std::io::ErrorKind::Interrupted.into());
+            return done(to, Err(std::io::ErrorKind::Interrupted.into()));
         }
-        let (written, buf) = self.target.write_at(range.start(), buf).await;
+        let (written, buf) = match (to, kind) {
+            (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,
+            (_, OpKind::CopyCompressed(_)) => {
+                self.target.write_compressed_at(range.start(), buf).await
+            }
+            (Side::Source | Side::Target, _) => self.target.write_at(range.start(), buf).await,
+        };
         self.pool.put(buf);
-        match written {
-            Ok(()) => Outcome::Done,
-            Err(error) => failed(Side::Target, error),
-        }
+        done(to, written)
+    }
+}
+
+fn done(side: Side, result: std::io::Result<()>) -> Outcome {
+    match result {
+        Ok(()) => Outcome::Done,
+        Err(error) => Outcome::Failed { side, error },
     }
 }
 
 /// Tells the machine when the driver's future is dropped half-way.
-struct DropSafe<'a>(&'a mut Mirror);
+struct DropSafe<'a, M: Machine>(&'a mut M);
 
-impl Drop for DropSafe<'_> {
+impl<M: Machine> Drop for DropSafe<'_, M> {
     fn drop(&mut self) {
         self.0.ops_lost();
     }

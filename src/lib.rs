@@ -1,9 +1,10 @@
-//! Live mirror of a disk under guest writes, and the dirty bitmaps under it, for virtual machine
-//! monitors to link.
+//! Live mirror and point-in-time backup of a disk under guest writes, and the dirty bitmaps under them, for
+//! virtual machine monitors to link.
 //!
 //! A VMM that migrates a machine, or moves a disk, must copy the disk while the guest keeps writing to
-//! it, and switch to the copy at an instant at which both are equal. One dirty bit lost on the way is a
-//! disk silently corrupted. This crate does that part, and leaves everything else to the VMM: it opens no
+//! it, and switch to the copy at an instant at which both are equal. One that backs a machine up must copy
+//! what its disks held at one instant, and next time only what has changed. One dirty bit lost on the way is
+//! a disk silently corrupted. This crate does that part, and leaves everything else to the VMM: it opens no
 //! file, starts no thread, reads no clock, makes no system call and knows no runtime. The caller brings
 //! the devices, the time and the guest's writes; the crate decides what is copied, when, and in what
 //! order, so that no write is lost.
@@ -17,6 +18,8 @@
 //!     └────────────── op_done ◀──────────────────────┘
 //!     │
 //!     └─▶ Step::Switch: the guest is held, both disks are equal and flushed. Commit, or drop it.
+//!
+//!  Backup ─▶ the same operations; the gate makes a guest write wait until what it overwrites is saved
 //! ```
 //!
 //! # Layers
@@ -29,6 +32,9 @@
 //! | | [`queue`] | the same for completion queues, without any future |
 //! | 2 | [`Transaction`] | bitmaps of several disks changed, and jobs started, at one instant or not at all |
 //! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
+//! | | [`Backup`] | the same, for a copy of the disk as it was at one instant |
+//! | | [`FrozenView`] | that instant, for others to read while the guest writes on |
+//! | | [`BitmapMigration`] | dirty bitmaps on their way to another host, [by QEMU's stream](migration) too |
 //! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
 //! | | [`JobGroup`] | jobs that end together, at one instant or not at all |
 //! | | [`Jobs`] | all jobs of a VMM: unique names, one list, one shutdown |
@@ -139,10 +145,11 @@
 //!    finished after the device has settled it and before the guest is told.
 //! 2. The device that a write goes to is chosen after the gate has let it in: a write that waited for a
 //!    switch goes to the new disk.
-//! 3. Nobody else writes to the target, and neither disk changes its length, while the job lives.
-//! 4. A guest whose switch was committed goes back when [`Step::SwitchBack`] says so. Only a job of a group
+//! 3. A write that has to wait does not begin until it is let in: a backup may have to save first what is there.
+//! 4. Nobody else writes to the target, and neither disk changes its length, while the job lives.
+//! 5. A guest whose switch was committed goes back when [`Step::SwitchBack`] says so. Only a job of a group
 //!    ever does.
-//! 5. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
+//! 6. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
 //!    after it.
 //!
 //! # Memory
@@ -151,6 +158,10 @@
 //! told otherwise), a record of about 100 bytes per operation planned or in flight, and two bits per
 //! granule: its bitmap and the node's log. That is 4 MiB for 1 TiB at 64 KiB, of which pages never
 //! touched cost nothing.
+//!
+//! A backup holds as much, with a bit per cluster more by which guests are held back. That one stays with the
+//! node, so that a guest write looks at it without a lock. For guests that wait it may take 64 chunks beside
+//! its buffers.
 //!
 //! # Glossary
 //!
@@ -164,7 +175,11 @@
 //! | extent | a run of bytes of which the same is known: data, zeroes, or undefined |
 //! | in top, allocated | held by the topmost layer of a disk that has several |
 //! | cluster | the unit in which an image hands out storage |
-//! | sync mode | what a mirror copies at first: everything, the top layer, or nothing |
+//! | sync mode | what a job copies: everything, the top layer, nothing but new writes, or by a bitmap |
+//! | instant, T0 | the moment as of which a backup is: guests are held for it |
+//! | copy-before-write | what a guest is about to overwrite is saved first |
+//! | frozen view, fleecing | the disk as it was at the instant, read by others |
+//! | full, incremental, differential | all of the disk; what has changed since the last backup; since a fixed one |
 //! | ready, in step | there was a moment with nothing left to copy; guest writes keep being copied |
 //! | quiesce | hold new guest writes and wait for those in flight |
 //! | switch | the instant at which the guest's disk becomes the target |
@@ -180,6 +195,7 @@
 //! | inconsistent | its stored copy was not closed, so that nobody knows what is dirty |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backup;
 pub mod bitmap;
 mod capabilities;
 mod copy;
@@ -187,7 +203,9 @@ pub mod driver;
 pub mod io;
 mod job;
 mod log;
+mod machine;
 mod memory;
+pub mod migration;
 mod mirror;
 mod node;
 pub mod queue;
@@ -197,29 +215,39 @@ mod sync;
 mod transaction;
 mod units;
 
+pub use crate::backup::{
+    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, FrozenRead, FrozenView,
+    OnBufferFull, OnCbwError, ViewError,
+};
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{
     Content, Extent, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits, ShapeError, Side, Unmap,
 };
 pub use crate::job::{
-    Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError, JobGroup,
-    JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown, Status, Verb,
-    VerbError,
+    BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
+    JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
+    Status, Verb, VerbError,
 };
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::log::Rule;
 pub use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
-pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Step, Switch, SwitchBack};
+pub use crate::machine::{Machine, Step};
+pub use crate::migration::{
+    BitmapMapping, BitmapMigration, IncomingError, IncomingMigration, MappingError, OutgoingError,
+    OutgoingMigration, SetupError,
+};
+pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Switch, SwitchBack};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::node::GateRule;
 pub use crate::node::{
     Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
     BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
-    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, OwnedTicket,
-    PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way, WriteRefused,
+    DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, NotSaved,
+    OwnedTicket, PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way,
+    WriteRefused,
 };
 pub use crate::transaction::{
     ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,

@@ -21,7 +21,8 @@ use std::time::Duration;
 use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
 use crate::io::BufferPool;
 use crate::job::JobError;
-use crate::mirror::{Mirror, Step, Switch, SwitchBack};
+use crate::machine::{Machine, Step};
+use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
 
 /// A machine, and the requests of it that are out.
@@ -29,8 +30,8 @@ use crate::units::ByteRange;
 /// # Examples
 ///
 /// `examples/completion_queue.rs` is the whole loop over a submit/poll back end.
-pub struct Queue<P: BufferPool> {
-    mirror: Mirror,
+pub struct Queue<P: BufferPool, M: Machine = Mirror> {
+    machine: M,
     pool: P,
     /// Requests out, by id.
     out: BTreeMap<u64, Out>,
@@ -90,6 +91,15 @@ pub enum Work<B> {
         /// What to write.
         buf: B,
     },
+    /// Write the buffer from `offset` on, compressed.
+    WriteCompressed {
+        /// Where to write.
+        offset: u64,
+        /// What to write.
+        buf: B,
+    },
+    /// Copy the range from the source, by a way that only the devices know.
+    CopyFromSource(ByteRange),
     /// Tell what is at the start of the range: [`Answer::Status`].
     Status(ByteRange),
     /// Make the range read as zeroes.
@@ -128,11 +138,11 @@ enum OutStep {
     Other,
 }
 
-impl<P: BufferPool> Queue<P> {
-    /// Runs `mirror` with buffers from `pool`.
-    pub fn new(mirror: Mirror, pool: P) -> Self {
+impl<P: BufferPool, M: Machine> Queue<P, M> {
+    /// Runs `machine` with buffers from `pool`.
+    pub fn new(machine: M, pool: P) -> Self {
         Self {
-            mirror,
+            machine,
             pool,
             out: BTreeMap::new(),
             halves: VecDeque::new(),
@@ -143,15 +153,15 @@ impl<P: BufferPool> Queue<P> {
 
     /// The machine.
     #[must_use]
-    pub fn mirror(&self) -> &Mirror {
-        &self.mirror
+    pub fn machine(&self) -> &M {
+        &self.machine
     }
 
     /// The machine back; what is out is lost, as with [`requests_lost`](Self::requests_lost).
     #[must_use]
-    pub fn into_mirror(mut self) -> Mirror {
+    pub fn into_machine(mut self) -> M {
         self.requests_lost();
-        self.mirror
+        self.machine
     }
 
     /// How many requests are out.
@@ -160,13 +170,13 @@ impl<P: BufferPool> Queue<P> {
         self.out.len() - self.halves.len()
     }
 
-    /// What to do next. As [`Mirror::poll`].
+    /// What to do next. As [`Mirror::poll`] and [`Backup::poll`](crate::Backup::poll).
     pub fn next(&mut self, now: Duration, waker: &Waker) -> Next<P::Buf> {
         if let Some(request) = self.halves.pop_front() {
             return Next::Submit(request);
         }
         loop {
-            match self.mirror.poll(now, waker) {
+            match self.machine.poll(now, waker) {
                 Step::Op(op) => {
                     if let Some(request) = self.request(now, op) {
                         return Next::Submit(request);
@@ -189,18 +199,12 @@ impl<P: BufferPool> Queue<P> {
             }
             return;
         };
-        let side = match op.kind() {
-            OpKind::Status(_) => Side::Source,
-            _ => Side::Target,
-        };
-        let target_failed = |error| Outcome::Failed {
-            side: Side::Target,
-            error,
-        };
+        let [from, to] = op.kind().sides();
+        let failed = |error| Outcome::Failed { side: to, error };
         let outcome = match (step, answer) {
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) if self.gives_up => {
                 self.pool.put(buf);
-                target_failed(io::ErrorKind::Interrupted.into())
+                failed(io::ErrorKind::Interrupted.into())
             }
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
                 self.second_half(op, buf);
@@ -208,32 +212,26 @@ impl<P: BufferPool> Queue<P> {
             }
             (OutStep::Read, Answer::Transfer(Err(error), buf)) => {
                 self.pool.put(buf);
-                Outcome::Failed {
-                    side: Side::Source,
-                    error,
-                }
+                Outcome::Failed { side: from, error }
             }
             (OutStep::Write, Answer::Transfer(result, buf)) => {
                 self.pool.put(buf);
-                result.map_or_else(target_failed, |()| Outcome::Done)
+                result.map_or_else(failed, |()| Outcome::Done)
             }
             (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
             (OutStep::Other, Answer::Plain(Ok(()))) => Outcome::Done,
             (OutStep::Other, Answer::Status(Err(error)) | Answer::Plain(Err(error))) => {
-                Outcome::Failed { side, error }
+                failed(error)
             }
             (OutStep::Other, Answer::Transfer(_, buf)) => {
                 self.pool.put(buf);
-                Outcome::Failed {
-                    side,
-                    error: mismatch(),
-                }
+                failed(mismatch())
             }
             (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
-                target_failed(mismatch())
+                failed(mismatch())
             }
         };
-        self.mirror.op_done(now, op, outcome);
+        self.machine.op_done(now, op, outcome);
     }
 
     /// Says that all requests that are out are lost, because the back end was torn down. As
@@ -241,33 +239,41 @@ impl<P: BufferPool> Queue<P> {
     pub fn requests_lost(&mut self) {
         self.out.clear();
         for half in self.halves.drain(..) {
-            if let Work::Write { buf, .. } = half.work {
+            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
                 self.pool.put(buf);
             }
         }
-        self.mirror.ops_lost();
+        self.machine.ops_lost();
     }
 
     fn request(&mut self, now: Duration, op: Op) -> Option<Request<P::Buf>> {
+        let [from, to] = op.kind().sides();
         let (side, work) = match op.kind() {
-            OpKind::Copy(range) => {
+            OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::Save(range)
+            | OpKind::CopySaved(range) => {
                 let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
                 match self.pool.take(len) {
                     Ok(buf) => {
                         let offset = range.start();
-                        (Side::Source, Work::Read { offset, buf })
+                        (from, Work::Read { offset, buf })
                     }
                     Err(error) => {
-                        let side = Side::Target;
-                        self.mirror
+                        let side = to;
+                        self.machine
                             .op_done(now, op, Outcome::Failed { side, error });
                         return None;
                     }
                 }
             }
+            OpKind::CopyOffloaded(range) => (Side::Target, Work::CopyFromSource(range)),
             OpKind::Status(range) => (Side::Source, Work::Status(range)),
             OpKind::Zero(range, unmap) => (Side::Target, Work::WriteZeroes(range, unmap)),
             OpKind::Discard(range) => (Side::Target, Work::Discard(range)),
+            OpKind::GiveUp(range) => (Side::Target, Work::Discard(range)),
+            OpKind::DiscardSource(range) => (Side::Source, Work::Discard(range)),
+            OpKind::DiscardSaved(range) => (Side::Buffer, Work::Discard(range)),
             OpKind::Flush => (Side::Target, Work::Flush),
             OpKind::Settle => (Side::Target, Work::Settle),
             OpKind::CancelInFlight => {
@@ -286,7 +292,7 @@ impl<P: BufferPool> Queue<P> {
     fn give_up(&mut self, now: Duration) {
         self.gives_up = true;
         for half in std::mem::take(&mut self.halves) {
-            if let Work::Write { buf, .. } = half.work {
+            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
                 let answer = Answer::Transfer(Err(io::ErrorKind::Interrupted.into()), buf);
                 self.completed(now, half.id, answer);
             }
@@ -296,8 +302,12 @@ impl<P: BufferPool> Queue<P> {
     fn second_half(&mut self, op: Op, buf: P::Buf) {
         let range = op.kind().range().expect("a copy has a range");
         let offset = range.start();
-        let write = Work::Write { offset, buf };
-        let request = self.put_out(op, OutStep::Write, Side::Target, write);
+        let [_, to] = op.kind().sides();
+        let write = match op.kind() {
+            OpKind::CopyCompressed(_) => Work::WriteCompressed { offset, buf },
+            _ => Work::Write { offset, buf },
+        };
+        let request = self.put_out(op, OutStep::Write, to, write);
         self.halves.push_back(request);
     }
 
@@ -322,10 +332,10 @@ fn mismatch() -> io::Error {
     )
 }
 
-impl<P: BufferPool> fmt::Debug for Queue<P> {
+impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
-            .field("mirror", &self.mirror)
+            .field("machine", &self.machine)
             .field("in_flight", &self.in_flight())
             .finish_non_exhaustive()
     }

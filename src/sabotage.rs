@@ -22,6 +22,32 @@ pub enum Sabotage {
     ForgetPlanned,
     /// Copy machinery 8: a clean bitmap is taken for equal disks.
     TrustCleanBitmap,
+    /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
+    LimitUrgent,
+    /// Backup 1: writes are let through before what is to be copied is complete.
+    HoldBeforeContent,
+    /// Backup 2: a guest write goes on when its clusters are in flight, not when they are on the target.
+    ReleaseInFlight,
+    /// Backup 3: a failed copy lets the guest overwrite what was not saved, and nobody is told.
+    ReleaseFailed,
+    /// Backup 4: a bitmap with mode on-success is clean after a failure.
+    CleanAfterFailure,
+    /// Backup 4: a bitmap with mode always forgets what is in flight at the end.
+    ForgetInFlight,
+    /// Backup 5: the job ends without a flush.
+    EndWithoutFlush,
+    /// Backup 6: guest writes go on while the job is paused.
+    LetGoWhilePaused,
+    /// View 1: guests overwrite what is being read.
+    ReleaseWhileRead,
+    /// View 2: what was read while the view ended is used.
+    TrustBrokenView,
+    /// Buffer 1: what was put in counts as saved, whether it is still wanted or not.
+    SaveUnwanted,
+    /// Buffer 2: what is saved is copied from the source.
+    CopyOverwritten,
+    /// Buffer 3: what was saved while it was copied is taken for copied.
+    TrustOvertaken,
     /// Mirror 1: recording starts without waiting for guest writes in flight.
     AttachWithoutQuiesce,
     /// Mirror 2: copying starts before the scan is over.
@@ -102,6 +128,24 @@ pub enum Sabotage {
     ResizeInUse,
     /// Resize 2: what is new is clean.
     GrowClean,
+    /// Arrivals 1: a bitmap whose bits are not here is free.
+    ArriveIdle,
+    /// Arrivals 1: a bitmap whose bits did not come stays.
+    KeepPartial,
+    /// Arrivals 2: the guest starts, and its writes are not recorded.
+    StartUnrecorded,
+    /// Arrivals 2: what was written here is lost when the bits come.
+    DeliverOverWrites,
+    /// Loader 3: a bitmap is taken for whole although parts did not come.
+    CompleteWithGaps,
+    /// Migration 4: bitmaps are taken one by one, and kept when one is refused.
+    HoldBeforeCheck,
+    /// Migration 3: what was not handed over is left out of exports.
+    CancelHandsOver,
+    /// Migration 6: writes are not looked for while the guest is to stand still.
+    IgnoreWrites,
+    /// Migration 8: what was on its way when the connection broke is not sent again.
+    ForgetUnconfirmed,
     /// Transactions 1: the guests go on before it is decided.
     LetGoBeforeCommit,
     /// Transactions 2: what comes after an act that fails is tried all the same.
@@ -120,6 +164,8 @@ pub enum Sabotage {
     GiveAwayName,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
+    /// Hold 4: writes wait for a job that is gone.
+    HoldForEver,
     /// Stored bitmap 2: the CRCs of records are not looked at.
     IgnoreCrc,
     /// Stored bitmap 2: dirty granules are not counted.
@@ -134,6 +180,8 @@ pub enum Sabotage {
     ForgetMerged,
     /// Tracked bitmap 3: what is new after growing is not marked.
     ForgetTruncated,
+    /// Tracked bitmap 1: what a guest writes is not marked.
+    ForgetRecorded,
     /// Words 2: bits past the last granule are kept.
     KeepPadding,
     /// Words 3: what is put in is not counted.

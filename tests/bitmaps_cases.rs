@@ -760,7 +760,10 @@ mod stored {
             "it may be writable when the guest goes on"
         );
         drop(guard);
-        assert_eq!(waiting.try_begin().unwrap().unwrap_err(), WriteRefused);
+        assert_eq!(
+            waiting.try_begin().unwrap().unwrap_err(),
+            WriteRefused::ReadOnly
+        );
         let is_refused = || {
             [
                 node.begin_write((0..1).into()),
@@ -768,7 +771,7 @@ mod stored {
                 node.begin_write((LEN..LEN + 1).into()),
             ]
             .into_iter()
-            .all(|begin| matches!(begin, Begin::Refused(WriteRefused)))
+            .all(|begin| matches!(begin, Begin::Refused(WriteRefused::ReadOnly)))
         };
         assert!(is_refused());
         // Others that record do not change that, nor do those that come and go.
@@ -780,7 +783,7 @@ mod stored {
         node.bitmaps().mark_writable("b").unwrap();
         write(&node, 0..1);
         assert_eq!(runs(&node, "a"), ranges([0..G]));
-        let error = io::Error::from(WriteRefused);
+        let error = io::Error::from(WriteRefused::ReadOnly);
         assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
     }
 

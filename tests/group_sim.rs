@@ -225,7 +225,7 @@ impl Member {
         let queue = self.queue.as_mut().expect("it has asked");
         let side = match request.side {
             Side::Source => SOURCE,
-            Side::Target => TARGET,
+            Side::Target | Side::Buffer => TARGET,
         };
         let none = ByteRange::from(0..0);
         let (range, ask) = match request.work {
@@ -241,6 +241,7 @@ impl Member {
             Work::Discard(range) => (range, Ask::Discard),
             Work::Flush => (none, Ask::Flush),
             Work::Settle => return self.settling.push(request.id),
+            Work::WriteCompressed { .. } | Work::CopyFromSource(_) => unreachable!("not offered"),
             Work::CancelInFlight => {
                 let now = world.time();
                 return queue.completed(now, request.id, Answer::Plain(Ok(())));
@@ -661,7 +662,7 @@ impl Sim {
             let Some(queue) = &member.queue else {
                 continue;
             };
-            let mirror = queue.mirror();
+            let mirror = queue.machine();
             mirror.check_invariants();
             if self.guests[index].current != disk_of(index, SOURCE) {
                 continue;

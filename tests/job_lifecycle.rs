@@ -958,7 +958,7 @@ fn the_policy_of_the_side_that_failed_applies() {
         let mut options = options();
         match side {
             Side::Source => options.job.on_source_error = OnError::Ignore,
-            Side::Target => options.job.on_target_error = OnError::Ignore,
+            Side::Target | Side::Buffer => options.job.on_target_error = OnError::Ignore,
         }
         for failing in [Side::Source, Side::Target] {
             let mut machine = many_copies(options.clone());

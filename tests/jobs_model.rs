@@ -721,7 +721,7 @@ fn check_policy(policy: OnError, side: Side, kind: ErrorKind, was_ready: bool) {
     // That of the other side is never asked.
     (options.job.on_source_error, options.job.on_target_error) = match side {
         Side::Source => (policy, OnError::Report),
-        Side::Target => (OnError::Report, policy),
+        Side::Target | Side::Buffer => (OnError::Report, policy),
     };
     let mut machine = match was_ready {
         true => Machine::ready(LEN, options),

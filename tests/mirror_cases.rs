@@ -508,7 +508,7 @@ fn run_with_faults(
     machine.fault = Some(Box::new(move |count, kind| {
         let is_possible = match side {
             Side::Source => matches!(kind, OpKind::Copy(_) | OpKind::Status(_)),
-            Side::Target => kind.writes_target() || kind == OpKind::Flush,
+            Side::Target | Side::Buffer => kind.writes_target() || kind == OpKind::Flush,
         };
         (is_possible && fails(count, kind)).then_some((side, ErrorKind::StorageFull))
     }));

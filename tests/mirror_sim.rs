@@ -689,7 +689,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                     flag.clone().wake_it();
                     let disk = match request.side {
                         Side::Source => SOURCE,
-                        Side::Target => TARGET,
+                        Side::Target | Side::Buffer => TARGET,
                     };
                     let none = ByteRange::from(0..0);
                     let (range, ask) = match request.work {
@@ -707,6 +707,9 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                         Work::Settle => {
                             settling.push(request.id);
                             continue;
+                        }
+                        Work::WriteCompressed { .. } | Work::CopyFromSource(_) => {
+                            unreachable!("not offered")
                         }
                         Work::CancelInFlight => {
                             queue.completed(now, request.id, Answer::Plain(Ok(())));
@@ -728,14 +731,14 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 }
                 Next::Switch(switch) => {
                     sim.take_events();
-                    sim.check_coverage(queue.mirror());
+                    sim.check_coverage(queue.machine());
                     sim.switch(switch);
                     flag.clone().wake_it();
                 }
                 Next::SwitchBack(_) => unreachable!("it is in no group"),
                 Next::Done(result) => {
                     sim.take_events();
-                    sim.check_coverage(queue.mirror());
+                    sim.check_coverage(queue.machine());
                     return sim.ended(result);
                 }
             }
@@ -783,7 +786,7 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
         }
         let steps = sim.world.borrow().steps;
         if steps % 8 == 0 {
-            sim.check_coverage(queue.mirror());
+            sim.check_coverage(queue.machine());
         }
     }
 }

@@ -22,7 +22,30 @@ pub(crate) struct Calls {
     pub(crate) len: u64,
     /// Granules that the map has for each call.
     pub(crate) of: u64,
+    /// Whether something else has had the caches before.
+    is_cold: bool,
 }
+
+impl Calls {
+    pub(crate) const fn new(len: u64, of: u64) -> Self {
+        let is_cold = false;
+        Self { len, of, is_cold }
+    }
+
+    pub(crate) const fn cold(self) -> Self {
+        Self {
+            is_cold: true,
+            ..self
+        }
+    }
+
+    pub(crate) fn suffix(self) -> &'static str {
+        if self.is_cold { "-cold" } else { "" }
+    }
+}
+
+/// Words of what the caches are filled with where they shall be cold: 32 MiB.
+const ELSEWHERE: usize = 4 << 20;
 
 /// Places that come round again after so many, too late for a branch predictor to know them.
 const PLACES: usize = 1 << 18;
@@ -58,13 +81,16 @@ pub(crate) fn calls<P: Peer>(
             naive(&mut words, *start..start + calls.len);
         }
         check(&map, &words);
-        (before, map, places, 0)
+        let elsewhere = vec![1_u64; if calls.is_cold { ELSEWHERE } else { 0 }];
+        (before, map, places, elsewhere, 0)
     };
     group.throughput(Throughput::Elements(count as u64));
-    bench::<P, _>(group, set_up, |bencher, (before, map, places, next)| {
+    bench::<P, _>(group, set_up, |bencher, state| {
+        let (before, map, places, elsewhere, next) = state;
         bencher.iter_custom(|iters| {
             sum(iters, || {
                 map.restore(before);
+                black_box(elsewhere.iter().sum::<u64>());
                 *next = (*next + count) % (places.len() - count + 1);
                 timed(|| pass(black_box(map), &places[*next..*next + count]))
             })

@@ -12,6 +12,12 @@ pub(crate) fn is_wanted() -> bool {
     std::env::args().skip(1).any(|arg| arg == "table")
 }
 
+/// Whether everything is to be run once, to see that it does. What is measured then counts for nothing, so it
+/// may be small.
+pub(crate) fn is_test() -> bool {
+    std::env::args().skip(1).any(|arg| arg == "--test")
+}
+
 /// Prints a table with a row for each of `groups` that was measured: the time that the first of
 /// `functions` takes for one element, and of the others how many times as long they take.
 pub(crate) fn print(title: &str, functions: &[&str], groups: &[String]) -> io::Result<()> {

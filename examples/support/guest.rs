@@ -53,6 +53,11 @@ impl Stamp {
         Self((u64::from(writer) + 1) << 40 | count)
     }
 
+    /// Which of the writer's writes it was.
+    pub(crate) fn count(self) -> u64 {
+        self.0 & ((1 << 40) - 1)
+    }
+
     /// What the block then holds.
     pub(crate) fn fill(self, block: u64, bytes: &mut [u8]) {
         if self == Self::ZERO {

@@ -77,6 +77,7 @@ pub use iter::{Cursor, Iter, Runs};
 pub use merge::{MergeError, UnionError};
 pub use search::Status;
 pub use serial::{LoadError, PartError};
+pub(crate) use tracked::Changes;
 pub use tracked::TrackedBitmap;
 pub use update::RangeError;
 pub use words::WordsError;

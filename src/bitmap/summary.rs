@@ -16,7 +16,7 @@
 
 use std::ops::Range;
 
-use super::word::{Cut, bit, bits_from, bits_to, lowest, word_of, words_for};
+use super::word::{Cut, bit, bits_from, lowest, word_of, words_for};
 use crate::memory::{self, OutOfMemory};
 
 /// What a word, or all that a pair stands for, holds.
@@ -39,6 +39,12 @@ impl Class {
             u64::MAX => Class::Full,
             _ => Class::Mixed,
         }
+    }
+
+    /// The class of what is all dirty, or all clean.
+    #[inline]
+    pub(super) const fn filled<const DIRTY: bool>() -> Self {
+        if DIRTY { Class::Full } else { Class::Empty }
     }
 }
 
@@ -67,7 +73,7 @@ impl Pair {
     /// Whether all 64 children are empty, or all full.
     #[inline]
     const fn is_uniform(self) -> bool {
-        self.full == !0 || self.any() == 0
+        (self.full == !0) | (self.any() == 0)
     }
 
     /// The class of all 64 children together.
@@ -79,6 +85,24 @@ impl Pair {
             Class::Empty
         } else {
             Class::Mixed
+        }
+    }
+
+    /// All ones if a word of the block is full, else 0: with it a word is known that was not written.
+    #[inline]
+    pub(super) const fn filling(self, word: usize) -> u64 {
+        (self.full >> (word % 64) & 1).wrapping_neg()
+    }
+
+    /// With one word of the block in the class of what it holds now.
+    #[inline]
+    pub(super) const fn with_word(self, word: usize, holds: u64) -> Self {
+        let at = word % 64;
+        let is_full = holds == !0;
+        let is_mixed = holds != 0 && !is_full;
+        Self {
+            mixed: self.mixed & !(1 << at) | (is_mixed as u64) << at,
+            full: self.full & !(1 << at) | (is_full as u64) << at,
         }
     }
 
@@ -117,6 +141,31 @@ impl From<Pair> for Stored {
     #[inline]
     fn from(pair: Pair) -> Self {
         [pair.mixed, pair.full]
+    }
+}
+
+/// The pair of 64 words of which one is mixed. Its two words are written one by one: read as one, soon after,
+/// they would be waited for.
+pub(super) struct MixedBlock<'a>(&'a mut Stored);
+
+impl MixedBlock<'_> {
+    /// Whether a word of the block is full.
+    #[inline]
+    pub(super) const fn is_full(&self, word: usize) -> bool {
+        self.0[1] >> (word % 64) & 1 == 1
+    }
+
+    /// Makes a word of the block, empty or mixed, a mixed one.
+    #[inline]
+    pub(super) const fn mix_empty(&mut self, word: usize) {
+        self.0[0] |= bit(word as u64);
+    }
+
+    /// Makes a full word of the block a mixed one.
+    #[inline]
+    pub(super) const fn mix_full(&mut self, word: usize) {
+        self.0[0] |= bit(word as u64);
+        self.0[1] &= !bit(word as u64);
     }
 }
 
@@ -173,25 +222,6 @@ impl Summary {
         self.lowest.get(block).copied().map(Pair::from)
     }
 
-    /// Makes a word of this class, empty or full, a mixed one, if it is of that class and another word of
-    /// its block is mixed: then nobody above has to learn of it. Says whether it did.
-    #[inline]
-    pub(super) fn mix(&mut self, word: usize, class: Class) -> bool {
-        let Some(stored) = self.lowest.get_mut(word / 64) else {
-            return false;
-        };
-        let before = Pair::from(*stored);
-        let is_full = before.full & bit(word as u64) != 0;
-        if before.mixed == 0 || is_full != (class == Class::Full) {
-            return false;
-        }
-        *stored = Stored::from(Pair {
-            mixed: before.mixed | bit(word as u64),
-            full: before.full & !bit(word as u64),
-        });
-        true
-    }
-
     /// What a word holds. All are empty in a map without memory.
     #[inline]
     pub(super) fn class_of(&self, word: usize) -> Class {
@@ -217,6 +247,15 @@ impl Summary {
         }
     }
 
+    /// The same where it is known what they held, and that is another pair.
+    #[inline]
+    pub(super) fn change_block(&mut self, block: usize, before: Pair, after: Pair) {
+        self.lowest[block] = after.into();
+        if before.is_uniform() | after.is_uniform() && after.class() != before.class() {
+            self.tell(1, block, after.class());
+        }
+    }
+
     /// One word is of another class now than it was.
     #[inline]
     pub(super) fn mark(&mut self, word: usize, class: Class) {
@@ -231,29 +270,19 @@ impl Summary {
         }
     }
 
-    /// All of these words, of which there must be one, are of one class now: empty or full.
-    pub(super) fn mark_run(&mut self, words: &Range<usize>, class: Class) {
-        let Cut { head, body, tail } = Cut::of(&(words.start as u64..words.end as u64));
-        for (block, children) in [head, tail] {
-            let before = Pair::from(self.lowest[block]);
-            self.set_block(block, before.with(children, class));
-        }
-        if !body.is_empty() {
-            let whole = Pair { mixed: 0, full: 0 }.with(!0, class);
-            self.lowest[body.clone()].fill(whole.into());
-            self.tell_run(body, class);
-        }
+    /// What is known of 64 words, if one of them is mixed. As long as that is so, nobody above has to learn of
+    /// what else they are.
+    #[inline]
+    pub(super) fn mixed_block(&mut self, block: usize) -> Option<MixedBlock<'_>> {
+        let stored = self.lowest.get_mut(block).filter(|pair| pair[0] != 0)?;
+        Some(MixedBlock(stored))
     }
 
-    /// The same for words of one block.
-    #[inline]
-    pub(super) fn mark_in_block(&mut self, words: Range<usize>, class: Class) {
-        let children = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
-        let before = Pair::from(self.lowest[words.start / 64]);
-        let after = before.with(children, class);
-        if after != before {
-            self.set_block(words.start / 64, after);
-        }
+    /// All of these blocks, of which there must be one, are of one class now: empty or full.
+    pub(super) fn mark_blocks(&mut self, blocks: Range<usize>, class: Class) {
+        let whole = Pair { mixed: 0, full: 0 }.with(!0, class);
+        self.lowest[blocks.clone()].fill(whole.into());
+        self.tell_run(blocks, class);
     }
 
     /// All of these blocks are of one class now.

@@ -25,6 +25,7 @@ use super::rescale::{Piece, Rounding};
 use super::word::{bits_from, bits_to, lowest};
 use super::words::Word;
 use super::{CreateError, HBitmap, LoadError, MergeError, RangeError, WordsError};
+use crate::log::DirtyWord;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -90,19 +91,8 @@ impl TrackedBitmap {
     /// ```
     #[must_use]
     pub fn new(bitmap: HBitmap, chunk_len: u64) -> Self {
-        // No map has 2^63 bytes, so a chunk of that many, or more, is the whole of it.
-        let log2 = |bytes: u64| 64 - bytes.saturating_sub(1).leading_zeros();
-        let granules = 3 + log2(chunk_len.max(8));
-        let exponent = 63.min(granules + u32::from(bitmap.granularity.exponent()));
-        let granularity = Granularity::from_exponent(exponent as u8).expect("it is below 64");
-        Self {
-            changes: Changes {
-                shift: granularity.exponent() - bitmap.granularity.exponent(),
-                chunks: HBitmap::new(bitmap.len, granularity)
-                    .expect("there are no more chunks than granules"),
-            },
-            bitmap,
-        }
+        let changes = Changes::new(&bitmap, chunk_len);
+        Self { bitmap, changes }
     }
 
     /// The bitmap itself, to ask and to serialize.
@@ -436,7 +426,7 @@ impl TrackedBitmap {
 
 /// What has changed of a map.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Changes {
+pub(crate) struct Changes {
     /// The chunks, as granules of a map of the same length.
     chunks: HBitmap,
     /// A chunk has two to the power of this granules of the map, or is the whole map.
@@ -444,6 +434,47 @@ struct Changes {
 }
 
 impl Changes {
+    /// None yet, in chunks of `chunk_len` serialized bytes, as [`TrackedBitmap::new`] rounds them.
+    pub(crate) fn new(map: &HBitmap, chunk_len: u64) -> Self {
+        // No map has 2^63 bytes, so a chunk of that many, or more, is the whole of it.
+        let log2 = |bytes: u64| 64 - bytes.saturating_sub(1).leading_zeros();
+        let granules = 3 + log2(chunk_len.max(8));
+        let exponent = 63.min(granules + u32::from(map.granularity.exponent()));
+        let granularity = Granularity::from_exponent(exponent as u8).expect("it is below 64");
+        Self {
+            shift: granularity.exponent() - map.granularity.exponent(),
+            chunks: HBitmap::new(map.len, granularity)
+                .expect("there are no more chunks than granules"),
+        }
+    }
+
+    /// The chunks, as granules of a map of the same length.
+    pub(crate) fn chunks(&self) -> &HBitmap {
+        &self.chunks
+    }
+
+    /// The same, to mark or to clear some.
+    pub(crate) fn chunks_mut(&mut self) -> &mut HBitmap {
+        &mut self.chunks
+    }
+
+    /// As [`HBitmap::set_word`] of `map`, of which these are the changes.
+    pub(crate) fn set_word(
+        &mut self,
+        map: &mut HBitmap,
+        granularity: Granularity,
+        word: DirtyWord,
+    ) {
+        if !is_broken(Sabotage::ForgetRecorded) {
+            for run in word.runs() {
+                let end = granularity.start_of(run.end).min(map.len);
+                let run = ByteRange::from(granularity.start_of(run.start)..end);
+                self.will_set(map, map.granularity.outward(run));
+            }
+        }
+        map.set_word(granularity, word);
+    }
+
     /// These granules of the map, if there are any, have changed.
     fn mark(&mut self, granules: Range<u64>) {
         if !granules.is_empty() {

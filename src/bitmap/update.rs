@@ -1,13 +1,14 @@
-//! Setting and resetting: the edges of a run word by word, what is between by its summary alone.
+//! Setting and resetting: granules of a word, of a block, and of many blocks.
 //!
 //! ```text
-//! set     word 3      ──▶ read, written                   ──▶ full now? then its pair learns that
-//!         words 4…99  ──▶ the mixed ones counted, filled  ──▶ all full, says their summary
-//!         word 100    ──▶ read, written                   ──▶ full now? …
+//! of a word       the word and its pair are written, and nobody else is told while the block stays mixed
+//! of a block      edge words │ words between, at once   ──▶ the pair, once
+//! of many         first block │ whole blocks, of which only mixed ones are read │ last   ──▶ those above, once
 //! ```
 //!
-//! Words between the edges that are empty or full are not touched, but for a reset, which has to look at
-//! the full ones: some were written, and a word that is not 0 would not be empty.
+//! A clean run that is set is not written but for its edges: that it is full is what the pair says. A run
+//! that is reset has to be, as some of its words may have been written, and a word that is not 0 would not be
+//! empty; in whole blocks it is looked at first, as perhaps none was, and their memory never touched.
 
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::summary::Class;
-use super::word::{Cut, bit, bits_from, bits_to, clear, ones, word_of};
+use super::word::{Cut, bit, bits_from, bits_to, clear, word_of};
 use crate::units::{ByteRange, Granularity};
 
 /// Why a range or an offset does not fit the bitmap. The bitmap is as before.
@@ -84,6 +85,9 @@ impl HBitmap {
             let mask = bits_from(first) & bits_to(last);
             return Ok(self.set_in_word(word_of(first), mask));
         }
+        if word_of(first) + 1 == word_of(last) {
+            return Ok(self.set_in_two_words(first, last));
+        }
         Ok(self.set_run(first..last + 1))
     }
 
@@ -139,7 +143,26 @@ impl HBitmap {
         if is_whole && range.end() <= self.len {
             return Ok(self.reset_one(granularity.granule_of(range.start())));
         }
-        Ok(self.reset_run(self.uncut(range)?))
+        self.reset_uncut(range)
+    }
+
+    /// As [`reset`](Self::reset), for more than a granule, or less.
+    #[inline(never)]
+    fn reset_uncut(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        let granules = self.uncut(range)?;
+        if granules.is_empty() {
+            return Ok(false);
+        }
+        let (first, last) = (granules.start, granules.end - 1);
+        if word_of(first) == word_of(last) {
+            let mask = bits_from(first) & bits_to(last);
+            return Ok(self.reset_in_word(word_of(first), mask));
+        }
+        if word_of(first) + 1 == word_of(last) {
+            let was_dirty = self.reset_in_word(word_of(first), bits_from(first));
+            return Ok(self.reset_in_word(word_of(last), bits_to(last)) | was_dirty);
+        }
+        Ok(self.reset_run(granules))
     }
 
     /// Makes every granule that lies in `range` as a whole clean, and says whether one was dirty.
@@ -217,147 +240,113 @@ impl HBitmap {
     /// Sets one granule.
     #[inline]
     fn set_one(&mut self, granule: u64) -> bool {
-        let at = word_of(granule);
-        let word = self.words.get_mut(at).filter(|word| **word != 0);
-        let Some(word) = word else {
-            return self.set_one_in_zero_word(at, bit(granule));
-        };
-        let before = *word;
-        let after = before | bit(granule);
-        let is_new = before & bit(granule) == 0;
-        *word = after;
-        // Added, not branched on: whether a granule was dirty is hard to predict.
+        let is_new = self.set_bits(word_of(granule), bit(granule)) != 0;
         self.count += u64::from(is_new);
-        if after == !0 {
-            self.fill_up(at, before);
-        }
         is_new
     }
 
     /// Resets one granule.
     #[inline]
     fn reset_one(&mut self, granule: u64) -> bool {
-        let at = word_of(granule);
-        let word = self.words.get_mut(at);
-        let Some(word) = word.filter(|word| !matches!(**word, 0 | u64::MAX)) else {
-            return self.reset_one_in_uniform_word(at, bit(granule));
-        };
-        let before = *word;
-        let after = before & !bit(granule);
-        let was_dirty = before & bit(granule) != 0;
-        *word = after;
+        let was_dirty = self.reset_bits(word_of(granule), bit(granule)) != 0;
         self.count -= u64::from(was_dirty);
-        if after == 0 {
-            self.run_dry(at);
-        }
         was_dirty
     }
 
     /// Sets the granules `mask` of one word. There must be one.
     #[inline]
     pub(super) fn set_in_word(&mut self, at: usize, mask: u64) -> bool {
-        let word = self.words.get_mut(at).filter(|word| **word != 0);
-        let Some(word) = word else {
-            return self.set_in_zero_word(at, mask);
-        };
-        let before = *word;
-        let after = before | mask;
-        if after == before {
-            return false;
-        }
-        *word = after;
-        self.count += u64::from((after ^ before).count_ones());
-        if after == !0 {
-            self.fill_up(at, before);
-        }
-        true
+        let changed = self.set_bits(at, mask);
+        self.count += u64::from(changed.count_ones());
+        changed != 0
     }
 
     /// Resets the granules `mask` of one word. There must be one.
     #[inline]
     pub(super) fn reset_in_word(&mut self, at: usize, mask: u64) -> bool {
-        let word = self.words.get_mut(at);
-        let Some(word) = word.filter(|word| !matches!(**word, 0 | u64::MAX)) else {
-            return self.reset_in_uniform_word(at, mask);
+        let changed = self.reset_bits(at, mask);
+        self.count -= u64::from(changed.count_ones());
+        changed != 0
+    }
+
+    /// Sets the last granules of a word and the first of the next.
+    #[inline(never)]
+    fn set_in_two_words(&mut self, first: u64, last: u64) -> bool {
+        let is_new = self.set_in_word(word_of(first), bits_from(first));
+        self.set_in_word(word_of(last), bits_to(last)) | is_new
+    }
+
+    /// Sets the granules `mask` of one word, and says which were clean. They are not counted.
+    ///
+    /// Word and pair are both written, whatever they held. A branch on whether the word was 0 would save the pair
+    /// where it was not; but it is hard to predict, and is found out only when the word has come from far memory,
+    /// while nothing after it goes on.
+    #[inline]
+    fn set_bits(&mut self, at: usize, mask: u64) -> u64 {
+        let pair = self.summary.mixed_block(at / 64);
+        let (Some(mut pair), Some(word)) = (pair, self.words.get_mut(at)) else {
+            return self.change_in_uniform_block::<true>(at, mask);
         };
-        let before = *word;
-        let after = before & !mask;
-        if after == before {
-            return false;
+        if pair.is_full(at) {
+            return 0;
         }
+        let before = *word;
+        let after = before | mask;
         *word = after;
-        self.count -= u64::from((after ^ before).count_ones());
+        pair.mix_empty(at);
+        if after == !0 {
+            self.fill_up(at);
+        }
+        mask & !before
+    }
+
+    /// Resets the granules `mask` of one word, and says which were dirty. They are not counted.
+    #[inline]
+    fn reset_bits(&mut self, at: usize, mask: u64) -> u64 {
+        let pair = self.summary.mixed_block(at / 64);
+        let (Some(mut pair), Some(word)) = (pair, self.words.get_mut(at)) else {
+            return self.change_in_uniform_block::<false>(at, mask);
+        };
+        let mut before = *word;
+        if pair.is_full(at) {
+            before = !0;
+            pair.mix_full(at);
+        }
+        let after = before & !mask;
+        *word = after;
         if after == 0 {
             self.run_dry(at);
         }
-        true
+        mask & before
     }
 
-    /// A word has become full, if it was not before.
+    /// A word of a mixed block has become full.
     #[inline(never)]
-    fn fill_up(&mut self, at: usize, before: u64) {
-        if before != !0 {
-            self.summary.mark(at, Class::Full);
-        }
+    fn fill_up(&mut self, at: usize) {
+        self.summary.mark(at, Class::Full);
     }
 
-    /// A word has become empty.
+    /// A word of a mixed block has become empty, or is.
     #[inline(never)]
     fn run_dry(&mut self, at: usize) {
         self.summary.mark(at, Class::Empty);
     }
 
-    /// As [`set_in_word`](Self::set_in_word), for a word that is 0: empty, full, or not there yet.
+    /// Makes the granules `mask` of a word dirty, or clean, in a block that has no mixed word, or is not there yet,
+    /// and says which were not. Only what changes is written: the memory may not have been touched.
     #[inline(never)]
-    fn set_in_zero_word(&mut self, at: usize, mask: u64) -> bool {
-        if self.summary.class_of(at) == Class::Full {
-            return false;
-        }
-        if self.words.is_empty() {
-            self.take_memory();
-        }
-        self.words[at] = mask;
-        self.count += u64::from(mask.count_ones());
-        self.summary.mark(at, Class::of(mask));
-        true
-    }
-
-    /// The same for one granule. It is short where its block stays mixed, as nearly all do.
-    #[inline(never)]
-    fn set_one_in_zero_word(&mut self, at: usize, bit: u64) -> bool {
-        match (self.summary.mix(at, Class::Empty), self.words.get_mut(at)) {
-            (true, Some(word)) => {
-                *word = bit;
-                self.count += 1;
-                true
+    fn change_in_uniform_block<const DIRTY: bool>(&mut self, at: usize, mask: u64) -> u64 {
+        let pair = self.summary.block(at / 64);
+        let before = pair.map_or(0, |pair| pair.filling(at));
+        let after = changed::<DIRTY>(before, mask);
+        if after != before {
+            if self.words.is_empty() {
+                self.take_memory();
             }
-            _ => self.set_in_zero_word(at, bit),
+            self.words[at] = after;
+            self.summary.mark(at, Class::of(after));
         }
-    }
-
-    /// As [`reset_in_word`](Self::reset_in_word), for a word that is empty or full.
-    #[inline(never)]
-    fn reset_in_uniform_word(&mut self, at: usize, mask: u64) -> bool {
-        if self.summary.class_of(at) != Class::Full {
-            return false;
-        }
-        self.words[at] = !mask;
-        self.count -= u64::from(mask.count_ones());
-        self.summary.mark(at, Class::of(!mask));
-        true
-    }
-
-    /// The same for one granule. It is short where its block stays mixed, as nearly all do.
-    #[inline(never)]
-    fn reset_one_in_uniform_word(&mut self, at: usize, bit: u64) -> bool {
-        match (self.summary.mix(at, Class::Full), self.words.get_mut(at)) {
-            (true, Some(word)) => {
-                *word = !bit;
-                self.count -= 1;
-                true
-            }
-            _ => self.reset_in_uniform_word(at, bit),
-        }
+        before ^ after
     }
 
     /// Sets a run of granules.
@@ -365,19 +354,12 @@ impl HBitmap {
         if granules.is_empty() {
             return false;
         }
-        let Cut { head, body, tail } = Cut::of(&granules);
-        if head.0 == tail.0 {
-            return self.set_in_word(head.0, head.1);
+        if self.words.is_empty() {
+            self.take_memory();
         }
-        // Both edges are looked at, so neither is left out when the other has answered.
-        let mut has_changed = self.set_in_word(head.0, head.1);
-        has_changed |= self.set_in_word(tail.0, tail.1);
-        if !body.is_empty() {
-            let added = body.len() as u64 * 64 - self.make_uniform(&body, Class::Full);
-            self.count += added;
-            has_changed |= added > 0;
-        }
-        has_changed
+        let added = self.change_run::<true>(&granules, set_in_block, set_blocks);
+        self.count += added;
+        added > 0
     }
 
     /// Resets a run of granules.
@@ -385,77 +367,145 @@ impl HBitmap {
         if granules.is_empty() || self.is_clean() {
             return false;
         }
-        let Cut { head, body, tail } = Cut::of(&granules);
-        if head.0 == tail.0 {
-            return self.reset_in_word(head.0, head.1);
-        }
-        let mut has_changed = self.reset_in_word(head.0, head.1);
-        has_changed |= self.reset_in_word(tail.0, tail.1);
-        if !body.is_empty() {
-            let removed = self.make_uniform(&body, Class::Empty);
-            self.count -= removed;
-            has_changed |= removed > 0;
-        }
-        has_changed
+        let removed = self.change_run::<false>(&granules, reset_in_block, reset_blocks);
+        self.count -= removed;
+        removed > 0
     }
 
-    /// Makes words empty or full, and says how many ones they had.
-    fn make_uniform(&mut self, words: &Range<usize>, class: Class) -> u64 {
-        let (first, last) = (words.start / 64, (words.end - 1) / 64);
-        let is_short = last - first < 4;
-        let mut ones = 0;
-        for block in first..=last {
-            let within = words.start.max(block * 64)..words.end.min(block * 64 + 64);
-            ones += self.make_uniform_in_block(within.clone(), class);
-            if is_short {
-                self.summary.mark_in_block(within, class);
-            }
-        }
-        if !is_short {
-            self.summary.mark_run(words, class);
-        }
-        ones
-    }
-
-    /// As [`make_uniform`](Self::make_uniform) for words of one block, but for the summary.
+    /// Makes a run of granules, of which there must be one, dirty or clean, and says how many were not: the
+    /// parts in the first block and in the last, and the whole blocks between. There must be memory.
     #[inline]
-    fn make_uniform_in_block(&mut self, words: Range<usize>, class: Class) -> u64 {
-        let mask = bits_from(words.start as u64) & bits_to(words.end as u64 - 1);
-        let Some(pair) = self.summary.block(words.start / 64) else {
-            return 0;
-        };
-        let full = u64::from((pair.full & mask).count_ones()) * 64;
-        // A word that is not 0 must be right.
-        let right = if class == Class::Full { !0 } else { 0 };
-        if pair.mixed & mask == mask {
-            let words = &mut self.words[words];
-            let ones = count_ones(words);
-            words.fill(right);
-            return ones;
+    fn change_run<const DIRTY: bool>(
+        &mut self,
+        granules: &Range<u64>,
+        change_in_block: fn(&mut HBitmap, Range<u64>) -> u64,
+        change_blocks: fn(&mut HBitmap, Range<usize>) -> u64,
+    ) -> u64 {
+        let (first, last) = (granules.start / BLOCK, (granules.end - 1) / BLOCK);
+        if first == last {
+            return change_in_block(self, granules.clone());
         }
-        if pair.mixed & mask == 0 {
-            if full > 0 && right == 0 {
-                clear(&mut self.words[words]);
-            }
-            return full;
+        let head = change_in_block(self, granules.start..(first + 1) * BLOCK);
+        let tail = change_in_block(self, last * BLOCK..granules.end);
+        // No more blocks than words, which a `usize` counts.
+        let body = (first + 1) as usize..last as usize;
+        if body.is_empty() {
+            return head + tail;
         }
-        let first = words.start / 64 * 64;
-        let mut mixed = 0;
-        for at in ones(pair.any() & mask) {
-            let word = &mut self.words[first + at];
-            if pair.mixed & bit(at as u64) != 0 {
-                mixed += u64::from(word.count_ones());
-            }
-            if *word != 0 {
-                *word = right;
-            }
-        }
-        full + mixed
+        let between = change_blocks(self, body.clone());
+        self.summary.mark_blocks(body, Class::filled::<DIRTY>());
+        head + tail + between
     }
 }
 
-/// Ones of some words. Made several times over, for what processors have.
-#[multiversion(targets = "simd")]
-fn count_ones(words: &[u64]) -> u64 {
-    words.iter().map(|word| u64::from(word.count_ones())).sum()
+/// Granules of a block.
+const BLOCK: u64 = 64 * 64;
+
+/// A word of which `mask` is made dirty, or clean.
+#[inline(always)]
+const fn changed<const DIRTY: bool>(word: u64, mask: u64) -> u64 {
+    if DIRTY { word | mask } else { word & !mask }
+}
+
+/// Makes all of some words 0, or all of them full, and says how many ones the mixed ones had: those of a word
+/// that was full before, written or not, are known to the caller.
+#[inline(always)]
+fn replace(words: &mut [u64], word: u64) -> u64 {
+    let mut ones = 0;
+    for at in words {
+        // 64 becomes 0, and nothing else does.
+        ones += u64::from(at.count_ones() & 63);
+        *at = word;
+    }
+    ones
+}
+
+/// Makes granules of one block, of which there must be one, dirty, and says how many were not. Their number is
+/// not kept. There must be memory.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn set_in_block(map: &mut HBitmap, granules: Range<u64>) -> u64 {
+    change_in_block::<true>(map, granules)
+}
+
+/// As [`set_in_block`], but clean.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn reset_in_block(map: &mut HBitmap, granules: Range<u64>) -> u64 {
+    change_in_block::<false>(map, granules)
+}
+
+/// The edges word by word, what is between at once, and the pair of the block once for all of them.
+#[inline(always)]
+fn change_in_block<const DIRTY: bool>(map: &mut HBitmap, granules: Range<u64>) -> u64 {
+    let Cut { head, body, tail } = Cut::of(&granules);
+    let block = head.0 / 64;
+    let Some(before) = map.summary.block(block) else {
+        return 0;
+    };
+    let words = &mut map.words[block * 64..];
+    let mut pair = before;
+    let mut count = 0;
+    let mut edge = |at: usize, mask: u64| {
+        let word = &mut words[at % 64];
+        let before = *word | pair.filling(at);
+        let after = changed::<DIRTY>(before, mask);
+        if after != before {
+            *word = after;
+            pair = pair.with_word(at, after);
+        }
+        count += u64::from((before ^ after).count_ones());
+    };
+    edge(head.0, head.1);
+    edge(tail.0, tail.1);
+    if !body.is_empty() {
+        let children = bits_from(body.start as u64) & bits_to(body.end as u64 - 1);
+        let words = &mut words[body.start % 64..][..body.len()];
+        let full = u64::from((pair.full & children).count_ones()) * 64;
+        let mut ones = full;
+        if pair.mixed & children != 0 {
+            ones += replace(words, changed::<DIRTY>(0, !0));
+        } else if full > 0 && !DIRTY {
+            // Not looked at before: their memory is that of the edges, or next to it.
+            words.fill(0);
+        }
+        count += if DIRTY {
+            body.len() as u64 * 64 - ones
+        } else {
+            ones
+        };
+        pair = pair.with(children, Class::filled::<DIRTY>());
+    }
+    if pair != before {
+        map.summary.change_block(block, before, pair);
+    }
+    count
+}
+
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn set_blocks(map: &mut HBitmap, blocks: Range<usize>) -> u64 {
+    fill_blocks::<true>(map, blocks)
+}
+
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn reset_blocks(map: &mut HBitmap, blocks: Range<usize>) -> u64 {
+    fill_blocks::<false>(map, blocks)
+}
+
+/// Makes the words of whole blocks what they must be when all is dirty, or clean, and says how many granules
+/// were not. The summary is not told.
+#[inline(always)]
+fn fill_blocks<const DIRTY: bool>(map: &mut HBitmap, blocks: Range<usize>) -> u64 {
+    let all = blocks.len() as u64 * BLOCK;
+    let mut ones = 0;
+    for block in blocks {
+        let Some(pair) = map.summary.block(block) else {
+            continue;
+        };
+        ones += u64::from(pair.full.count_ones()) * 64;
+        if pair.mixed != 0 {
+            ones += replace(&mut map.words[block * 64..][..64], changed::<DIRTY>(0, !0));
+        } else if pair.full != 0 && !DIRTY {
+            clear(&mut map.words[block * 64..][..64]);
+        }
+    }
+    if DIRTY { all - ones } else { ones }
 }

@@ -48,11 +48,12 @@ pub(super) const fn words_for(bits: u64) -> u64 {
     if words == 0 { 1 } else { words }
 }
 
-/// Makes words 0. Those that are 0 are not written: their memory may never have been touched.
+/// Makes words of one block 0. If they all are, they are not written: their memory may never have been touched.
 #[inline]
 pub(super) fn clear(words: &mut [u64]) {
-    let written = words.iter_mut().filter(|word| **word != 0);
-    written.for_each(|word| *word = 0);
+    if words.iter().fold(0, |any, word| any | word) != 0 {
+        words.fill(0);
+    }
 }
 
 /// Which bits of `word` are 1, ascending.

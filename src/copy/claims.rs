@@ -58,6 +58,19 @@ impl Claims {
             .find(|claimed| claimed.overlaps(range))
     }
 
+    /// All claims that overlap `range`, in their order.
+    pub(crate) fn overlapping(&self, range: ByteRange) -> impl Iterator<Item = &Claim> {
+        let before = self.by_start.range(..range.start()).next_back();
+        let within = self
+            .by_start
+            .range(range.start()..range.end().max(range.start()));
+        before
+            .into_iter()
+            .chain(within)
+            .map(|(_, claim)| claim)
+            .filter(move |claim| claim.range.overlaps(range))
+    }
+
     pub(crate) fn insert(&mut self, claim: Claim) {
         assert!(
             self.first_in(claim.range).is_none(),

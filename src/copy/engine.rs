@@ -21,15 +21,17 @@
 //!    then: the write may still land.
 //! 7. What was claimed and never handed out is dirty again when the job gives up.
 //! 8. What the target holds is promised only when no claim is left: not by a clean bitmap alone.
+//! 9. What a guest waits for goes ahead of everything else, and is not kept back by what the rest has of
+//!    workers and buffers.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
+use crate::copy::buffer::Room;
 use crate::copy::claims::{Claim, ClaimState, Claims};
-use crate::copy::{Extent, Op, OpId, OpKind, Outcome, Shape, Side};
-use crate::node::JobBitmapGuard;
+use crate::copy::{Buffer, Content, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -37,10 +39,21 @@ use crate::units::{ByteRange, Granularity};
 /// wait, and so often is a device asked in vain that is dead.
 const PARKED_MAX: usize = 64;
 
+/// Operations at the same time, at most, for guests that wait.
+const URGENT_MAX: usize = 64;
+
+/// How many areas of the buffer are looked at for one that is not in flight, before others have their turn.
+const SAVED_TRIES: usize = 64;
+
+/// How much is asked about at once where the source turned out to hold no data.
+const LOOK_MAX: u64 = 8 << 30;
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Engine {
     shape: Shape,
+    /// The longest claim just now: longer where there is no data, so that holes are passed in few steps.
+    run_max: u64,
     /// Operations at the same time, at most.
     workers: usize,
     /// Bytes held in buffers at the same time, at most.
@@ -50,15 +63,31 @@ pub(crate) struct Engine {
     ready: VecDeque<u64>,
     /// Everything handed out and not reported back.
     running: BTreeMap<OpId, OpKind>,
+    /// Those of them that guests wait for. They count neither as workers nor as buffers.
+    urgent: BTreeSet<OpId>,
     buffered_bytes: u64,
     /// Where the search for dirty ranges goes on.
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
+    copy_by: CopyBy,
+    /// A place for what the guest is about to overwrite, if there is one.
+    buffer: Option<Buffer>,
     /// Whether a request to settle is out.
     is_settling: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
     has_unflushed: bool,
+}
+
+/// By what way data comes to the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CopyBy {
+    /// It is read, and written.
+    Buffer,
+    /// The same, and the target compresses it.
+    Compressing,
+    /// The target fetches it, until that fails for the first time.
+    Offloading,
 }
 
 /// What may be handed out.
@@ -72,6 +101,17 @@ pub(crate) enum Budget {
     Claim,
 }
 
+/// What can be done for a guest that waits.
+#[derive(Debug)]
+pub(crate) enum Urgent {
+    /// This.
+    Op(Op),
+    /// Nothing more just now: all is on its way, or too much is for guests already.
+    Wait,
+    /// There is no space in the buffer.
+    Full,
+}
+
 /// What became of an operation that was reported back.
 #[derive(Debug)]
 pub(crate) enum Done {
@@ -79,6 +119,10 @@ pub(crate) enum Done {
     Nothing,
     /// Its range is on the target.
     Range(ByteRange),
+    /// It is in the buffer, and so what the guest may overwrite.
+    Saved(ByteRange),
+    /// The source's topmost layer holds nothing there, and so nothing is to be copied.
+    Skipped(ByteRange),
     /// The target is flushed.
     Flushed,
     /// A request for the source's status that was not one of the engine's own.
@@ -89,6 +133,8 @@ pub(crate) enum Done {
         side: Side,
         kind: OpKind,
         error: io::Error,
+        /// Whether a guest waits for it.
+        is_urgent: bool,
     },
 }
 
@@ -107,17 +153,45 @@ impl Engine {
             .transpose()?;
         Ok(Self {
             buf_size: buf_size.max(shape.chunk_max),
+            run_max: shape.run_max,
             shape,
             workers,
             claims: Claims::default(),
             ready: VecDeque::new(),
             running: BTreeMap::new(),
+            urgent: BTreeSet::new(),
             buffered_bytes: 0,
             cursor: 0,
             filled,
+            copy_by: CopyBy::Buffer,
+            buffer: None,
             is_settling: false,
             has_unflushed: false,
         })
+    }
+
+    /// With a place to put what guests wait for.
+    pub(crate) fn with_buffer(mut self, buffer: Option<Buffer>) -> Self {
+        self.buffer = buffer;
+        self
+    }
+
+    pub(crate) fn copying_by(mut self, copy_by: CopyBy) -> Self {
+        self.copy_by = copy_by;
+        self
+    }
+
+    /// What is asked for when that is planned.
+    fn by(&self, kind: OpKind) -> OpKind {
+        match (kind, self.copy_by) {
+            (OpKind::Copy(range), CopyBy::Compressing) => OpKind::CopyCompressed(range),
+            (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
+            _ => kind,
+        }
+    }
+
+    pub(crate) fn buffer(&self) -> Option<&Buffer> {
+        self.buffer.as_ref()
     }
 
     pub(crate) fn shape(&self) -> &Shape {
@@ -156,7 +230,12 @@ impl Engine {
     }
 
     pub(crate) fn has_free_worker(&self) -> bool {
-        self.running.len() < self.workers
+        self.running.len() - self.urgent.len() < self.workers
+    }
+
+    /// Whether nothing is in flight but what guests wait for.
+    pub(crate) fn is_idle_but_urgent(&self) -> bool {
+        self.running.len() == self.urgent.len() && !self.has_lost()
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -177,7 +256,7 @@ impl Engine {
     }
 
     /// The request to settle, if ranges wait for one.
-    pub(crate) fn settle(&mut self, dirty: Option<&mut JobBitmapGuard<'_>>) -> Option<Op> {
+    pub(crate) fn settle(&mut self, dirty: Option<&mut HBitmap>) -> Option<Op> {
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
@@ -212,8 +291,8 @@ impl Engine {
     }
 
     /// The next operation, if there is work and room for it.
-    pub(crate) fn next(&mut self, dirty: &mut JobBitmapGuard<'_>, budget: Budget) -> Option<Op> {
-        if self.running.len() >= self.workers {
+    pub(crate) fn next(&mut self, dirty: &mut HBitmap, budget: Budget) -> Option<Op> {
+        if !self.has_free_worker() {
             return None;
         }
         let may_claim = budget == Budget::Claim && self.claims.parked() < PARKED_MAX;
@@ -227,7 +306,7 @@ impl Engine {
             .expect("what is in the queue is claimed");
         let kind = match claim.state {
             ClaimState::Look => OpKind::Status(claim.range),
-            ClaimState::Planned(kind) => kind,
+            ClaimState::Planned(kind) => self.by(kind),
             ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
                 unreachable!("only what waits to be handed out is in the queue")
             }
@@ -246,10 +325,132 @@ impl Engine {
         Some(op)
     }
 
+    /// The next operation that puts into the buffer, or discards there.
+    pub(crate) fn next_of_buffer(&mut self, dirty: &HBitmap, range: ByteRange) -> Urgent {
+        if self.urgent.len() >= URGENT_MAX {
+            return Urgent::Wait;
+        }
+        let claims = &self.claims;
+        let is_wanted = |range| dirty.any_dirty_in(range) || claims.first_in(range).is_some();
+        let Some(buffer) = &mut self.buffer else {
+            return Urgent::Full;
+        };
+        match buffer.room(range, is_wanted) {
+            Room::NotNeeded => Urgent::Wait,
+            Room::None => Urgent::Full,
+            Room::For(piece) => {
+                buffer.begin(piece);
+                Urgent::Op(self.hand_out_aside(OpKind::Save(piece)))
+            }
+        }
+    }
+
+    /// Whether something is being put into the buffer, or discarded there.
+    pub(crate) fn is_buffer_busy(&self) -> bool {
+        let mut kinds = self.running.values();
+        kinds.any(|kind| matches!(kind, OpKind::Save(_) | OpKind::DiscardSaved(_)))
+    }
+
+    /// The next range of the buffer that can be given back.
+    pub(crate) fn next_discard(&mut self) -> Option<Op> {
+        let range = self.buffer.as_mut()?.next_unneeded()?;
+        Some(self.hand_out_aside(OpKind::DiscardSaved(range)))
+    }
+
+    /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
+    /// target, or too much is on its way for guests already.
+    pub(crate) fn next_urgent(&mut self, dirty: &mut HBitmap, range: ByteRange) -> Option<Op> {
+        if self.urgent.len() >= URGENT_MAX && !is_broken(Sabotage::LimitUrgent) {
+            return None;
+        }
+        if is_broken(Sabotage::LimitUrgent) && !self.has_free_worker() {
+            return None;
+        }
+        let parked: Vec<u64> = self
+            .claims
+            .overlapping(range)
+            .filter(|claim| matches!(claim.state, ClaimState::Parked { .. }))
+            .map(|claim| claim.range.start())
+            .collect();
+        for start in parked {
+            self.claims.remove(start);
+        }
+        let waiting = self.claims.overlapping(range).find_map(|claim| {
+            let kind = match claim.state {
+                ClaimState::Look => OpKind::Status(claim.range),
+                ClaimState::Planned(kind) => self.by(kind),
+                ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
+                    return None;
+                }
+            };
+            Some((claim.range.start(), kind))
+        });
+        let (start, kind) = match waiting {
+            Some((start, kind)) => {
+                self.ready.retain(|&ready| ready != start);
+                (start, kind)
+            }
+            None => {
+                let wish = self.shape.widen(range, self.shape.block);
+                let (free, state) = self.claim_free(wish, self.shape.run_max, dirty)?;
+                let kind = match state {
+                    ClaimState::Planned(kind) => kind,
+                    _ => OpKind::Status(free),
+                };
+                (free.start(), kind)
+            }
+        };
+        let op = self.hand_out(kind);
+        self.urgent.insert(op.id());
+        self.buffered_bytes -= kind.buffered_bytes();
+        self.claims.set_state(start, ClaimState::Running(op.id()));
+        Some(op)
+    }
+
+    /// Hands out what is no copy, and does not count as a worker.
+    pub(crate) fn hand_out_aside(&mut self, kind: OpKind) -> Op {
+        let op = self.hand_out(kind);
+        self.urgent.insert(op.id());
+        op
+    }
+
+    /// `range`, which is made of whole clusters, is not wanted any more. `false` if something of it is in
+    /// flight: then it is to be asked again later.
+    pub(crate) fn forget(&mut self, dirty: &mut HBitmap, range: ByteRange) -> bool {
+        let is_running =
+            |claim: &Claim| matches!(claim.state, ClaimState::Running(_) | ClaimState::Lost);
+        let planned: Vec<ByteRange> = self
+            .claims
+            .overlapping(range)
+            .filter(|claim| !is_running(claim))
+            .map(|claim| claim.range)
+            .collect();
+        for claimed in planned {
+            self.claims.remove(claimed.start());
+            self.ready.retain(|&ready| ready != claimed.start());
+            make_dirty(dirty, claimed);
+        }
+        dirty.reset(range).expect("made of whole clusters");
+        self.claims.first_in(range).is_none()
+    }
+
+    /// How a range of the target can be discarded: what it is aligned to and how long it may be.
+    pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
+        self.shape.discard_limits()
+    }
+
+    /// Whether nothing of `range` is left to do, or being done.
+    pub(crate) fn is_done(&self, dirty: &HBitmap, range: ByteRange) -> bool {
+        !dirty.any_dirty_in(range) && self.claims.first_in(range).is_none()
+    }
+
     /// What an operation counts against the speed limit.
     pub(crate) fn cost(&self, kind: OpKind) -> u64 {
         match kind {
-            OpKind::Copy(range) => range.len(),
+            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopyOffloaded(range) => {
+                range.len()
+            }
+            OpKind::CopySaved(range) | OpKind::Save(range) => range.len(),
             OpKind::Zero(range, _) | OpKind::Discard(range) if !self.shape.cheap_zeroes => {
                 range.len()
             }
@@ -284,37 +485,100 @@ impl Engine {
         &mut self,
         op: Op,
         outcome: Outcome,
-        dirty: Option<&mut JobBitmapGuard<'_>>,
+        mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
-        self.buffered_bytes -= kind.buffered_bytes();
+        let is_urgent = self.urgent.remove(&op.id());
+        if !is_urgent {
+            self.buffered_bytes -= kind.buffered_bytes();
+        }
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
         Some(match (kind, outcome) {
             (OpKind::Status(range), Outcome::Status(extent)) => self.looked(range, extent, op.id()),
             (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
-                if self.is_claimed_by(range, op.id()) =>
+                if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id())
             }
-            (OpKind::Copy(range) | OpKind::Zero(range, _), Outcome::Done) => {
+            (OpKind::CopyOffloaded(range), Outcome::Failed { .. } | Outcome::Status(_)) => {
+                // The target may hold anything there now; it is written again.
+                self.copy_by = CopyBy::Buffer;
+                self.claims
+                    .set_state(range.start(), ClaimState::Planned(OpKind::Copy(range)));
+                self.ready.push_front(range.start());
+                Done::Nothing
+            }
+            (
+                OpKind::Copy(range)
+                | OpKind::CopyCompressed(range)
+                | OpKind::CopyOffloaded(range)
+                | OpKind::Zero(range, _),
+                Outcome::Done,
+            ) => {
                 self.fill(range);
                 if is_broken(Sabotage::ClearAfterCopy) {
-                    let dirty = dirty.expect("there is a bitmap");
+                    let dirty = dirty.as_mut().expect("there is a bitmap");
                     make_clean(dirty, self.shape.granularity, kind);
                 }
-                self.landed(range)
+                self.landed(range, dirty)
             }
-            (OpKind::Discard(range), Outcome::Done) => self.landed(range),
+            (OpKind::Discard(range), Outcome::Done) => self.landed(range, dirty),
+            (OpKind::CopySaved(range), Outcome::Done) => {
+                self.fill(range);
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.is_copied(range);
+                }
+                self.landed(range, dirty)
+            }
+            (OpKind::Save(range), Outcome::Done) => {
+                let dirty = dirty.expect("a guest waits, so there is a bitmap");
+                let claims = &self.claims;
+                let is_wanted = |range| {
+                    dirty.any_dirty_in(range)
+                        || claims.first_in(range).is_some()
+                        || is_broken(Sabotage::SaveUnwanted)
+                };
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.put_in(range, is_wanted);
+                }
+                Done::Saved(range)
+            }
+            (OpKind::Save(range), outcome) => {
+                let (side, error) = match outcome {
+                    Outcome::Failed { side, error } => (side, error),
+                    Outcome::Done | Outcome::Status(_) => (Side::Buffer, wrong_answer()),
+                };
+                if let Some(buffer) = &mut self.buffer {
+                    match side {
+                        Side::Buffer => buffer.failed(range),
+                        Side::Source | Side::Target => buffer.stop(range),
+                    }
+                }
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
+            }
+            (OpKind::DiscardSaved(range), outcome) => {
+                if let (Some(buffer), Outcome::Done) = (&mut self.buffer, outcome) {
+                    buffer.discarded(range);
+                }
+                Done::Nothing
+            }
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
             (OpKind::Settle, Outcome::Done) => {
                 let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                 self.settled(dirty);
                 Done::Nothing
             }
-            (OpKind::CancelInFlight, _) => Done::Nothing,
+            (OpKind::CancelInFlight | OpKind::GiveUp(_) | OpKind::DiscardSource(_), _) => {
+                Done::Nothing
+            }
             (OpKind::Settle, outcome) => {
                 // Then it is not settled.
                 self.is_settling = false;
@@ -325,22 +589,28 @@ impl Engine {
                         Outcome::Failed { error, .. } => error,
                         Outcome::Done | Outcome::Status(_) => wrong_answer(),
                     },
+                    is_urgent,
                 }
             }
             (kind, Outcome::Failed { side, error }) => {
                 self.has_unflushed |= kind == OpKind::Flush;
-                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                if let Some(range) = self.claimed_range(kind, op.id()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                     if !is_broken(Sabotage::ForgetFailed) {
                         make_dirty(dirty, range);
                     }
                 }
-                Done::Failed { side, kind, error }
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
             }
             (kind, Outcome::Status(_) | Outcome::Done) => {
                 // An answer to another question. It may not have been done.
                 self.has_unflushed |= kind == OpKind::Flush;
-                if let (true, Some(range)) = (kind.writes_target(), kind.range()) {
+                if let Some(range) = self.claimed_range(kind, op.id()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                     make_dirty(dirty, range);
                 }
@@ -352,6 +622,7 @@ impl Engine {
                     },
                     kind,
                     error: wrong_answer(),
+                    is_urgent,
                 }
             }
         })
@@ -373,13 +644,20 @@ impl Engine {
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
         for (id, kind) in std::mem::take(&mut self.running) {
-            self.buffered_bytes -= kind.buffered_bytes();
+            if !self.urgent.remove(&id) {
+                self.buffered_bytes -= kind.buffered_bytes();
+            }
             match kind {
                 OpKind::Status(range) if self.is_claimed_by(range, id) => {
                     self.claims.set_state(range.start(), ClaimState::Look);
                     self.ready.push_front(range.start());
                 }
-                OpKind::Copy(range) | OpKind::Zero(range, _) | OpKind::Discard(range) => {
+                OpKind::Copy(range)
+                | OpKind::CopyCompressed(range)
+                | OpKind::CopyOffloaded(range)
+                | OpKind::Zero(range, _)
+                | OpKind::Discard(range)
+                | OpKind::CopySaved(range) => {
                     self.claims.set_state(range.start(), ClaimState::Lost);
                 }
                 OpKind::Flush => {
@@ -387,7 +665,21 @@ impl Engine {
                     unclaimed.push(kind);
                 }
                 OpKind::Status(_) => unclaimed.push(kind),
-                OpKind::Settle | OpKind::CancelInFlight => {}
+                // Should it still come to the buffer, it is what belongs there: the guest is held back.
+                OpKind::Save(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.stop(range);
+                    }
+                }
+                OpKind::DiscardSaved(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.discard_again(range);
+                    }
+                }
+                OpKind::GiveUp(_)
+                | OpKind::DiscardSource(_)
+                | OpKind::Settle
+                | OpKind::CancelInFlight => {}
             }
         }
         self.is_settling = false;
@@ -395,7 +687,7 @@ impl Engine {
     }
 
     /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.
-    pub(crate) fn give_up_planned(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+    pub(crate) fn give_up_planned(&mut self, dirty: &mut HBitmap) {
         for start in std::mem::take(&mut self.ready) {
             let claim = self.claims.remove(start);
             if !is_broken(Sabotage::ForgetPlanned) {
@@ -406,21 +698,61 @@ impl Engine {
     }
 
     /// Finds the next dirty run that is free, clears its bits and claims it.
-    fn claim(&mut self, dirty: &mut JobBitmapGuard<'_>) -> bool {
+    fn claim(&mut self, dirty: &mut HBitmap) -> bool {
         let start_of_search = self.cursor;
+        if self.claim_saved(dirty) {
+            return true;
+        }
         self.claim_in((start_of_search..self.shape.len).into(), dirty)
             || self.claim_in((0..start_of_search).into(), dirty)
     }
 
-    fn claim_in(&mut self, mut search: ByteRange, dirty: &mut JobBitmapGuard<'_>) -> bool {
-        while let Some(run) = dirty.next_dirty_area(search, self.shape.run_max) {
+    /// What is in the buffer goes first, so that there is space for more.
+    fn claim_saved(&mut self, dirty: &mut HBitmap) -> bool {
+        let mut after = 0;
+        for _ in 0..SAVED_TRIES {
+            let Some(run) = self
+                .buffer
+                .as_ref()
+                .and_then(|buffer| buffer.next_saved(after))
+            else {
+                return false;
+            };
+            if let Some((free, _)) = self.claim_free(run, self.run_max, dirty) {
+                self.ready.push_back(free.start());
+                return true;
+            }
+            after = run.end();
+        }
+        false
+    }
+
+    fn claim_in(&mut self, search: ByteRange, dirty: &mut HBitmap) -> bool {
+        let Some((free, _)) = self.claim_free(search, self.run_max, dirty) else {
+            return false;
+        };
+        self.ready.push_back(free.start());
+        self.cursor = if free.end() >= self.shape.len {
+            0
+        } else {
+            free.end()
+        };
+        true
+    }
+
+    /// Claims the first run of `search` that is dirty and free, and clears its bits.
+    fn claim_free(
+        &mut self,
+        mut search: ByteRange,
+        run_max: u64,
+        dirty: &mut HBitmap,
+    ) -> Option<(ByteRange, ClaimState)> {
+        while let Some(run) = dirty.next_dirty_area(search, run_max) {
             let align = self.shape.claim_align(run, self.filled.as_ref());
             let wish = self.shape.widen(run, align);
             // `run_max` is a multiple of the alignment, but the run may straddle one more.
             let first_block = wish.split_at(wish.start() + align).0;
-            let most = first_block
-                .end()
-                .max(wish.start().saturating_add(self.shape.run_max));
+            let most = first_block.end().max(wish.start().saturating_add(run_max));
             let wish = wish.split_at(most).0;
             let compared = match is_broken(Sabotage::WidenAfterCheck) {
                 true => run,
@@ -443,6 +775,19 @@ impl Engine {
                 }
                 None => wish,
             };
+            // What is saved is no longer to be read from the source.
+            let (free, state) = match &self.buffer {
+                None => (free, ClaimState::Look),
+                Some(buffer) => match buffer.same(free) {
+                    (false, free) => (free, ClaimState::Look),
+                    (true, _) if is_broken(Sabotage::CopyOverwritten) => (free, ClaimState::Look),
+                    (true, saved) => {
+                        let end = saved.start().saturating_add(buffer.piece_max());
+                        let piece = saved.split_at(end).0;
+                        (piece, ClaimState::Planned(OpKind::CopySaved(piece)))
+                    }
+                },
+            };
             let is_late =
                 is_broken(Sabotage::ClearAfterLook) || is_broken(Sabotage::ClearAfterCopy);
             if !is_late {
@@ -453,17 +798,11 @@ impl Engine {
             self.claims.insert(Claim {
                 range: free,
                 align,
-                state: ClaimState::Look,
+                state,
             });
-            self.ready.push_back(free.start());
-            self.cursor = if free.end() >= self.shape.len {
-                0
-            } else {
-                free.end()
-            };
-            return true;
+            return Some((free, state));
         }
-        false
+        None
     }
 
     /// The source has told what is at the start of a range.
@@ -473,8 +812,21 @@ impl Engine {
         }
         let Claim { align, .. } = self.claims.remove(range.start());
         let extent = extent.or_data(range);
-        let mut rest = range;
         let known_end = range.start().saturating_add(extent.len).min(range.end());
+        let (skipped, known_end) = self.skippable((range.start()..known_end).into(), align, extent);
+        if let Some(buffer) = &mut self.buffer {
+            // Saved while the source was asked.
+            for saved in buffer.saved_in(skipped) {
+                buffer.is_copied(saved);
+            }
+        }
+        let is_data = extent.content == Content::Data && skipped.is_empty();
+        self.run_max = match is_data {
+            true => self.shape.run_max,
+            false if known_end == range.end() => self.run_max.saturating_mul(2).min(LOOK_MAX),
+            false => self.run_max,
+        };
+        let mut rest = range.split_at(skipped.end()).1;
         let mut pieces = Vec::new();
         while rest.start() < known_end {
             let extent = Extent {
@@ -498,7 +850,30 @@ impl Engine {
             });
             self.ready.push_front(range.start());
         }
-        Done::Nothing
+        match skipped.is_empty() {
+            true => Done::Nothing,
+            false => Done::Skipped(skipped),
+        }
+    }
+
+    /// What of `known` is not to be copied, from its start on, and up to where the source's answer is used.
+    /// Where something of a block was copied already, the rest of it is, too.
+    fn skippable(&self, known: ByteRange, align: u64, extent: Extent) -> (ByteRange, u64) {
+        let none = (known.start()..known.start()).into();
+        if !self.shape.only_top || extent.in_top {
+            return (none, known.end());
+        }
+        let whole = self.shape.whole_blocks(known, align);
+        match whole.start() > known.start() {
+            true => (none, known.end().min(whole.start())),
+            false => (whole, known.end()),
+        }
+    }
+
+    /// The range that is claimed for an operation.
+    fn claimed_range(&self, kind: OpKind, id: OpId) -> Option<ByteRange> {
+        let range = kind.range()?;
+        (kind.writes_target() || self.is_claimed_by(range, id)).then_some(range)
     }
 
     fn plan(&mut self, range: ByteRange, align: u64, kind: OpKind) {
@@ -510,8 +885,16 @@ impl Engine {
         self.ready.push_back(range.start());
     }
 
-    fn landed(&mut self, range: ByteRange) -> Done {
+    fn landed(&mut self, range: ByteRange, dirty: Option<&mut HBitmap>) -> Done {
         self.claims.remove(range.start());
+        if let (Some(buffer), Some(dirty)) = (&self.buffer, dirty) {
+            // Saved meanwhile: maybe before the source was read, and overwritten by then.
+            for saved in buffer.saved_in(range) {
+                if !is_broken(Sabotage::TrustOvertaken) {
+                    make_dirty(dirty, saved);
+                }
+            }
+        }
         Done::Range(range)
     }
 
@@ -525,7 +908,7 @@ impl Engine {
         }
     }
 
-    fn settled(&mut self, dirty: &mut JobBitmapGuard<'_>) {
+    fn settled(&mut self, dirty: &mut HBitmap) {
         self.is_settling = false;
         let lost: Vec<ByteRange> = self
             .claims
@@ -583,11 +966,11 @@ impl Engine {
                 assert!(self.is_claimed_by(range, *id), "3: a write without a claim");
             }
         }
-        let buffered: u64 = self
+        let background = self
             .running
-            .values()
-            .map(|kind| kind.buffered_bytes())
-            .sum();
+            .iter()
+            .filter(|(id, _)| !self.urgent.contains(id));
+        let buffered: u64 = background.map(|(_, kind)| kind.buffered_bytes()).sum();
         assert_eq!(buffered, self.buffered_bytes);
         assert!(buffered <= self.buf_size);
     }
@@ -607,15 +990,13 @@ fn wrong_answer() -> io::Error {
 }
 
 /// For sabotage: clears the bits of an operation when it is too late.
-fn make_clean(dirty: &mut JobBitmapGuard<'_>, granularity: Granularity, kind: OpKind) {
+fn make_clean(dirty: &mut HBitmap, granularity: Granularity, kind: OpKind) {
     let range = kind.range().expect("it has a range");
     let start = granularity.align_down(range.start());
     let end = granularity.align_up(range.end());
-    dirty
-        .reset_inner((start..end).into())
-        .expect("within the disk");
+    dirty.reset_inner(start..end).expect("within the disk");
 }
 
-fn make_dirty(dirty: &mut JobBitmapGuard<'_>, range: ByteRange) {
+fn make_dirty(dirty: &mut HBitmap, range: ByteRange) {
     dirty.set(range).expect("within the disk");
 }

@@ -44,6 +44,10 @@ pub struct Limits {
     /// have later. The first write to each [`cluster`](Self::cluster) is then made to cover all of it.
     /// Default no.
     pub fills_clusters: bool,
+    /// Whether a target can write [compressed](crate::io::WriteAt::write_compressed_at). Default no.
+    pub compresses: bool,
+    /// Whether a target can [copy from the source](crate::io::WriteAt::copy_from_source) by itself. Default no.
+    pub copies_from_source: bool,
     /// Names the storage, if there is a name: two devices with the same one are the same storage, and
     /// one is not copied onto the other. Default none.
     pub identity: Option<u128>,
@@ -83,6 +87,8 @@ impl Limits {
             discard: None,
             cluster: None,
             fills_clusters: false,
+            compresses: false,
+            copies_from_source: false,
             identity: None,
         }
     }

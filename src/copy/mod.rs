@@ -3,6 +3,7 @@
 //!
 //! This layer sees ranges, ids, outcomes and time, never a byte of data.
 
+mod buffer;
 mod claims;
 mod engine;
 mod limits;
@@ -14,19 +15,22 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::units::ByteRange;
 
-pub(crate) use engine::{Budget, Done, Engine};
+pub(crate) use buffer::Buffer;
+pub(crate) use engine::{Budget, CopyBy, Done, Engine, Urgent};
 pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
 pub use shape::ShapeError;
 
-/// The two ends of a copy.
+/// The devices of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Side {
     /// Where is read.
     Source,
     /// Where is written.
     Target,
+    /// Where a backup keeps for a while what the guest is about to overwrite, if it has such a place.
+    Buffer,
 }
 
 impl fmt::Display for Side {
@@ -34,6 +38,7 @@ impl fmt::Display for Side {
         f.write_str(match self {
             Side::Source => "source",
             Side::Target => "target",
+            Side::Buffer => "buffer",
         })
     }
 }
@@ -106,10 +111,24 @@ pub struct Op {
 pub enum OpKind {
     /// Read the range from the source and write it to the target.
     Copy(ByteRange),
+    /// As [`Copy`](Self::Copy), compressed.
+    CopyCompressed(ByteRange),
+    /// Have the target copy the range from the source by itself.
+    CopyOffloaded(ByteRange),
     /// Make the range of the target read as zeroes.
     Zero(ByteRange, Unmap),
     /// Discard the range of the target.
     Discard(ByteRange),
+    /// Read the range from the source and write it to the buffer.
+    Save(ByteRange),
+    /// Read the range from the buffer and write it to the target.
+    CopySaved(ByteRange),
+    /// Discard the range of the target: nobody will read it.
+    GiveUp(ByteRange),
+    /// Tell the source that the range will not be read any more, and may be discarded.
+    DiscardSource(ByteRange),
+    /// Discard the range of the buffer.
+    DiscardSaved(ByteRange),
     /// Tell what the source has at the start of the range.
     Status(ByteRange),
     /// Make durable what was written to the target.
@@ -129,7 +148,7 @@ pub enum Outcome {
     Status(Extent),
     /// It failed, or was done in part.
     Failed {
-        /// The device that failed. For a copy: source if reading failed, target if writing did.
+        /// The device that failed. For a copy: the one that was read, or the one that was written.
         side: Side,
         /// How.
         error: io::Error,
@@ -166,10 +185,35 @@ impl OpKind {
     pub fn range(self) -> Option<ByteRange> {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopyOffloaded(range)
             | OpKind::Zero(range, _)
             | OpKind::Discard(range)
+            | OpKind::Save(range)
+            | OpKind::CopySaved(range)
+            | OpKind::DiscardSaved(range)
+            | OpKind::GiveUp(range)
+            | OpKind::DiscardSource(range)
             | OpKind::Status(range) => Some(range),
             OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
+        }
+    }
+
+    /// What it reads, and what it writes or asks.
+    pub(crate) fn sides(self) -> [Side; 2] {
+        match self {
+            OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
+            OpKind::Save(_) => [Side::Source, Side::Buffer],
+            OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
+            OpKind::DiscardSaved(_) => [Side::Buffer; 2],
+            OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
+            OpKind::CopyOffloaded(_)
+            | OpKind::Zero(..)
+            | OpKind::Discard(_)
+            | OpKind::GiveUp(_)
+            | OpKind::Flush
+            | OpKind::Settle
+            | OpKind::CancelInFlight => [Side::Target; 2],
         }
     }
 
@@ -178,14 +222,22 @@ impl OpKind {
     pub fn writes_target(self) -> bool {
         matches!(
             self,
-            OpKind::Copy(_) | OpKind::Zero(..) | OpKind::Discard(_)
+            OpKind::Copy(_)
+                | OpKind::CopyCompressed(_)
+                | OpKind::CopyOffloaded(_)
+                | OpKind::Zero(..)
+                | OpKind::Discard(_)
+                | OpKind::CopySaved(_)
         )
     }
 
     /// Bytes that are held in a buffer while it runs.
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {
-            OpKind::Copy(range) => range.len(),
+            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopySaved(range) => {
+                range.len()
+            }
+            // What guests wait for has buffers of its own.
             _ => 0,
         }
     }

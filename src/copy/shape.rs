@@ -35,6 +35,8 @@ pub(crate) struct Shape {
     /// The same for discards.
     discard: Option<(u64, u64)>,
     pub(crate) unmap: Unmap,
+    /// Whether only what the topmost layer of the source holds is copied.
+    pub(crate) only_top: bool,
     /// Whether zeroes cost the target about nothing, and so count nothing against the speed limit.
     pub(crate) cheap_zeroes: bool,
 }
@@ -100,6 +102,7 @@ impl Shape {
             zeroes: ends.target.write_zeroes.map(limits),
             discard: ends.target.discard.map(limits),
             unmap,
+            only_top: false,
             cheap_zeroes: ends.target.cheap_zeroes && unmap == Unmap::Allowed,
         })
     }
@@ -108,6 +111,16 @@ impl Shape {
     pub(crate) fn widen(&self, range: ByteRange, align: u64) -> ByteRange {
         let end = align_up(range.end(), align).min(self.len);
         (align_down(range.start(), align)..end).into()
+    }
+
+    /// What `range` covers of blocks of `align` bytes as a whole; the end of the disk ends one.
+    pub(crate) fn whole_blocks(&self, range: ByteRange, align: u64) -> ByteRange {
+        let start = align_up(range.start(), align);
+        let end = match range.end() >= self.len {
+            true => self.len,
+            false => align_down(range.end(), align),
+        };
+        (start..end.max(start)).into()
     }
 
     /// What claims in `range` are to be aligned to: clusters, if one of those touched was not written
@@ -188,6 +201,11 @@ impl Shape {
         };
         let inner = ByteRange::from(start..end);
         (!inner.is_empty()).then_some(inner)
+    }
+
+    /// What discards are aligned to and how long they may be, if the target can discard.
+    pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
+        self.discard.filter(|&(_, max)| max > 0)
     }
 
     /// What zero writes of the scan are aligned to and how long they may be, if the target can write

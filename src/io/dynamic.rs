@@ -32,6 +32,8 @@ pub trait DynReadAt<B> {
     fn dyn_read_at(&self, offset: u64, buf: B) -> LocalBoxFuture<'_, BufResult<B>>;
     /// As [`ReadAt::block_status`].
     fn dyn_block_status(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<Extent>>;
+    /// As [`ReadAt::discard_read`].
+    fn dyn_discard_read(&self, range: ByteRange);
 }
 
 /// [`WriteAt`] as a trait object: every `WriteAt` is one, and `dyn DynWriteAt<B>` is a `WriteAt`
@@ -41,6 +43,10 @@ pub trait DynWriteAt<B> {
     fn dyn_limits(&self) -> Limits;
     /// As [`WriteAt::write_at`].
     fn dyn_write_at(&self, offset: u64, buf: B) -> LocalBoxFuture<'_, BufResult<B>>;
+    /// As [`WriteAt::write_compressed_at`].
+    fn dyn_write_compressed_at(&self, offset: u64, buf: B) -> LocalBoxFuture<'_, BufResult<B>>;
+    /// As [`WriteAt::copy_from_source`].
+    fn dyn_copy_from_source(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<()>>;
     /// As [`WriteAt::write_zeroes`].
     fn dyn_write_zeroes(
         &self,
@@ -69,6 +75,10 @@ impl<D: ReadAt> DynReadAt<D::Buf> for D {
     fn dyn_block_status(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<Extent>> {
         Box::pin(self.block_status(range))
     }
+
+    fn dyn_discard_read(&self, range: ByteRange) {
+        self.discard_read(range);
+    }
 }
 
 impl<D: WriteAt> DynWriteAt<D::Buf> for D {
@@ -78,6 +88,18 @@ impl<D: WriteAt> DynWriteAt<D::Buf> for D {
 
     fn dyn_write_at(&self, offset: u64, buf: D::Buf) -> LocalBoxFuture<'_, BufResult<D::Buf>> {
         Box::pin(self.write_at(offset, buf))
+    }
+
+    fn dyn_write_compressed_at(
+        &self,
+        offset: u64,
+        buf: D::Buf,
+    ) -> LocalBoxFuture<'_, BufResult<D::Buf>> {
+        Box::pin(self.write_compressed_at(offset, buf))
+    }
+
+    fn dyn_copy_from_source(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<()>> {
+        Box::pin(self.copy_from_source(range))
     }
 
     fn dyn_write_zeroes(
@@ -121,6 +143,10 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> ReadAt for dyn DynReadAt<B> + '_ {
     fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>> {
         self.dyn_block_status(range)
     }
+
+    fn discard_read(&self, range: ByteRange) {
+        self.dyn_discard_read(range);
+    }
 }
 
 impl<B: AsRef<[u8]> + AsMut<[u8]>> BlockDevice for dyn DynWriteAt<B> + '_ {
@@ -134,6 +160,14 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> BlockDevice for dyn DynWriteAt<B> + '_ {
 impl<B: AsRef<[u8]> + AsMut<[u8]>> WriteAt for dyn DynWriteAt<B> + '_ {
     fn write_at(&self, offset: u64, buf: B) -> impl Future<Output = BufResult<B>> {
         self.dyn_write_at(offset, buf)
+    }
+
+    fn write_compressed_at(&self, offset: u64, buf: B) -> impl Future<Output = BufResult<B>> {
+        self.dyn_write_compressed_at(offset, buf)
+    }
+
+    fn copy_from_source(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
+        self.dyn_copy_from_source(range)
     }
 
     fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>> {

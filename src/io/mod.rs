@@ -10,6 +10,7 @@
 
 mod buf;
 mod dynamic;
+mod frozen;
 mod guest;
 
 use std::future::Future;
@@ -22,6 +23,7 @@ use crate::units::ByteRange;
 
 pub use buf::{AlignedBuf, BufferPool, HeapPool};
 pub use dynamic::{DynReadAt, DynWriteAt, LocalBoxFuture};
+pub use frozen::FrozenDisk;
 pub use guest::GuestDisk;
 
 /// What came of a request, and its buffer back.
@@ -51,6 +53,10 @@ pub trait ReadAt: BlockDevice {
     /// A device that does not know answers [`Content::Data`] for the whole range. It should answer fast,
     /// with less than it could find out if need be.
     fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>>;
+
+    /// A job with [`discard_source`](crate::BackupOptions::discard_source) has `range` on its target and will
+    /// not read it again. A device that can give space back does so; others do nothing, as this does.
+    fn discard_read(&self, _range: ByteRange) {}
 }
 
 /// A device that can be written: a target.
@@ -58,6 +64,23 @@ pub trait WriteAt: BlockDevice {
     /// Writes the whole buffer from `offset` on: all of it, or an error, after which any part may have
     /// been written.
     fn write_at(&self, offset: u64, buf: Self::Buf) -> impl Future<Output = BufResult<Self::Buf>>;
+
+    /// As [`write_at`](Self::write_at), compressed. Only called if [`Limits::compresses`] says so, with one
+    /// cluster of the job at a time. A device that does not is not asked; this fails.
+    fn write_compressed_at(
+        &self,
+        _offset: u64,
+        buf: Self::Buf,
+    ) -> impl Future<Output = BufResult<Self::Buf>> {
+        async { (Err(io::ErrorKind::Unsupported.into()), buf) }
+    }
+
+    /// Copies `range` from the source of the job, by a way that only the two devices know of: within a file
+    /// system, say, or a storage array. Only called if [`Limits::copies_from_source`] says so. Should it fail,
+    /// the job reads and writes instead, from then on. A device that cannot is not asked; this fails.
+    fn copy_from_source(&self, _range: ByteRange) -> impl Future<Output = io::Result<()>> {
+        async { Err(io::ErrorKind::Unsupported.into()) }
+    }
 
     /// Makes `range` read as zeroes. Only called if [`Limits::write_zeroes`] says how.
     fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>>;
@@ -104,6 +127,10 @@ macro_rules! forward {
             fn block_status(&self, range: ByteRange) -> impl Future<Output = io::Result<Extent>> {
                 (**self).block_status(range)
             }
+
+            fn discard_read(&self, range: ByteRange) {
+                (**self).discard_read(range);
+            }
         }
 
         impl<D: WriteAt + ?Sized> WriteAt for $pointer {
@@ -113,6 +140,18 @@ macro_rules! forward {
                 buf: Self::Buf,
             ) -> impl Future<Output = BufResult<Self::Buf>> {
                 (**self).write_at(offset, buf)
+            }
+
+            fn write_compressed_at(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = BufResult<Self::Buf>> {
+                (**self).write_compressed_at(offset, buf)
+            }
+
+            fn copy_from_source(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
+                (**self).copy_from_source(range)
             }
 
             fn write_zeroes(

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::copy::{OpKind, Side};
 use crate::job::{JobOptionsError, Status, Verb};
+use crate::node::NotSaved;
+use crate::units::ByteRange;
 
 /// Why a job did not succeed.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -30,6 +32,18 @@ pub enum JobError {
     /// What did the work was dropped before it had come to an end.
     #[error("the job was dropped before its end")]
     Dropped,
+    /// What a guest write was to overwrite could not be saved in time. The guest went on, and with it the
+    /// instant that was to be backed up was lost.
+    #[error("a guest write to {range} went on before what it overwrites was saved: {why}")]
+    NotSaved {
+        /// What the guest write covers.
+        range: ByteRange,
+        /// Why it was not.
+        why: NotSaved,
+    },
+    /// The bitmap that the job was to go by could not be had, or there was no memory for another.
+    #[error(transparent)]
+    Bitmap(#[from] Arc<crate::node::BitmapError>),
     /// The guest's writes could not be recorded.
     #[error(transparent)]
     Track(#[from] Arc<crate::node::TrackError>),

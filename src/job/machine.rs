@@ -185,6 +185,30 @@ impl Job {
         })
     }
 
+    /// A device failed at something that a guest waits for: tells it. No policy applies; the job fails
+    /// with it, or goes on.
+    pub(crate) fn guest_copy_failed(
+        &self,
+        side: Side,
+        operation: OpKind,
+        error: io::Error,
+        is_fatal: bool,
+    ) {
+        self.together(|members, after| {
+            let mut state = self.shared.lock();
+            let action = match is_fatal {
+                true => ErrorAction::Report,
+                false => ErrorAction::Ignore,
+            };
+            state.note_failure(side, operation, error, action);
+            after.listen(&mut state);
+            drop(state);
+            if is_fatal {
+                members.fail(&self.shared, after);
+            }
+        });
+    }
+
     /// Fails with an error that no policy applies to.
     pub(crate) fn fail(&self, error: JobError) {
         self.together(|members, after| {

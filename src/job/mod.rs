@@ -21,6 +21,7 @@
 //!    was accepted is never followed by success, unless it was soft.
 
 mod after;
+mod bitmap_mode;
 mod error;
 mod event;
 mod group;
@@ -33,6 +34,7 @@ mod policy;
 mod registry;
 mod speed;
 mod stage;
+mod start;
 mod state;
 mod status;
 
@@ -43,6 +45,7 @@ use std::task::{Poll, Waker};
 use parking_lot::{Mutex, MutexGuard};
 
 use after::After;
+pub use bitmap_mode::BitmapMode;
 pub use error::{JobError, VerbError};
 pub use event::{ErrorEvent, Event};
 pub use group::JobGroup;
@@ -58,6 +61,7 @@ use registry::Registry;
 pub use registry::{Jobs, Shutdown};
 pub(crate) use speed::RateLimit;
 pub(crate) use stage::{Stage, Vote};
+pub(crate) use start::{AtStart, Begun};
 use state::State;
 pub use status::{Status, Verb};
 
@@ -110,6 +114,8 @@ struct Shared {
     is_alone: bool,
     /// Told when it is over.
     registry: Weak<Registry>,
+    /// What is to be done at the instant at which it starts, if that matters.
+    at_start: Option<Arc<dyn AtStart>>,
     state: Mutex<State>,
 }
 
@@ -131,6 +137,7 @@ impl Job {
     pub(crate) fn new(
         kind: &'static str,
         mut options: JobOptions,
+        at_start: Option<Arc<dyn AtStart>>,
     ) -> Result<Self, JobOptionsError> {
         options.check()?;
         // Jobs must not keep the manager that ends them when nobody has it any more.
@@ -141,6 +148,7 @@ impl Job {
             is_alone: group.is_none(),
             group: group.unwrap_or_default(),
             registry: jobs.as_ref().map(Jobs::registry).unwrap_or_default(),
+            at_start,
             state: Mutex::new(state),
         });
         let join = || match shared.group.lock().join(&shared) {
@@ -393,6 +401,21 @@ impl Job {
             return Ok(());
         }
         Err(state.not_allowed(Verb::Start))
+    }
+
+    /// Whether it has come to its end, whatever that was.
+    pub(crate) fn is_over(&self) -> bool {
+        self.shared.lock().is_over()
+    }
+
+    /// What is to be done at the instant at which it starts.
+    pub(crate) fn at_start(&self) -> Option<&Arc<dyn AtStart>> {
+        self.shared.at_start.as_ref()
+    }
+
+    /// Has the machine look again, if somebody has started it meanwhile.
+    pub(crate) fn wake_machine(&self) {
+        self.note(|_| {});
     }
 
     /// Whether two handles stand for one job.

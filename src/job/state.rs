@@ -120,9 +120,9 @@ impl State {
         operation: OpKind,
         error: io::Error,
     ) -> ErrorAction {
-        let error = Arc::new(error);
         let policy = match side {
-            Side::Source => self.options.on_source_error,
+            // Reading is what fails for good: writing to a buffer has other ways out.
+            Side::Source | Side::Buffer => self.options.on_source_error,
             Side::Target => self.options.on_target_error,
         };
         let mut action = policy.action(&error);
@@ -134,6 +134,22 @@ impl State {
             // It ends anyway, and what is given up on the way is no news.
             return ErrorAction::Ignore;
         }
+        self.note_failure(side, operation, error, action);
+        action
+    }
+
+    /// A device failed, and that is done about it.
+    pub(super) fn note_failure(
+        &mut self,
+        side: Side,
+        operation: OpKind,
+        error: io::Error,
+        action: ErrorAction,
+    ) {
+        if self.cancel == Some(Cancel::Force) {
+            return;
+        }
+        let error = Arc::new(error);
         let is_no_space = is_no_space(&error);
         self.tell(Event::Error(ErrorEvent {
             side,
@@ -163,7 +179,6 @@ impl State {
             }
             ErrorAction::Ignore => {}
         }
-        action
     }
 
     /// Success if there was no error and it was not cancelled by force.

@@ -4,7 +4,8 @@ use std::task::Waker;
 use std::time::Duration;
 
 use crate::copy::{Budget, Op, OpKind};
-use crate::mirror::{End, Mirror, Phase, Step, Turn};
+use crate::machine::Step;
+use crate::mirror::{End, Mirror, Phase, Turn};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -58,7 +59,7 @@ impl Mirror {
             Copying::Limited => Budget::Claim,
         };
         let bitmap = self.bitmap.as_ref()?;
-        let op = self.engine.next(&mut bitmap.lock(), budget)?;
+        let op = self.engine.next(bitmap.lock().bitmap_mut(), budget)?;
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)
     }

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use crate::copy::OpKind;
 use crate::job::{Asked, Cancel, Stage, Vote};
+use crate::machine::Step;
 use crate::mirror::copying::Copying;
-use crate::mirror::{Mirror, Phase, Step, Switch, SwitchBack, Turn};
+use crate::mirror::{Mirror, Phase, Switch, SwitchBack, Turn};
 use crate::node::{Quiesce, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 
@@ -212,7 +213,7 @@ impl Mirror {
 
     pub(super) fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
         if let Some(bitmap) = &self.bitmap {
-            self.engine.give_up_planned(&mut bitmap.lock());
+            self.engine.give_up_planned(bitmap.lock().bitmap_mut());
         }
         if cancel == Some(Cancel::Force) {
             let grace = self.job.cancel_grace();

@@ -41,10 +41,10 @@ use std::time::Duration;
 use crate::bitmap::HBitmap;
 use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
-    Backoff, Cancel, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit, Stage,
-    Status, Verb,
+    Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Status, Verb,
 };
-use crate::node::{JobBitmap, JobClaim, Node, Quiesce};
+use crate::machine::{Machine, Step};
+use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
@@ -56,26 +56,6 @@ pub use switch::{Switch, SwitchBack};
 
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
-
-/// What the machine wants next.
-#[derive(Debug)]
-#[must_use]
-pub enum Step {
-    /// Do this, and report it with [`Mirror::op_done`]. There may be more to do at once: ask again.
-    Op(Op),
-    /// Nothing to do until an operation is reported, the waker is called, or that time has come.
-    Wait {
-        /// Time at which to ask again, even if nothing happened.
-        until: Option<Duration>,
-    },
-    /// Switch now, or drop it.
-    Switch(Switch),
-    /// A switch that was committed has no effect, for the group's was declined: point the guest back.
-    /// Never without a [group](crate::JobGroup).
-    SwitchBack(SwitchBack),
-    /// The job is over.
-    Done(Result<(), JobError>),
-}
 
 /// The machine of one mirror job: says what to do, is told what came of it, and does nothing itself.
 ///
@@ -266,7 +246,7 @@ impl Mirror {
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
-        let job = Job::new(Self::KIND.name, options.job)?;
+        let job = Job::new(Self::KIND.name, options.job, None)?;
         Ok(Self {
             job,
             node: node.clone(),
@@ -319,14 +299,17 @@ impl Mirror {
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-        let done = self.engine.done(op, outcome, dirty.as_mut());
+        let map = dirty.as_mut().map(JobBitmapGuard::bitmap_mut);
+        let done = self.engine.done(op, outcome, map);
         let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
-            None | Some(Done::Nothing) => {}
+            None | Some(Done::Nothing | Done::Skipped(_) | Done::Saved(_)) => {}
             Some(Done::Range(range)) => self.range_done(now, kind, range),
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
-            Some(Done::Failed { side, kind, error }) => self.failed(now, side, kind, error),
+            Some(Done::Failed {
+                side, kind, error, ..
+            }) => self.failed(now, side, kind, error),
         }
         self.publish_with(dirty_bytes);
     }
@@ -434,7 +417,8 @@ impl Mirror {
             return None;
         }
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
-        self.engine.settle(dirty.as_mut())
+        self.engine
+            .settle(dirty.as_mut().map(JobBitmapGuard::bitmap_mut))
     }
 
     fn flushed(&mut self, id: OpId) {
@@ -503,5 +487,19 @@ impl Mirror {
     /// When the target is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
         self.engine.wants_settle().then_some(self.retry_at)
+    }
+}
+
+impl Machine for Mirror {
+    fn poll(&mut self, now: Duration, waker: &Waker) -> Step {
+        Mirror::poll(self, now, waker)
+    }
+
+    fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
+        Mirror::op_done(self, now, op, outcome);
+    }
+
+    fn ops_lost(&mut self) {
+        Mirror::ops_lost(self);
     }
 }

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use crate::copy::{Content, Extent, OpKind};
 use crate::job::JobError;
+use crate::machine::Step;
 use crate::mirror::copying::Copying;
-use crate::mirror::{Mirror, MirrorSync, Phase, Step, Turn};
+use crate::mirror::{Mirror, MirrorSync, Phase, Turn};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 

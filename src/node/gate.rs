@@ -21,7 +21,8 @@
 //!    a newcomer sees the flag and takes back its count without having written.
 //! 4. A writer that leaves looks at the flags after it has counted itself out, for the same reason:
 //!    either it sees that somebody waits and wakes him, or he saw the counter.
-//! 5. No waker is called or dropped under the lock: it is foreign code. One may be the last to know a
+//! 5. A write that some job holds back is not inside; what holds it back is in [`hold`](super::hold).
+//! 6. No waker is called or dropped under the lock: it is foreign code. One may be the last to know a
 //!    task, which then goes with all it owns, tickets and guards of this gate among it.
 //!
 //! Counting is per lane, that is per guest queue, each on its own cache lines, so that queues do not
@@ -30,9 +31,12 @@
 use std::collections::BTreeMap;
 use std::task::Waker;
 
+use super::hold::{Held, HoldMaps};
+use super::ticket::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::sync::{Arc, Mutex};
+use crate::units::ByteRange;
 
 /// The gate is closed: writers wait.
 const CLOSED: u64 = 1;
@@ -40,8 +44,11 @@ const CLOSED: u64 = 1;
 const ARMED: u64 = 2;
 /// Writes are refused: a bitmap could not record them.
 const REFUSED: u64 = 4;
-/// Above this bit: which log writes are recorded in, plus one; 0 for none.
+/// In the byte from this bit on: which log writes are recorded in, plus one; 0 for none.
 const LOG_SHIFT: u32 = 8;
+/// In the byte from this bit on: by which map writes are held back, plus one; 0 for none.
+const HOLD_SHIFT: u32 = 16;
+const HOLD: u64 = 0xff << HOLD_SHIFT;
 
 /// Two cache lines, because adjacent lines are fetched in pairs.
 #[repr(align(128))]
@@ -140,8 +147,8 @@ impl Waiters {
 }
 
 /// One who may wait at the gate; unique for the life of the gate.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct WaiterId(u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct WaiterId(u64);
 
 struct State {
     /// Every lane, also one whose queue is gone while a write of it is still inside.
@@ -155,11 +162,15 @@ struct State {
     quiescers: Waiters,
     /// Who waits for a write to be recorded.
     watchers: Waiters,
+    /// Guest writes that a job holds back.
+    held: Held,
 }
 
 pub(super) struct Gate {
     /// Read by every write, written only by the few who close, arm or start tracking.
     flags: Padded<AtomicU64>,
+    /// By what writes are held back, if the flags say so.
+    pub(super) holds: HoldMaps,
     state: Mutex<State>,
     pub(super) rules: Rules,
 }
@@ -173,6 +184,10 @@ pub(super) enum Turned {
     /// The gate is closed. Whether the write is refused shows when it is open again.
     Closed,
     Refused,
+    /// A job must do something first.
+    Held,
+    /// A job has given up, and the write with it.
+    NotSaved(NotSaved),
 }
 
 /// What a write that was let in must know when it leaves.
@@ -187,6 +202,7 @@ impl Gate {
         Self {
             rules,
             flags: Padded(AtomicU64::new(0)),
+            holds: HoldMaps::default(),
             state: Mutex::new(State {
                 lanes: Vec::new(),
                 closers: 0,
@@ -194,6 +210,7 @@ impl Gate {
                 writers: Waiters::default(),
                 quiescers: Waiters::default(),
                 watchers: Waiters::default(),
+                held: Held::default(),
             }),
         }
     }
@@ -224,30 +241,52 @@ impl Gate {
         WaiterId(state.next_waiter)
     }
 
-    /// Lets a write in, unless the gate is closed or writes are refused.
+    /// Lets a write in, unless the gate is closed, or writes are refused, or it is held back.
     #[inline]
-    pub(super) fn try_enter(&self, lane: &LaneCounter) -> Result<Entry, Turned> {
-        self.enter_by(lane, Counter::enter)
+    pub(super) fn try_enter(&self, lane: &LaneCounter, range: ByteRange) -> Result<Entry, Turned> {
+        self.enter_by(lane, range, Counter::enter)
     }
 
     /// As [`try_enter`](Self::try_enter), for a write that had to wait: on any thread.
-    pub(super) fn try_enter_late(&self, lane: &LaneCounter) -> Result<Entry, Turned> {
-        self.enter_by(lane, Counter::enter_late)
+    fn try_enter_late(&self, lane: &LaneCounter, range: ByteRange) -> Result<Entry, Turned> {
+        self.enter_by(lane, range, Counter::enter_late)
     }
 
     #[inline]
-    fn enter_by(&self, lane: &LaneCounter, count: impl FnOnce(&Counter)) -> Result<Entry, Turned> {
+    fn enter_by(
+        &self,
+        lane: &LaneCounter,
+        range: ByteRange,
+        count: impl FnOnce(&Counter),
+    ) -> Result<Entry, Turned> {
         let flags = self.look_after(GateRule::CountThenLook, || count(&lane.0.0));
-        if flags & (CLOSED | REFUSED) == 0 {
-            return Ok(Entry {
-                log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
-            });
+        let entry = Entry {
+            log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
+        };
+        if flags & (CLOSED | REFUSED | HOLD) == 0 {
+            return Ok(entry);
         }
-        self.leave(lane);
+        match self.turned(flags, range) {
+            None => Ok(entry),
+            Some(turned) => {
+                self.leave(lane);
+                Err(turned)
+            }
+        }
+    }
+
+    /// Why a write to `range` is not let in, as the flags say it.
+    #[inline(never)]
+    fn turned(&self, flags: u64, range: ByteRange) -> Option<Turned> {
         if flags & CLOSED != 0 {
-            return Err(Turned::Closed);
+            return Some(Turned::Closed);
         }
-        Err(Turned::Refused)
+        if flags & REFUSED != 0 {
+            return Some(Turned::Refused);
+        }
+        let index = ((flags & HOLD) >> HOLD_SHIFT).checked_sub(1)?;
+        let is_held = self.holds.holds(index as usize, range);
+        is_held.then_some(Turned::Held)
     }
 
     /// The flags as they are after `count` was called; before, if that `rule` is broken.
@@ -263,33 +302,54 @@ impl Gate {
         look()
     }
 
-    /// Lets a write in, or has `waker` called when it is worth asking again.
+    /// Lets a write in, or has the waker, if one is given, called when it is worth asking again. A job that
+    /// holds it back is told of it, with a waker or without.
     #[cold]
     pub(super) fn enter_or_wait(
         &self,
         lane: &LaneCounter,
         id: WaiterId,
-        waker: &Waker,
+        range: ByteRange,
+        waker: Option<&Waker>,
     ) -> Result<Entry, Turned> {
-        // The waker goes in while the gate is known to be closed, so that whoever opens finds it.
+        // The waker goes in while the gate is known to be closed, or the write to be held, so that whoever
+        // lets it go on finds it.
         let mut state = self.state.lock();
-        let is_closed = state.closers > 0;
+        let flags = self.flags.0.load(Ordering::SeqCst);
+        let turned = match state.closers > 0 {
+            true => Some(Turned::Closed),
+            false => self.turned(flags, range),
+        };
         if !self.rules.keeps(GateRule::WaitWhileClosed) {
             drop(state);
             state = self.state.lock();
         }
-        let unused = if is_closed {
-            state.writers.set(id, waker)
-        } else {
-            state.writers.remove(id)
+        let refused = state.held.refused(id).map(Turned::NotSaved);
+        let turned = refused.or(turned);
+        let (job, unused) = match turned {
+            Some(Turned::Closed) => {
+                let replaced = waker.and_then(|waker| state.writers.set(id, waker));
+                (None, [replaced, None])
+            }
+            Some(Turned::Held) => {
+                let [job, replaced] = state.held.wait(id, range, waker);
+                (job, [replaced, state.writers.remove(id)])
+            }
+            Some(Turned::Refused | Turned::NotSaved(_)) | None => {
+                let removed = state.held.remove(id);
+                (None, [removed, state.writers.remove(id)])
+            }
         };
         drop(state);
         drop(unused);
-        if is_closed {
-            return Err(Turned::Closed);
+        if let Some(job) = job {
+            job.wake();
         }
-        let entry = self.try_enter_late(lane);
-        if matches!(entry, Err(Turned::Closed)) {
+        if let Some(turned) = turned {
+            return Err(turned);
+        }
+        let entry = self.try_enter_late(lane, range);
+        if let (Err(Turned::Closed | Turned::Held), Some(waker)) = (entry, waker) {
             // Closed again in between: the next poll registers.
             waker.wake_by_ref();
         }
@@ -297,7 +357,24 @@ impl Gate {
     }
 
     pub(super) fn forget_writer(&self, id: WaiterId) {
-        let _unused = self.state.lock().writers.remove(id);
+        let mut state = self.state.lock();
+        let _unused = (state.writers.remove(id), state.held.remove(id));
+        drop(state);
+    }
+
+    /// By which of the maps writes are held back from now on, if by any. To begin with that, the gate is
+    /// closed and quiet.
+    pub(super) fn hold_back(&self, map: Option<usize>) {
+        let bits = map.map_or(0, |index| index as u64 + 1) << HOLD_SHIFT;
+        let _state = self.state.lock();
+        let rest = self.flags.0.load(Ordering::Relaxed) & !HOLD;
+        self.flags.0.store(rest | bits, Ordering::SeqCst);
+    }
+
+    /// Looks at the writes that are held back, or changes what is known of them. No waker may be called or
+    /// dropped in it.
+    pub(super) fn with_held<R>(&self, act: impl FnOnce(&mut Held) -> R) -> R {
+        act(&mut self.state.lock().held)
     }
 
     /// A write that was let in has settled and is recorded.
@@ -396,8 +473,8 @@ impl Gate {
 
     /// Which log writes are recorded in. For tests.
     pub(super) fn recorded_in(&self) -> Option<usize> {
-        let log = self.flags.0.load(Ordering::SeqCst) >> LOG_SHIFT;
-        log.checked_sub(1).map(|log| log as usize)
+        let log = (self.flags.0.load(Ordering::SeqCst) >> LOG_SHIFT) as u8;
+        log.checked_sub(1).map(usize::from)
     }
 
     /// Which log writes are recorded in from now on. Going to another log while writes are inside
@@ -406,7 +483,7 @@ impl Gate {
     pub(super) fn record_in(&self, log: Option<usize>) {
         let bits = log.map_or(0, |index| index as u64 + 1) << LOG_SHIFT;
         let _state = self.state.lock();
-        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED | REFUSED);
+        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED | REFUSED | HOLD);
         // Every change of the flags is made under the lock, so nothing is lost by a plain store.
         self.flags.0.store(rest | bits, Ordering::SeqCst);
     }

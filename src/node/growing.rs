@@ -13,12 +13,24 @@
 use std::sync::OnceLock;
 
 use crate::bitmap::HBitmap;
-use crate::log::{DirtyLog, DirtyLogError};
+use crate::log::{DirtyLog, DirtyLogError, DirtyWord};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// Longest disk that can be recorded.
 const LEN_MAX: u64 = i64::MAX as u64;
+
+/// What a log is drained into.
+pub(super) trait Record {
+    /// Makes dirty what a log of that granularity has marked.
+    fn set_word(&mut self, granularity: Granularity, word: DirtyWord);
+}
+
+impl Record for &mut HBitmap {
+    fn set_word(&mut self, granularity: Granularity, word: DirtyWord) {
+        HBitmap::set_word(self, granularity, word);
+    }
+}
 
 /// A [`DirtyLog`], and what it was prolonged by.
 pub(super) struct GrowingLog {
@@ -106,7 +118,7 @@ impl GrowingLog {
     }
 
     /// As [`DirtyLog::drain_into`], for bitmaps as long as the disk.
-    pub(super) fn drain_into(&self, bitmaps: &mut [&mut HBitmap]) {
+    pub(super) fn drain_into(&self, bitmaps: &mut [impl Record]) {
         let granularity = self.log.granularity();
         for piece in self.pieces() {
             let first = granularity.granule_of(piece.start);

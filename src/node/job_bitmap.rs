@@ -251,7 +251,8 @@ impl<'a> JobBitmapGuard<'a> {
         self.bitmap_mut().copy_from(other)
     }
 
-    fn bitmap_mut(&mut self) -> &mut HBitmap {
+    /// The bitmap itself, for those who change it in ways of their own.
+    pub(crate) fn bitmap_mut(&mut self) -> &mut HBitmap {
         self.list.job_map_mut(self.id)
     }
 }

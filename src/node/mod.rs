@@ -3,8 +3,9 @@
 //! ```text
 //!  guest ─▶ begin_write ─▶ Go(ticket) ─▶ the VMM's own write ─▶ ticket.finish(result)
 //!               │                                                    │
-//!               ├▶ Wait(pending): the node is quiesced               └▶ log ─ ─ drained into ─▶ bitmaps
-//!               └▶ Refused: a bitmap is read-only and could not record it
+//!               ├▶ Wait(pending): the node is quiesced, or           └▶ log ─ ─ drained into ─▶ bitmaps
+//!               │  a job must save first what is there
+//!               └▶ Refused: a bitmap is read-only and could not record it, or that job has given up
 //! ```
 //!
 //! This layer knows no jobs, no devices and no executor. It can be used without the rest: to hold a
@@ -13,6 +14,7 @@
 //! | file | what |
 //! |---|---|
 //! | `gate` | letting writes in, holding them, refusing them |
+//! | `hold` | holding back single writes, until what they would overwrite is saved |
 //! | `lane`, `ticket`, `quiesce` | what callers have of it |
 //! | `record`, `growing` | from the end of a write to the bitmaps |
 //! | `job_bitmap` | bitmaps of jobs, without a name |
@@ -35,6 +37,7 @@
 mod bitmaps;
 mod gate;
 mod growing;
+mod hold;
 mod job_bitmap;
 mod lane;
 mod quiesce;
@@ -50,23 +53,26 @@ use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
 use bitmaps::List;
+pub(crate) use bitmaps::{BitmapArrival, Journal, Locked, Released};
 pub use bitmaps::{
     BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo, BitmapOptions, BitmapState,
     BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor, DirtyRuns, FrozenBitmap, SnapshotOf,
 };
-pub(crate) use bitmaps::{Journal, Locked};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use gate::GateRule;
 use gate::{Gate, Rules};
 use growing::GrowingLog;
+pub(crate) use hold::{HoldError, WaitingWrite, WriteHold};
 pub(crate) use job_bitmap::JobClaim;
 pub use job_bitmap::{JobBitmap, JobBitmapGuard, TrackError};
 pub use lane::{GuestQueue, Lane};
 pub use quiesce::{Quiesce, QuiesceGuard};
 use record::LOGS;
 pub use resize::{Grown, Resize};
-pub use ticket::{Begin, BeginFuture, OwnedTicket, PendingWrite, Ticket, Way, WriteRefused};
+pub use ticket::{
+    Begin, BeginFuture, NotSaved, OwnedTicket, PendingWrite, Ticket, Way, WriteRefused,
+};
 
 /// One disk of a virtual machine, as the guest sees it.
 ///
@@ -149,7 +155,8 @@ impl Node {
 
     /// Asks to write, write zeroes to, or discard `range`.
     ///
-    /// While a bitmap of the node is [read-only](Bitmaps::mark_readonly) it is refused.
+    /// While a bitmap of the node is [read-only](Bitmaps::mark_readonly) it is refused. While a backup
+    /// runs it may have to wait until what it would overwrite is saved.
     ///
     /// What lies past the end of the disk is not recorded. Only writes that do not overlap may be
     /// ordered freely by the VMM; the node does not order them either.

@@ -120,6 +120,7 @@ impl Inner {
         if !self.has_recorded_in(list) {
             return;
         }
+        list.found = list.found.wrapping_add(1);
         let (logs, mut recorders) = list.logs_and_recorders();
         if is_broken(Sabotage::DrainIntoFirst) {
             recorders.truncate(1);

@@ -19,21 +19,49 @@ use crate::units::ByteRange;
 pub enum Begin<L: Way> {
     /// Write now, and finish the ticket when the write has settled.
     Go(Ticket<L>),
-    /// The node is quiesced: do not write yet.
+    /// The node is quiesced, or a backup must save first what would be overwritten: do not write yet.
     Wait(PendingWrite<L>),
-    /// Do not write: it could not be recorded. Tell the guest that the disk is read-only.
+    /// Do not write. Tell the guest that its write has failed.
     Refused(WriteRefused),
 }
 
-/// A write that is not let in, for a bitmap of the node is [read-only](crate::Bitmaps::mark_readonly) and could
-/// not record it. Nothing was written, and nothing is recorded.
+/// Why a write is not let in. Nothing was written, and nothing is recorded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a dirty bitmap of the disk is read-only, and so is the disk")]
-pub struct WriteRefused;
+#[non_exhaustive]
+pub enum WriteRefused {
+    /// A bitmap of the node is [read-only](crate::Bitmaps::mark_readonly) and could not record it.
+    #[error("a dirty bitmap of the disk is read-only, and so is the disk")]
+    ReadOnly,
+    /// A backup could not save what would be overwritten, and it, not the write, is to be kept whole.
+    #[error("what the write would overwrite was not saved: {0}")]
+    NotSaved(NotSaved),
+}
 
+/// Why something was not saved before it would be overwritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotSaved {
+    /// Copying it has failed.
+    #[error("copying it has failed")]
+    Failed,
+    /// The place to save it in is full.
+    #[error("there is no space to save it")]
+    Full,
+    /// It took longer than the guest may have to wait.
+    #[error("it took too long")]
+    TimedOut,
+}
+
+/// The kind tells what to say to the guest: permission denied for a disk that is read-only, timed out, or
+/// other.
 impl From<WriteRefused> for io::Error {
     fn from(refused: WriteRefused) -> Self {
-        Self::new(io::ErrorKind::PermissionDenied, refused)
+        let kind = match refused {
+            WriteRefused::ReadOnly => io::ErrorKind::PermissionDenied,
+            WriteRefused::NotSaved(NotSaved::TimedOut) => io::ErrorKind::TimedOut,
+            WriteRefused::NotSaved(NotSaved::Failed | NotSaved::Full) => io::ErrorKind::Other,
+        };
+        Self::new(kind, refused)
     }
 }
 
@@ -57,7 +85,7 @@ pub trait Way: Deref<Target = Lane> + Clone + Unpin {}
 
 impl<L: Deref<Target = Lane> + Clone + Unpin> Way for L {}
 
-/// A write that waits until the node is no longer quiesced.
+/// A write that waits until the node is no longer quiesced, and what it would overwrite is saved.
 ///
 /// Ask with [`try_begin`](Self::try_begin), have any waker called with
 /// [`poll_begin`](Self::poll_begin), or await it. Dropping it gives the write up.
@@ -138,14 +166,31 @@ impl<L: Way> fmt::Debug for Ticket<L> {
 impl<L: Way> Begin<L> {
     #[inline]
     pub(super) fn new(lane: L, range: ByteRange) -> Self {
-        match lane.node.gate.try_enter(&lane.counter) {
+        match lane.node.gate.try_enter(&lane.counter, range) {
             Ok(entry) => Begin::Go(Ticket::new(lane, range, entry)),
-            Err(Turned::Closed) => Begin::Wait(PendingWrite {
-                lane,
-                range,
-                id: None,
-            }),
-            Err(Turned::Refused) => Begin::Refused(WriteRefused),
+            Err(turned) => Self::turned(lane, range, turned),
+        }
+    }
+
+    #[cold]
+    fn turned(lane: L, range: ByteRange, turned: Turned) -> Self {
+        let mut pending = PendingWrite {
+            lane,
+            range,
+            id: None,
+        };
+        if turned == Turned::Held {
+            // The job that holds it back is to know at once.
+            return match pending.ask(None) {
+                Some(Ok(ticket)) => Begin::Go(ticket),
+                Some(Err(refused)) => Begin::Refused(refused),
+                None => Begin::Wait(pending),
+            };
+        }
+        match turned {
+            Turned::Closed | Turned::Held => Begin::Wait(pending),
+            Turned::Refused => Begin::Refused(WriteRefused::ReadOnly),
+            Turned::NotSaved(why) => Begin::Refused(WriteRefused::NotSaved(why)),
         }
     }
 
@@ -221,25 +266,25 @@ impl<L: Way> PendingWrite<L> {
         self.range
     }
 
-    /// The ticket, or that there will be none, if the node is open by now.
+    /// The ticket, or that there will be none, if the write need not wait any more.
     pub fn try_begin(&mut self) -> Option<Result<Ticket<L>, WriteRefused>> {
-        self.answer(self.lane.node.gate.try_enter_late(&self.lane.counter))
+        self.ask(None)
     }
 
-    /// As [`try_begin`](Self::try_begin); if the node is not open, `waker` is called when it is worth asking
+    /// As [`try_begin`](Self::try_begin); if it must wait, `waker` is called when it is worth asking
     /// again. The waker of the last call counts.
     pub fn poll_begin(&mut self, waker: &Waker) -> Poll<Result<Ticket<L>, WriteRefused>> {
-        let gate = &self.lane.node.gate;
-        let id = *self.id.get_or_insert_with(|| gate.new_waiter());
-        let entered = gate.enter_or_wait(&self.lane.counter, id, waker);
-        self.answer(entered).map_or(Poll::Pending, Poll::Ready)
+        self.ask(Some(waker)).map_or(Poll::Pending, Poll::Ready)
     }
 
-    fn answer(&self, entered: Result<Entry, Turned>) -> Option<Result<Ticket<L>, WriteRefused>> {
-        match entered {
+    fn ask(&mut self, waker: Option<&Waker>) -> Option<Result<Ticket<L>, WriteRefused>> {
+        let gate = &self.lane.node.gate;
+        let id = *self.id.get_or_insert_with(|| gate.new_waiter());
+        match gate.enter_or_wait(&self.lane.counter, id, self.range, waker) {
             Ok(entry) => Some(Ok(Ticket::new(self.lane.clone(), self.range, entry))),
-            Err(Turned::Closed) => None,
-            Err(Turned::Refused) => Some(Err(WriteRefused)),
+            Err(Turned::Closed | Turned::Held) => None,
+            Err(Turned::Refused) => Some(Err(WriteRefused::ReadOnly)),
+            Err(Turned::NotSaved(why)) => Some(Err(WriteRefused::NotSaved(why))),
         }
     }
 }

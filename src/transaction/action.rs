@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::bitmap::HBitmap;
 use crate::job::{Job, VerbError};
-use crate::node::{BitmapError, BitmapOptions, Journal, Locked, Node};
+use crate::node::{BitmapError, BitmapOptions, Journal, Locked, Node, QuiesceGuard};
 
 #[derive(Clone, Debug)]
 pub(super) enum Action {
@@ -123,6 +123,10 @@ impl Action {
     }
 
     pub(super) fn nodes(&self) -> impl Iterator<Item = &Node> {
+        let started = match self {
+            Action::Start(job) => job.at_start().map(|start| start.node()),
+            _ => None,
+        };
         let (first, rest): (_, &[Named]) = match self {
             Action::Add { to: named, .. }
             | Action::Remove(named)
@@ -133,7 +137,8 @@ impl Action {
             Action::Merge { target, sources } => (Some(target), sources),
             Action::Start(_) | Action::Abort => (None, &[]),
         };
-        first.into_iter().chain(rest).map(|named| &named.node)
+        let named = first.into_iter().chain(rest).map(|named| &named.node);
+        named.chain(started)
     }
 
     /// A map that it may need. If there is none, that comes up in its turn.
@@ -143,11 +148,11 @@ impl Action {
             Action::Clear(named) | Action::Merge { target: named, .. } => {
                 named.node.spare_for(&named.name)
             }
+            Action::Start(job) => job.at_start()?.spare(),
             Action::Remove(_)
             | Action::Enable(_)
             | Action::Disable(_)
             | Action::Rename { .. }
-            | Action::Start(_)
             | Action::Abort => None,
         }
     }
@@ -158,6 +163,7 @@ impl Action {
         journal: &mut Journal,
         jobs: &mut Vec<Job>,
         spare: Option<HBitmap>,
+        guards: &[QuiesceGuard],
     ) -> Result<(), ActionError> {
         match self {
             Action::Add {
@@ -179,6 +185,11 @@ impl Action {
                     return Err(ActionError::StartedBefore);
                 }
                 job.check_start()?;
+                if let Some(start) = job.at_start() {
+                    let guard = guards.iter().find(|guard| guard.is_of(start.node()));
+                    let guard = guard.expect("the disks of all actions are quiesced");
+                    start.arm(locked, guard, spare)?;
+                }
                 jobs.push(job.clone());
             }
             Action::Abort => return Err(ActionError::Aborted),

@@ -191,7 +191,9 @@ impl Transaction {
         })
     }
 
-    /// Then starts a job. That it may be started is looked at in its turn; it does start with the commit,
+    /// Then starts a job. For a [`Backup`](crate::Backup) that is the instant that is backed up, one for all
+    /// that are started by the list; errors of its bitmap are those of [`Bitmaps::claim`](crate::Bitmaps::claim).
+    /// That it may be started is looked at in its turn; it does start with the commit,
     /// while all guests wait, unless somebody has started or cancelled it by then.
     pub fn start(&mut self, job: &Job) -> &mut Self {
         self.push(Action::Start(job.clone()))
@@ -300,7 +302,7 @@ impl Preparing {
         let mut jobs = Vec::new();
         let mut failed = None;
         for ((index, action), spare) in self.actions.iter().enumerate().zip(spares) {
-            let applied = action.apply(&mut locked, &mut journal, &mut jobs, spare);
+            let applied = action.apply(&mut locked, &mut journal, &mut jobs, spare, &guards);
             if let Err(why) = applied {
                 let kind = action.kind();
                 failed = Some(TransactionError { index, kind, why });
@@ -310,9 +312,12 @@ impl Preparing {
             }
         }
         if let Some(error) = failed {
+            disarm(&jobs, &mut locked);
             if !is_broken(Sabotage::KeepHalf) {
                 journal.roll_back(&mut locked);
             }
+            drop(locked);
+            jobs.iter().for_each(Job::wake_machine);
             return Err(error);
         }
         if !is_broken(Sabotage::DoNotHold) {
@@ -356,8 +361,14 @@ impl Prepared {
         let unused = open.journal.commit(&mut Locked::new(&open.nodes));
         for job in open.jobs {
             // Somebody may have started or cancelled it since it was looked at. Either is as if it had
-            // been asked a moment later.
-            let _ = job.start();
+            // been asked a moment later: one that runs has begun at this instant, like all the others.
+            if let Some(start) = job.at_start() {
+                start.commit();
+            }
+            if job.start().is_err() && job.is_over() {
+                disarm(std::slice::from_ref(&job), &mut Locked::new(&open.nodes));
+            }
+            job.wake_machine();
         }
         drop(open.guards);
         // Giving back memory takes time, and the guests need not wait for it.
@@ -375,9 +386,20 @@ impl Prepared {
 impl Drop for Prepared {
     fn drop(&mut self) {
         if let Some(open) = self.open.take() {
-            open.journal.roll_back(&mut Locked::new(&open.nodes));
+            let mut locked = Locked::new(&open.nodes);
+            disarm(&open.jobs, &mut locked);
+            open.journal.roll_back(&mut locked);
+            drop(locked);
+            open.jobs.iter().for_each(Job::wake_machine);
             drop(open.guards);
         }
+    }
+}
+
+/// Undoes what jobs have done at the instant at which they were to start.
+fn disarm(jobs: &[Job], locked: &mut Locked<'_>) {
+    for start in jobs.iter().filter_map(Job::at_start) {
+        start.disarm(locked);
     }
 }
 

@@ -437,6 +437,15 @@ impl Machine {
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
+            OpKind::CopyCompressed(_)
+            | OpKind::CopyOffloaded(_)
+            | OpKind::Save(_)
+            | OpKind::CopySaved(_)
+            | OpKind::DiscardSaved(_)
+            | OpKind::GiveUp(_)
+            | OpKind::DiscardSource(_) => {
+                unreachable!("a mirror asks for none of these")
+            }
         }
         Outcome::Done
     }

@@ -74,6 +74,7 @@ impl Peer for RoaringBitmap {
 
 impl Stored for RoaringBitmap {
     fn store(&self, bytes: &mut Vec<u8>) {
+        bytes.clear();
         self.serialize_into(bytes).expect("a vector takes all");
     }
 
@@ -172,6 +173,7 @@ fn for_each_many(map: &Bitmap, mut take: impl FnMut(&mut [u32])) {
 
 impl Stored for Bitmap {
     fn store(&self, bytes: &mut Vec<u8>) {
+        bytes.clear();
         let stored = self.serialize_into_vec::<Portable>(bytes);
         assert!(!stored.is_empty());
     }

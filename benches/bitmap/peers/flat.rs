@@ -125,6 +125,7 @@ impl Peer for FixedBitSet {
 
 impl Stored for FixedBitSet {
     fn store(&self, bytes: &mut Vec<u8>) {
+        bytes.clear();
         let words = self.as_slice().iter();
         bytes.extend(words.flat_map(|word| word.to_le_bytes()));
     }
@@ -205,9 +206,8 @@ impl Stored for BitVec<u64> {
 
 /// Compiles to a copy where bytes have this order anyway.
 pub(crate) fn store_words(words: &[u64], bytes: &mut Vec<u8>) {
-    let start = bytes.len();
-    bytes.resize(start + words.len() * 8, 0);
-    for (bytes, word) in bytes[start..].chunks_exact_mut(8).zip(words) {
+    bytes.resize(words.len() * 8, 0);
+    for (bytes, word) in bytes.chunks_exact_mut(8).zip(words) {
         bytes.copy_from_slice(&word.to_le_bytes());
     }
 }

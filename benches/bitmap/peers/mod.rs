@@ -55,7 +55,7 @@ pub(crate) trait Peer: Clone + PartialEq {
 
 /// A map that can be written as bytes and read again.
 pub(crate) trait Stored: Peer {
-    /// Appends it.
+    /// Replaces what is in `bytes`, which may be as long already.
     fn store(&self, bytes: &mut Vec<u8>);
     fn load(bytes: &[u8]) -> Self;
 }
@@ -98,13 +98,18 @@ impl Peer for HBitmap {
     }
 
     fn restore(&mut self, other: &Self) {
-        // What is uniform is cloned without its words, which then were new memory in each pass.
-        if other.is_clean() {
-            self.reset_all();
-        } else if other.count() == other.granules() {
+        let is_full = other.count() == other.granules();
+        if !other.is_clean() && !is_full {
+            return self.clone_from(other);
+        }
+        // What is uniform is cloned without its words, which then were new memory in each pass. The others have
+        // just copied all of theirs: to have ours in the caches, too, they are written.
+        let words = vec![1; self.word_count()];
+        self.import_words(0, &words).expect("as many as it has");
+        if is_full {
             self.set_all();
         } else {
-            self.clone_from(other);
+            self.reset_all();
         }
     }
 
@@ -147,6 +152,22 @@ impl Peer for HBitmap {
 
     fn merge_finer(&mut self, other: &Self) -> bool {
         self.merge_from(other).expect("of equal length")
+    }
+}
+
+impl Stored for HBitmap {
+    fn store(&self, bytes: &mut Vec<u8>) {
+        let len = self.serialized_len(0..self.len()).expect("all of it");
+        bytes.resize(len, 0);
+        self.serialize_part(0..self.len(), bytes)
+            .expect("as long as it takes");
+    }
+
+    fn load(bytes: &[u8]) -> Self {
+        let mut map = hbitmap(bytes.len() as u64 * 8, GRANULE);
+        map.deserialize_part(0..map.len(), bytes)
+            .expect("as long as it takes");
+        map
     }
 }
 

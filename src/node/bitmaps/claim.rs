@@ -4,9 +4,10 @@ use std::fmt;
 use std::mem;
 
 use super::entry::{Content, Intent, Named, Successor, Usage, unshared};
-use super::{BitmapError, Bitmaps, SnapshotOf};
+use super::journal::fit;
+use super::{BitmapError, Bitmaps, Locked, SnapshotOf};
 use crate::bitmap::HBitmap;
-use crate::node::{Inner, JobBitmapGuard, QuiesceGuard};
+use crate::node::{Inner, JobBitmapGuard, Node, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::Arc;
 
@@ -77,19 +78,41 @@ impl Bitmaps<'_> {
     /// [`ReadOnly`](BitmapError::ReadOnly) if it is for change,
     /// [`Inconsistent`](BitmapError::Inconsistent), [`OutOfMemory`](BitmapError::OutOfMemory).
     pub fn claim(&self, name: &str, claim: ClaimFor) -> Result<BitmapClaim, BitmapError> {
-        let mut list = self.inner().lock_drained();
-        let (id, named) = list.find_mut(name)?;
+        Locked::new([self.node]).claim((self.node, name), claim, None)
+    }
+}
+
+impl Locked<'_> {
+    /// As [`Bitmaps::claim`]. For the successor `spare` may be taken.
+    pub(crate) fn claim(
+        &mut self,
+        (node, name): (&Node, &str),
+        claim: ClaimFor,
+        spare: Option<HBitmap>,
+    ) -> Result<BitmapClaim, BitmapError> {
+        let (id, named) = self.list(node).find_mut(name)?;
         let idle = named.idle(match claim {
             ClaimFor::Reading => Intent::Use,
             ClaimFor::Change => Intent::Change,
         })?;
-        let map = self.inner().new_map(idle.map.granularity())?;
+        let map = fit(spare, node, idle.map.granularity())?;
         let is_enabled = idle.usage.is_enabled();
         *idle.usage = Usage::Claimed(Successor { map, is_enabled });
         Ok(BitmapClaim {
-            node: Some(Arc::clone(self.inner())),
+            node: Some(Arc::clone(node.inner())),
             id,
         })
+    }
+
+    /// The claimed bits.
+    pub(crate) fn claimed(&mut self, node: &Node, claim: &BitmapClaim) -> &HBitmap {
+        self.list(node).job_map(claim.id)
+    }
+
+    /// As [`BitmapClaim::reclaim`].
+    pub(crate) fn reclaim(&mut self, node: &Node, mut claim: BitmapClaim) {
+        claim.node = None;
+        let _unused = self.list(node).owned_mut(claim.id).end_claim(End::Reclaim);
     }
 }
 

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use super::error::BitmapError;
 use super::{BitmapInfo, SnapshotOf, copy_of};
-use crate::bitmap::HBitmap;
+use crate::bitmap::{Changes, HBitmap};
+use crate::log::DirtyWord;
+use crate::node::growing::Record;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
@@ -62,11 +64,35 @@ pub(super) enum Usage {
     /// Nobody: any verb may be asked.
     Idle { is_enabled: bool },
     /// An operation, which lets it record or not as before.
-    Held { is_enabled: bool, by: BusyWith },
+    Held {
+        is_enabled: bool,
+        by: BusyWith,
+        /// Which chunks guest writes have changed, if somebody wants to know.
+        changes: Option<Box<Changes>>,
+    },
     /// Those who read it, without the lock.
     Frozen,
     /// An operation to which its bits belong. What is written meanwhile goes to the successor.
     Claimed(Successor),
+    /// It comes from another host, and its bits are not here yet: the map has only what was written since
+    /// the guest runs here.
+    Arriving { is_enabled: bool },
+}
+
+/// Where guest writes to a node are recorded.
+pub(in crate::node) enum Recorder<'a> {
+    Plain(&'a mut HBitmap),
+    /// With a note of the chunks that it changes.
+    Tracked(&'a mut HBitmap, &'a mut Changes),
+}
+
+impl Record for Recorder<'_> {
+    fn set_word(&mut self, granularity: Granularity, word: DirtyWord) {
+        match self {
+            Recorder::Plain(map) => map.set_word(granularity, word),
+            Recorder::Tracked(map, changes) => changes.set_word(map, granularity, word),
+        }
+    }
 }
 
 /// What records in the place of a claimed bitmap, in the same granules.
@@ -85,6 +111,8 @@ pub enum BusyWith {
     Reader,
     /// A [`BitmapHold`](crate::BitmapHold), of a migration as a rule.
     Holder,
+    /// A [migration](crate::BitmapHold) that brings it here and has not done so yet.
+    Migration,
     /// A transaction that is neither committed nor rolled back.
     Transaction,
     /// A change of the disk's length that is neither committed nor given up.
@@ -97,6 +125,7 @@ impl fmt::Display for BusyWith {
             BusyWith::Job => "a job",
             BusyWith::Reader => "a reader",
             BusyWith::Holder => "a holder",
+            BusyWith::Migration => "a migration that brings it",
             BusyWith::Transaction => "an open transaction",
             BusyWith::Resize => "a change of the disk's length",
         })
@@ -120,9 +149,9 @@ pub(super) struct Idle<'a> {
 
 impl Entry {
     /// The map that guest writes are recorded in, if they are.
-    pub(in crate::node) fn recorder(&mut self) -> Option<&mut HBitmap> {
+    pub(in crate::node) fn recorder(&mut self) -> Option<Recorder<'_>> {
         match &mut self.body {
-            Body::Job(map) => Some(map),
+            Body::Job(map) => Some(Recorder::Plain(map)),
             Body::Named(named) => named.recorder(),
         }
     }
@@ -160,6 +189,7 @@ impl Named {
                 Usage::Held { by, .. } => Some(*by),
                 Usage::Frozen => Some(BusyWith::Reader),
                 Usage::Claimed(_) => Some(BusyWith::Job),
+                Usage::Arriving { .. } => Some(BusyWith::Migration),
             },
         }
     }
@@ -176,7 +206,9 @@ impl Named {
         match &self.content {
             Content::Inconsistent { .. } => false,
             Content::Known { usage, .. } => match usage {
-                Usage::Idle { is_enabled } | Usage::Held { is_enabled, .. } => *is_enabled,
+                Usage::Idle { is_enabled }
+                | Usage::Held { is_enabled, .. }
+                | Usage::Arriving { is_enabled } => *is_enabled,
                 Usage::Frozen => false,
                 Usage::Claimed(successor) => successor.is_enabled,
             },
@@ -189,6 +221,13 @@ impl Named {
             .is_some_and(|stored| !stored.is_handed_over && !stored.is_readonly)
             && self.busy_with() != Some(BusyWith::Holder)
             && !self.is_inconsistent()
+            && !self.is_arriving()
+    }
+
+    /// Whether its bits are not here yet.
+    pub(super) fn is_arriving(&self) -> bool {
+        let arriving = |usage: &Usage| matches!(usage, Usage::Arriving { .. });
+        matches!(&self.content, Content::Known { usage, .. } if arriving(usage))
     }
 
     pub(super) fn granularity(&self) -> Granularity {
@@ -209,6 +248,13 @@ impl Named {
     pub(super) fn map(&self) -> Result<&HBitmap, BitmapError> {
         match &self.content {
             Content::Inconsistent { .. } => Err(self.inconsistent()),
+            Content::Known {
+                usage: Usage::Arriving { .. },
+                ..
+            } => Err(BitmapError::Busy {
+                name: self.name.clone(),
+                with: BusyWith::Migration,
+            }),
             Content::Known { map, .. } => Ok(map),
         }
     }
@@ -223,19 +269,22 @@ impl Named {
         }
     }
 
-    fn recorder(&mut self) -> Option<&mut HBitmap> {
+    fn recorder(&mut self) -> Option<Recorder<'_>> {
+        if !self.is_recording() {
+            return None;
+        }
         match &mut self.content {
             Content::Inconsistent { .. } => None,
             Content::Known { map, usage } => match usage {
-                Usage::Idle { is_enabled: true }
-                | Usage::Held {
-                    is_enabled: true, ..
-                } => Some(unshared(map)),
-                Usage::Claimed(Successor {
-                    map,
-                    is_enabled: true,
-                }) => Some(map),
-                Usage::Idle { .. } | Usage::Held { .. } | Usage::Frozen | Usage::Claimed(_) => None,
+                Usage::Held {
+                    changes: Some(changes),
+                    ..
+                } => Some(Recorder::Tracked(unshared(map), changes)),
+                Usage::Idle { .. } | Usage::Held { .. } | Usage::Arriving { .. } => {
+                    Some(Recorder::Plain(unshared(map)))
+                }
+                Usage::Claimed(successor) => Some(Recorder::Plain(&mut successor.map)),
+                Usage::Frozen => None,
             },
         }
     }
@@ -287,9 +336,18 @@ impl Named {
     pub(super) fn hold(&mut self, by: BusyWith) {
         match &mut self.content {
             Content::Inconsistent { held, .. } => *held = Some(by),
+            // What is claimed is in use already.
+            Content::Known {
+                usage: Usage::Claimed(_),
+                ..
+            } => {}
             Content::Known { usage, .. } => {
                 let is_enabled = usage.is_enabled();
-                *usage = Usage::Held { is_enabled, by };
+                *usage = Usage::Held {
+                    is_enabled,
+                    by,
+                    changes: None,
+                };
             }
         }
     }
@@ -313,7 +371,8 @@ impl Named {
                 let name = self.name.clone();
                 Err(BitmapError::Busy { name, with })
             }
-            Some(BusyWith::Job | BusyWith::Reader | BusyWith::Holder) | None => Ok(()),
+            Some(BusyWith::Job | BusyWith::Reader | BusyWith::Holder | BusyWith::Migration)
+            | None => Ok(()),
         }
     }
 
@@ -364,7 +423,7 @@ impl Usage {
     pub(super) fn is_enabled(&self) -> bool {
         match self {
             Usage::Idle { is_enabled } | Usage::Held { is_enabled, .. } => *is_enabled,
-            Usage::Frozen | Usage::Claimed(_) => false,
+            Usage::Frozen | Usage::Claimed(_) | Usage::Arriving { .. } => false,
         }
     }
 }

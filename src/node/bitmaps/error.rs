@@ -163,7 +163,7 @@ impl BitmapError {
         Self::NotFound { name }
     }
 
-    pub(in crate::node) fn create(error: CreateError, len: u64, granularity: Granularity) -> Self {
+    pub(crate) fn create(error: CreateError, len: u64, granularity: Granularity) -> Self {
         match error {
             CreateError::TooLong { .. } | CreateError::TooManyGranules { .. } => {
                 Self::TooLarge { len, granularity }

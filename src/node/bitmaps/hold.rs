@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use super::entry::Intent;
-use super::{BitmapError, Bitmaps, BusyWith};
-use crate::bitmap::HBitmap;
+use super::entry::{Content, Intent, Usage};
+use super::{BitmapError, Bitmaps, BusyWith, List};
+use crate::bitmap::{Changes, HBitmap};
 use crate::node::Inner;
-use crate::sync::Arc;
+use crate::sync::{Arc, MutexGuard};
+use crate::units::ByteRange;
 
 /// That a bitmap is kept as it is, but for what it records, and is left out of
 /// [exports](Bitmaps::export_state): somebody is about to have it elsewhere, after a migration as a rule.
@@ -57,8 +58,41 @@ impl BitmapHold {
     ///
     /// [`OutOfMemory`](BitmapError::OutOfMemory).
     pub fn snapshot(&self) -> Result<HBitmap, BitmapError> {
-        let node = self.node.as_ref().expect("what ends it consumes it");
-        super::copy_of(node.lock_drained().owned(self.id).map()?)
+        super::copy_of(self.node().lock_drained().owned(self.id).map()?)
+    }
+
+    /// Notes from now on which chunks of so many serialized bytes guest writes change. All have, at first.
+    pub(crate) fn track_changes(&self, chunk_len: u64) -> Result<(), BitmapError> {
+        let mut list = self.node().lock_drained();
+        let named = list.owned_mut(self.id);
+        let map = named.map()?;
+        let mut changes = Changes::new(map, chunk_len);
+        let (len, granularity) = (map.len(), map.granularity());
+        changes
+            .chunks_mut()
+            .reserve()
+            .map_err(|error| BitmapError::create(error, len, granularity))?;
+        changes.chunks_mut().set_all();
+        if let Content::Known {
+            usage: Usage::Held { changes: held, .. },
+            ..
+        } = &mut named.content
+        {
+            *held = Some(Box::new(changes));
+        }
+        Ok(())
+    }
+
+    /// The bits, with everything in them that was written until now.
+    pub(crate) fn lock(&self) -> HeldBitmap<'_> {
+        HeldBitmap {
+            list: self.node().lock_drained(),
+            id: self.id,
+        }
+    }
+
+    fn node(&self) -> &Arc<Inner> {
+        self.node.as_ref().expect("what ends it consumes it")
     }
 
     /// The other side has the bitmap. It is free again here, and left out of exports until it is
@@ -73,6 +107,62 @@ impl BitmapHold {
     fn end(&mut self) {
         if let Some(node) = self.node.take() {
             node.list.lock().owned_mut(self.id).let_go();
+        }
+    }
+}
+
+/// A held bitmap under the node's lock.
+pub(crate) struct HeldBitmap<'a> {
+    list: MutexGuard<'a, List>,
+    id: u64,
+}
+
+impl HeldBitmap<'_> {
+    /// The bits.
+    pub(crate) fn map(&self) -> &HBitmap {
+        let map = self.list.owned(self.id).map();
+        map.expect("what is inconsistent is not held")
+    }
+
+    /// How often something was found that was written to the node: differs from what it was if something
+    /// was written since. Writes to a node without any recording bitmap leave no trace.
+    pub(crate) fn writes_found(&self) -> u64 {
+        self.list.found
+    }
+
+    /// Which chunks have changed, if that is noted.
+    pub(crate) fn changes(&self) -> Option<&HBitmap> {
+        match &self.list.owned(self.id).content {
+            Content::Known {
+                usage: Usage::Held { changes, .. },
+                ..
+            } => changes.as_ref().map(|changes| changes.chunks()),
+            Content::Known { .. } | Content::Inconsistent { .. } => None,
+        }
+    }
+
+    /// The chunks of `range`, which are whole ones, are not changed any more.
+    pub(crate) fn clear_changes(&mut self, range: ByteRange) {
+        if let Some(chunks) = self.chunks_mut() {
+            chunks.reset(range).expect("they are whole chunks");
+        }
+    }
+
+    /// The chunks that `range` touches are to be looked at again.
+    pub(crate) fn mark_changed(&mut self, range: ByteRange) {
+        if let Some(chunks) = self.chunks_mut() {
+            let range = range.intersection((0..chunks.len()).into());
+            chunks.set(range).expect("it does not pass the end");
+        }
+    }
+
+    fn chunks_mut(&mut self) -> Option<&mut HBitmap> {
+        match &mut self.list.owned_mut(self.id).content {
+            Content::Known {
+                usage: Usage::Held { changes, .. },
+                ..
+            } => changes.as_mut().map(|changes| changes.chunks_mut()),
+            Content::Known { .. } | Content::Inconsistent { .. } => None,
         }
     }
 }

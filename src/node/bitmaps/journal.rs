@@ -250,7 +250,7 @@ impl Named {
 }
 
 /// A clean map for a bitmap of `node`: `spare`, if that is one.
-fn fit(
+pub(super) fn fit(
     spare: Option<HBitmap>,
     node: &Node,
     granularity: Granularity,

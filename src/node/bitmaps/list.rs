@@ -1,6 +1,6 @@
 //! All bitmaps of a node, as they lie under its lock.
 
-use super::entry::{Body, Content, Entry, Intent, Named, Stored, Usage};
+use super::entry::{Body, Content, Entry, Intent, Named, Recorder, Stored, Usage};
 use super::error::{BitmapError, CannotPersist};
 use super::options::{BitmapOptions, BitmapStorage};
 use super::{BusyWith, NAME_BYTES_MAX, is_recordable};
@@ -22,6 +22,8 @@ pub(in crate::node) struct List {
     pub(in crate::node) recording: Option<usize>,
     /// The logs there are, so that draining does not look for them in every place.
     pub(in crate::node) logs: Vec<usize>,
+    /// How often something was found in the logs: it differs when something was written.
+    pub(in crate::node) found: u64,
     /// The job or the resize that has taken the disk.
     pub(in crate::node) taken: Option<BusyWith>,
 }
@@ -131,7 +133,7 @@ impl List {
     }
 
     /// The logs there are, and the bitmaps that they are drained into.
-    pub(in crate::node) fn logs_and_recorders(&mut self) -> (&[usize], Vec<&mut HBitmap>) {
+    pub(in crate::node) fn logs_and_recorders(&mut self) -> (&[usize], Vec<Recorder<'_>>) {
         let recorders = self.entries.iter_mut().filter_map(Entry::recorder);
         (&self.logs, recorders.collect())
     }
@@ -302,8 +304,18 @@ impl Named {
             );
             return;
         }
-        let map = self.map().expect("not inconsistent");
+        let Content::Known { map, usage } = &self.content else {
+            return;
+        };
         map.check_invariants();
+        if let Usage::Held {
+            changes: Some(changes),
+            ..
+        } = usage
+        {
+            changes.chunks().check_invariants();
+            assert_eq!(changes.chunks().len(), len, "4: changes of {name:?}");
+        }
         if let Some(successor) = self.successor() {
             successor.check_invariants();
             assert_eq!(successor.len(), map.len(), "4: successor of {name:?}");

@@ -11,7 +11,9 @@
 //!    │            │ │  hold, open transaction, resize
 //!    │            │ └───────────────────────────────▶ held       recording or not, as before
 //!    │            └──────────────────────────────────┘
-//!    └─── remove ── inconsistent ◀── import of a copy that was not closed
+//!    ├─── remove ── inconsistent ◀── import of a copy that was not closed
+//!    │
+//!    └─── given up ── arriving ───── its bits are here ──▶ idle     the bits are on their way from another host
 //! ```
 //!
 //! Invariants:
@@ -24,8 +26,8 @@
 //!    order of all is that of their creation. Granules are 512 bytes to 2 GiB.
 //! 3. The node records exactly while a bitmap does, in granules no coarser than those of any. So disabling
 //!    the last recorder frees the guest of all that recording costs.
-//! 4. A bitmap is idle, in use (held, frozen or claimed) or inconsistent. Only an idle one is changed by
-//!    a verb. What is frozen does not record, and neither does what is claimed: its successor may. A
+//! 4. A bitmap is idle, in use (held, frozen, claimed or arriving) or inconsistent. Only an idle one is
+//!    changed by a verb. Of what is arriving nobody can see a bit. What is frozen does not record, and neither does what is claimed: its successor may. A
 //!    successor has no name and is as long and as fine. What is inconsistent is persistent and does not
 //!    record; it can be looked at and removed.
 //! 5. What hinders a verb is looked at in the order: in use, read-only, inconsistent. A verb that is
@@ -49,6 +51,7 @@
 //! | resize of the disk | | busy | read-only | |
 //! | export of all | stored | busy, if it would be stored | left as stored | left as stored |
 
+mod arrival;
 mod claim;
 mod entry;
 mod error;
@@ -71,6 +74,7 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::Arc;
 use crate::units::Granularity;
 
+pub(crate) use arrival::{BitmapArrival, Released};
 pub use claim::{BitmapClaim, ClaimFor};
 pub(super) use entry::Body;
 pub use entry::BusyWith;

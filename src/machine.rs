@@ -1,0 +1,48 @@
+//! What the machines of all jobs have in common, for what drives them.
+
+use std::task::Waker;
+use std::time::Duration;
+
+use crate::copy::{Op, Outcome};
+use crate::job::JobError;
+use crate::mirror::{Switch, SwitchBack};
+
+/// What the machine wants next.
+#[derive(Debug)]
+#[must_use]
+pub enum Step {
+    /// Do this, and report it with `op_done`. There may be more to do at once: ask again.
+    Op(Op),
+    /// Nothing to do until an operation is reported, the waker is called, or that time has come.
+    Wait {
+        /// Time at which to ask again, even if nothing happened.
+        until: Option<Duration>,
+    },
+    /// Switch now, or drop it. Only of a [`Mirror`](crate::Mirror).
+    Switch(Switch),
+    /// A switch that was committed has no effect, for the group's was declined: point the guest back.
+    /// Only of a [`Mirror`](crate::Mirror) in a
+    /// [group](crate::JobGroup).
+    SwitchBack(SwitchBack),
+    /// The job is over.
+    Done(Result<(), JobError>),
+}
+
+/// The machine of a job: [`Mirror`](crate::Mirror) or [`Backup`](crate::Backup), which say what each method
+/// does. It is not for others to implement.
+pub trait Machine: sealed::Sealed {
+    /// What to do next.
+    fn poll(&mut self, now: Duration, waker: &Waker) -> Step;
+
+    /// Takes back an operation.
+    fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome);
+
+    /// Everything handed out and not reported is lost.
+    fn ops_lost(&mut self);
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for crate::Mirror {}
+    impl Sealed for crate::Backup {}
+}

@@ -1,0 +1,187 @@
+//! Moves the bytes of a migration over streams of the caller's. Decides nothing.
+//!
+//! A stream is two small traits, [`ReadStream`] and [`WriteStream`], with buffers that go in and come back, as
+//! those of [`io`](crate::io): that is what `io_uring` and completion queues need, and a dropped future loses a
+//! buffer and never writes to freed memory. Over `tokio` or `futures-io` each is a few lines. No future is
+//! asked to be `Send`.
+//!
+//! ```text
+//! send     outgoing.next_bytes ─▶ write_all … until it is idle, or done    (and the clock, if the speed is limited)
+//! answers  read ─▶ outgoing.feed …           receive  read ─▶ incoming.feed ─▶ answers ─▶ write_all …
+//! ```
+//!
+//! The caller asks [`send`] again after he has told the source that the guest has stopped, or started at the
+//! other end. All machines go on from where they are when a future is dropped between two calls; dropped
+//! amid one, bytes that were taken from the source may not have been sent: the connection is lost, and a
+//! native stream takes up another.
+
+use std::fmt;
+use std::future::Future;
+use std::io;
+
+use super::error::{IncomingError, OutgoingError};
+use super::incoming::IncomingMigration;
+use super::outgoing::{Next, OutgoingMigration};
+use crate::driver::Clock;
+
+/// Bytes that are read or written at once.
+const PIECE: usize = 64 << 10;
+
+/// Where bytes come from.
+pub trait ReadStream {
+    /// Reads at least one byte into the buffer, and says how many; 0 at the end. The buffer comes back with them.
+    fn read(&mut self, buf: Vec<u8>) -> impl Future<Output = (io::Result<usize>, Vec<u8>)>;
+}
+
+/// Where bytes go to.
+pub trait WriteStream {
+    /// Writes the first `len` bytes of the buffer, all of them, which comes back.
+    fn write_all(
+        &mut self,
+        buf: Vec<u8>,
+        len: usize,
+    ) -> impl Future<Output = (io::Result<()>, Vec<u8>)>;
+}
+
+/// Why bytes do not move any more.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DriveError {
+    /// The stream has failed. A native migration can go on over another.
+    #[error("the stream has failed: {0}")]
+    Io(#[from] io::Error),
+    /// The source has ended.
+    #[error(transparent)]
+    Outgoing(#[from] OutgoingError),
+    /// The destination has ended, or the connection broke.
+    #[error(transparent)]
+    Incoming(#[from] IncomingError),
+}
+
+/// Where a source is when nothing can be sent for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Sent {
+    /// See [`Next::Idle`]: it is for the caller to stop the guest, to start it there, or to ask again when it has
+    /// written.
+    Idle,
+    /// See [`Next::Answer`]: [`answers`] is to be asked.
+    Answer,
+    /// See [`Next::Done`].
+    Done,
+}
+
+/// Sends what there is to be sent as things are, as fast as the stream takes it and the speed allows.
+///
+/// # Errors
+///
+/// [`Io`](DriveError::Io) of the stream, [`Outgoing`](DriveError::Outgoing) of the source.
+///
+/// # Cancel safety
+///
+/// Not cancel safe: what was taken and not written is lost, and the connection with it.
+///
+/// # Examples
+///
+/// See `examples/migrate_bitmap.rs`, which has a guest on both sides.
+pub async fn send(
+    outgoing: &mut OutgoingMigration,
+    stream: &mut impl WriteStream,
+    clock: &impl Clock,
+) -> Result<Sent, DriveError> {
+    let mut buf = vec![0; PIECE];
+    loop {
+        match outgoing.next_bytes(clock.now(), &mut buf)? {
+            Next::Bytes(len) => {
+                let (written, back) = stream.write_all(buf, len).await;
+                written?;
+                buf = back;
+            }
+            Next::Until(until) => clock.sleep_until(until).await,
+            Next::Idle => return Ok(Sent::Idle),
+            Next::Answer => return Ok(Sent::Answer),
+            Next::Done => return Ok(Sent::Done),
+        }
+    }
+}
+
+/// Reads once what the destination of a native stream has answered. Says whether it can answer more: not at the
+/// end of the stream.
+///
+/// # Errors
+///
+/// [`Io`](DriveError::Io) of the stream, [`Outgoing`](DriveError::Outgoing) of the source.
+///
+/// # Cancel safety
+///
+/// As that of [`ReadStream::read`].
+pub async fn answers(
+    outgoing: &mut OutgoingMigration,
+    stream: &mut impl ReadStream,
+) -> Result<bool, DriveError> {
+    let (read, buf) = stream.read(vec![0; 1024]).await;
+    let len = read?;
+    outgoing.feed(&buf[..len])?;
+    Ok(len > 0)
+}
+
+/// Loads what comes, until `is_enough` says so or the stream is over; it is asked after each piece. Says which
+/// it was: `true` if there may be more. What is to be answered is written to `back` before more is read.
+///
+/// # Errors
+///
+/// [`Io`](DriveError::Io) of either stream, [`Incoming`](DriveError::Incoming) of the destination.
+///
+/// # Cancel safety
+///
+/// As that of [`ReadStream::read`], unless an answer is being written.
+pub async fn receive(
+    incoming: &mut IncomingMigration,
+    stream: &mut impl ReadStream,
+    back: &mut impl WriteStream,
+    mut is_enough: impl FnMut(&IncomingMigration) -> bool,
+) -> Result<bool, DriveError> {
+    let mut buf = vec![0; PIECE];
+    let mut answer = vec![0; 64];
+    loop {
+        loop {
+            let len = incoming.next_bytes(&mut answer);
+            if len == 0 {
+                break;
+            }
+            let (written, again) = back.write_all(answer, len).await;
+            written?;
+            answer = again;
+        }
+        if incoming.is_done() || is_enough(incoming) {
+            return Ok(true);
+        }
+        let (read, again) = stream.read(buf).await;
+        let len = read?;
+        if len == 0 {
+            return Ok(false);
+        }
+        incoming.feed(&again[..len])?;
+        buf = again;
+    }
+}
+
+/// A way back that nobody listens on: QEMU's stream has none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoWayBack;
+
+impl WriteStream for NoWayBack {
+    async fn write_all(&mut self, buf: Vec<u8>, _len: usize) -> (io::Result<()>, Vec<u8>) {
+        (Err(io::ErrorKind::Unsupported.into()), buf)
+    }
+}
+
+impl fmt::Display for Sent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Sent::Idle => "nothing to send",
+            Sent::Answer => "waiting for an answer",
+            Sent::Done => "all sent",
+        })
+    }
+}
