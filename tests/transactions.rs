@@ -14,10 +14,10 @@ use std::thread;
 use std::time::Duration;
 
 use blockjob::{
-    ActionError, ActionKind, Begin, BitmapError, BitmapInfo, BitmapOptions, BitmapState,
-    BitmapStorage, BusyWith, Cancel, ClaimFor, Granularity, HBitmap, Job, Limits, Mirror,
-    MirrorOptions, Node, Prepared, QuiesceGuard, SnapshotOf, Status, Transaction, TransactionError,
-    VerbError,
+    ActionError, ActionKind, Backup, BackupOptions, BackupSync, Begin, BitmapError, BitmapInfo,
+    BitmapMode, BitmapOptions, BitmapState, BitmapStorage, BusyWith, Cancel, ClaimFor, Granularity,
+    HBitmap, Job, Limits, Mirror, MirrorOptions, Node, Prepared, QuiesceGuard, SnapshotOf, Status,
+    Transaction, TransactionError, VerbError,
 };
 
 const LEN: u64 = 1 << 20;
@@ -631,6 +631,58 @@ mod jobs {
                 .all(|mirror| status(mirror) == Status::Running)
         );
         assert_eq!(nodes.each_ref().map(|node| names(node).len()), [1, 1]);
+    }
+
+    /// The machine of a backup that a list is to start goes while the list is open, and gives back the bitmap: it
+    /// stays with the list, which may have to undo what it did to it before.
+    #[test]
+    fn a_bitmap_that_a_dropped_backup_gives_back_stays_with_the_open_list() {
+        for is_new in [true, false] {
+            for is_committed in [true, false] {
+                let node = Node::new(LEN);
+                if !is_new {
+                    let guard = quiesced(&node);
+                    node.bitmaps().add(&guard, "a", options(G)).unwrap();
+                    drop(guard);
+                    write(&node, G);
+                }
+                let mut backup_options = BackupOptions::default();
+                backup_options.sync = BackupSync::Bitmap;
+                backup_options.bitmap = Some("a".to_owned());
+                backup_options.bitmap_mode = Some(BitmapMode::OnSuccess);
+                let limits = Limits::new(LEN);
+                let backup = Backup::new(&node, limits, limits, backup_options).unwrap();
+                let mut list = Transaction::new();
+                if is_new {
+                    list.add(&node, "a", options(G));
+                } else {
+                    list.clear(&node, "a");
+                }
+                list.start(backup.job());
+                let prepared = prepare(list).unwrap();
+                drop(backup);
+                let with = BusyWith::Transaction;
+                let name = "a".to_owned();
+                let busy = Err(BitmapError::Busy { name, with });
+                assert_eq!(node.bitmaps().remove("a"), busy);
+                assert_eq!(node.bitmaps().disable("a"), busy);
+                if is_committed {
+                    prepared.commit();
+                } else {
+                    drop(prepared);
+                }
+                node.bitmaps().check_invariants();
+                let infos = node.bitmaps().query_all();
+                let is_there = is_committed || !is_new;
+                assert_eq!(infos.len(), usize::from(is_there));
+                if is_there {
+                    assert!(infos[0].is_recording && !infos[0].is_busy());
+                    let expected = if is_committed { vec![] } else { vec![1] };
+                    assert_eq!(dirty(&node, "a"), expected);
+                    node.bitmaps().remove("a").unwrap();
+                }
+            }
+        }
     }
 
     #[test]

@@ -97,7 +97,11 @@ impl Locked<'_> {
         })?;
         let map = fit(spare, node, idle.map.granularity())?;
         let is_enabled = idle.usage.is_enabled();
-        *idle.usage = Usage::Claimed(Successor { map, is_enabled });
+        *idle.usage = Usage::Claimed(Successor {
+            map,
+            is_enabled,
+            then: None,
+        });
         Ok(BitmapClaim {
             node: Some(Arc::clone(node.inner())),
             id,
@@ -222,7 +226,14 @@ impl Named {
             unreachable!("it has a successor for as long as it is claimed")
         };
         let is_enabled = successor.is_enabled && !is_broken(Sabotage::EndDisabled);
-        *usage = Usage::Idle { is_enabled };
+        *usage = match successor.then {
+            None => Usage::Idle { is_enabled },
+            Some(by) => Usage::Held {
+                is_enabled,
+                by,
+                changes: None,
+            },
+        };
         let map = unshared(map);
         match end {
             End::Abdicate => {

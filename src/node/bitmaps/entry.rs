@@ -99,6 +99,8 @@ impl Record for Recorder<'_> {
 pub(super) struct Successor {
     pub(super) map: HBitmap,
     pub(super) is_enabled: bool,
+    /// Who has the bitmap when the claim ends: the open transaction that it was claimed in.
+    pub(super) then: Option<BusyWith>,
 }
 
 /// Which operation has a bitmap to itself.
@@ -336,11 +338,11 @@ impl Named {
     pub(super) fn hold(&mut self, by: BusyWith) {
         match &mut self.content {
             Content::Inconsistent { held, .. } => *held = Some(by),
-            // What is claimed is in use already.
+            // What is claimed is in use already, and must not be free when that ends.
             Content::Known {
-                usage: Usage::Claimed(_),
+                usage: Usage::Claimed(successor),
                 ..
-            } => {}
+            } => successor.then = Some(by),
             Content::Known { usage, .. } => {
                 let is_enabled = usage.is_enabled();
                 *usage = Usage::Held {
@@ -356,11 +358,14 @@ impl Named {
     pub(super) fn let_go(&mut self) {
         match &mut self.content {
             Content::Inconsistent { held, .. } => *held = None,
-            Content::Known { usage, .. } => {
-                if let Usage::Held { is_enabled, .. } = *usage {
+            Content::Known { usage, .. } => match usage {
+                Usage::Held { is_enabled, .. } => {
+                    let is_enabled = *is_enabled;
                     *usage = Usage::Idle { is_enabled };
                 }
-            }
+                Usage::Claimed(successor) => successor.then = None,
+                Usage::Idle { .. } | Usage::Frozen | Usage::Arriving { .. } => {}
+            },
         }
     }
 
