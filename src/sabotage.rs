@@ -166,6 +166,12 @@ pub enum Sabotage {
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.
     HoldForEver,
+    /// Bitmap 5: a reset that cuts a granule clears all of it.
+    RoundReset,
+    /// Bitmap 8: a cursor that has ended goes on when something is set ahead of where it was.
+    ForgetEnd,
+    /// Bitmap 9: a granule is taken away although the other map has only a part of it.
+    SubtractParts,
     /// Stored bitmap 2: the CRCs of records are not looked at.
     IgnoreCrc,
     /// Stored bitmap 2: dirty granules are not counted.

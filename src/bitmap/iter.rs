@@ -8,6 +8,7 @@ use std::ops::Range;
 use super::HBitmap;
 use super::summary::{Blocks, Pair};
 use super::word::{bit, bits_from, bits_to, lowest, word_of};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 /// A place in a bitmap that may change between two steps.
@@ -70,7 +71,12 @@ impl Cursor {
         };
         let start = found.map(|granule| granularity.start_of(granule));
         // 2^63 at most, as the granule starts within the map.
-        self.next = start.map_or(ENDED, |start| start + granularity.bytes());
+        let ended = if is_broken(Sabotage::ForgetEnd) {
+            self.next
+        } else {
+            ENDED
+        };
+        self.next = start.map_or(ended, |start| start + granularity.bytes());
         start
     }
 }

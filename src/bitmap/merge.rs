@@ -20,6 +20,7 @@ use super::rescale::{Piece, Rounding};
 use super::summary::{Class, Pair};
 use super::word::{clear, ones};
 use super::{CreateError, HBitmap};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 /// Why two bitmaps cannot be combined. Both are as before.
@@ -154,7 +155,12 @@ impl HBitmap {
         if self.granularity == other.granularity {
             subtract_blocks(self, other);
         } else {
-            other.rescaled(self.granularity, Rounding::Inward, |piece| match piece {
+            let rounding = if is_broken(Sabotage::SubtractParts) {
+                Rounding::Outward
+            } else {
+                Rounding::Inward
+            };
+            other.rescaled(self.granularity, rounding, |piece| match piece {
                 Piece::Word(word, bits) => drop(self.reset_in_word(word, bits)),
                 Piece::Run(granules) => drop(self.reset_run(granules)),
             });

@@ -17,6 +17,7 @@ use multiversion::multiversion;
 use super::HBitmap;
 use super::summary::Class;
 use super::word::{Cut, bit, bits_from, bits_to, clear, word_of};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// Why a range or an offset does not fit the bitmap. The bitmap is as before.
@@ -220,7 +221,7 @@ impl HBitmap {
         self.check_bounds(range)?;
         let is_end_aligned = granularity.is_aligned(range.end()) || range.end() == self.len;
         let is_uncut = granularity.is_aligned(range.start()) && is_end_aligned;
-        if !(is_uncut || range.is_empty()) {
+        if !(is_uncut || range.is_empty() || is_broken(Sabotage::RoundReset)) {
             return Err(RangeError::Unaligned { range, granularity });
         }
         Ok(granularity.outward(range))

@@ -266,16 +266,51 @@ impl DirtyLog {
     /// ```
     #[inline]
     pub fn mark(&self, range: ByteRange) {
-        let clipped = range.intersection((0..self.len).into());
-        if clipped.is_empty() {
-            return;
+        if range.is_empty() || range.end() > self.len {
+            return self.mark_at_the_end(range);
         }
-        let granules = self.granularity.outward(clipped);
+        let first = self.granularity.granule_of(range.start());
+        let last = self.granularity.granule_of(range.end() - 1);
+        let index = first >> WORD_SHIFT;
+        let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first) % WORD_BITS);
+        let mask = ones << (first & (WORD_BITS - 1));
+        // What needs no look at a word is done by now: nothing after the fence begins before that has passed,
+        // and the fence of the next mark waits for all of it. So it is kept short.
+        let (words, starts) = (&*self.words, &self.starts[1..self.top + 1]);
+        let leaf = &words[index as usize];
         if self.keeps(Rule::FenceBeforeLook) {
             fence(Ordering::SeqCst);
         }
-        if self.set_granules(&granules) {
+        if index != last >> WORD_SHIFT || !self.keeps_order() {
+            return self.set(0, first..last + 1);
+        }
+        let mut has_set = false;
+        if !leaf.load(self.order(Ordering::Acquire)) & mask != 0 {
+            leaf.fetch_or(mask, self.order(Ordering::SeqCst));
+            has_set = true;
+        }
+        let mut below = index;
+        for start in starts {
+            let bit = below & (WORD_BITS - 1);
+            below >>= WORD_SHIFT;
+            let word = &words[start + below as usize];
+            if word.load(self.order(Ordering::Acquire)) >> bit & 1 == 0 {
+                word.fetch_or(1 << bit, self.order(Ordering::SeqCst));
+                has_set = true;
+            }
+        }
+        if has_set {
             self.wake_up.marked();
+        }
+    }
+
+    /// As [`mark`](Self::mark), for a range that ends past the disk, or is empty.
+    #[cold]
+    #[inline(never)]
+    fn mark_at_the_end(&self, range: ByteRange) {
+        let clipped = range.intersection((0..self.len).into());
+        if !clipped.is_empty() {
+            self.mark(clipped);
         }
     }
 
@@ -307,29 +342,6 @@ impl DirtyLog {
             self.wake_up.disarm();
         }
         Poll::Ready(())
-    }
-
-    /// Sets granules and everything above them, up to the top, and says whether who waits is to be told.
-    ///
-    /// For granules of one word this is all, and kept short: what a call must save on the stack the fence
-    /// would wait for.
-    #[inline]
-    fn set_granules(&self, granules: &Range<u64>) -> bool {
-        let (first, last) = (granules.start, granules.end - 1);
-        let mut index = first >> WORD_SHIFT;
-        if index != last >> WORD_SHIFT || !self.keeps_order() {
-            self.set(0, granules.clone());
-            return false;
-        }
-        let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first));
-        let mut mask = ones << (first & (WORD_BITS - 1));
-        let mut has_set = false;
-        for level in 0..self.top + 1 {
-            has_set |= self.set_in_word(level, index, mask);
-            mask = 1 << (index & (WORD_BITS - 1));
-            index >>= WORD_SHIFT;
-        }
-        has_set
     }
 
     /// Whether there is nothing to drain. It looks at one word, however long the disk is.
@@ -407,13 +419,11 @@ impl DirtyLog {
     }
 
     #[inline]
-    fn set_in_word(&self, level: usize, index: u64, mask: u64) -> bool {
+    fn set_in_word(&self, level: usize, index: u64, mask: u64) {
         let word = self.word(level, index);
-        let is_missing = word.load(self.order(Ordering::Acquire)) & mask != mask;
-        if is_missing {
+        if word.load(self.order(Ordering::Acquire)) & mask != mask {
             word.fetch_or(mask, self.order(Ordering::SeqCst));
         }
-        is_missing
     }
 
     #[inline]

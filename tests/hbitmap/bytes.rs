@@ -191,7 +191,7 @@ fn serialize_part_puts_each_granule_into_its_part() {
 
 /// Full words and full blocks that nobody has written are written as what they are.
 #[test]
-fn full_words_are_written_out() {
+pub(crate) fn full_words_are_written_out() {
     for (start, end) in [
         (0, L3),
         (64, 128),
@@ -239,7 +239,7 @@ fn serialize_zeroes_removes_exactly_what_is_loaded_as_zeroes() {
 /// Bits past the end are dropped on every way in. Otherwise they would be found and counted, and come
 /// alive when the map grows.
 #[test]
-fn padding_is_dropped_however_it_comes() {
+pub(crate) fn padding_is_dropped_however_it_comes() {
     for granules in [1, 63, 65, 100, L2 - 1, L2 + 1, L2 + 100, L3 + 1] {
         let ones = vec![0xff; (granules.div_ceil(64) * 8) as usize];
         let words = vec![!0; granules.div_ceil(64) as usize];
@@ -297,7 +297,7 @@ fn a_map_of_no_bytes_has_an_empty_part() {
 
 /// What was loaded can be asked about at once, part after part.
 #[test]
-fn a_map_is_sound_after_every_part() {
+pub(crate) fn a_map_is_sound_after_every_part() {
     let mut twin = Twin::new(L3 + 77, 0);
     let mut map = map(L3 + 77, 0);
     let bytes = Kind::Uniform(7).words(twin.word_count());

@@ -227,7 +227,7 @@ fn reset_keeps_what_is_left_in_the_edge_words() {
 }
 
 #[test]
-fn reset_never_rounds_outward() {
+pub(crate) fn reset_never_rounds_outward() {
     let mut map = map_of((1 << 20) + 512, 16, &[0..128 << 10]);
     let before = map.clone();
     for range in [

@@ -1,5 +1,7 @@
 //! Two maps and what becomes of them together.
 
+use std::time::{Duration, Instant};
+
 use blockjob::HBitmap;
 use blockjob::bitmap::{CreateError, MergeError, UnionError};
 use proptest::prelude::*;
@@ -137,6 +139,51 @@ proptest! {
 }
 
 /// The least there can be in common, where a search that skips a byte too many misses it.
+#[test]
+pub(crate) fn subtract_keeps_what_the_other_has_a_part_of() {
+    let mut coarse = map_of(1 << 20, 12, &[0..1 << 20]);
+    let fine = map_of(1 << 20, 9, &[0..8192, 12_288..16_384 - 512]);
+    assert_eq!(coarse.subtract(&fine), Ok(true));
+    assert_eq!(runs(&coarse), [8192..1 << 20]);
+}
+
+/// Two full maps are merged, and all of a map is set, walked and reset, without a look at each granule; where each
+/// word has something, without one at each granule but at each word. The shortest of a few passes is taken, as
+/// others use the machine, too.
+#[test]
+#[expect(clippy::disallowed_methods, reason = "it is about time")]
+fn whole_maps_of_1_tib_take_milliseconds() {
+    fn shortest(mut pass: impl FnMut()) -> Duration {
+        let passes = (0..5).map(|_| {
+            let began = Instant::now();
+            pass();
+            began.elapsed()
+        });
+        passes.min().expect("there are some")
+    }
+    const LEN: u64 = 1 << 40;
+    const AT_MOST: Duration = Duration::from_millis(10);
+
+    let full = map_of(LEN, 16, &[0..LEN]);
+    let mut into = full.clone();
+    assert!(shortest(|| assert_eq!(into.merge_from(&full), Ok(false))) < AT_MOST);
+    let all = shortest(|| {
+        into.reset_all();
+        assert_eq!(into.set(0..LEN), Ok(true));
+        assert_eq!(into.runs().count(), 1);
+        into.reset_all();
+        assert_eq!(into.merge_from(&full), Ok(true));
+    });
+    assert!(all < AT_MOST, "{all:?}");
+
+    let words = |pattern: u64| vec![pattern; 1 << 18];
+    let odd = HBitmap::from_words(LEN, granularity(16), &words(0xaaaa)).unwrap();
+    let mut even = HBitmap::from_words(LEN, granularity(16), &words(0x5555)).unwrap();
+    let merged = shortest(|| assert!(even.merge_from(&odd).is_ok()));
+    assert!(merged < AT_MOST, "{merged:?}");
+    assert_eq!(even.count(), (1 << 18) * 16);
+}
+
 #[test]
 fn intersects_in_a_single_byte() {
     for offset in [16, 17, 20, 31] {

@@ -453,7 +453,7 @@ fn headers_that_lie_are_refused() {
 
 /// Records that are undamaged and lie.
 #[test]
-fn records_that_lie_are_refused() {
+pub(crate) fn records_that_lie_are_refused() {
     let file = File::of(&sample(), LABEL);
     let refused = |change: &dyn Fn(&mut Vec<Record>)| {
         let mut file = file.clone();

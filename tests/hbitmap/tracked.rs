@@ -161,7 +161,7 @@ fn chunks_have_the_bytes_asked_for() {
 
 /// What changes within a word counts, and in a word amid a long run.
 #[test]
-fn a_bit_is_enough_in_both_directions() {
+pub(crate) fn a_bit_is_enough_in_both_directions() {
     let mut map = tracked(L3, 0, 8);
     const NONE: [u64; 0] = [];
     let mut marks = |change: &dyn Fn(&mut TrackedBitmap) -> bool| {

@@ -57,7 +57,7 @@ fn iter_ends_when_all_is_reset_between_two_steps() {
 }
 
 #[test]
-fn iter_sees_what_is_set_ahead_also_in_the_word_it_is_in() {
+pub(crate) fn iter_sees_what_is_set_ahead_also_in_the_word_it_is_in() {
     let mut map = map_of(L3, 0, &[5..6]);
     let mut cursor = map.cursor(0);
     assert_eq!(cursor.next(&map), Some(5));
@@ -68,6 +68,8 @@ fn iter_sees_what_is_set_ahead_also_in_the_word_it_is_in() {
     assert_eq!(cursor.next(&map), Some(L2 * 3));
     assert_eq!(cursor.next(&map), None);
     assert_eq!(map.count(), 4);
+    map.set(L3 - 1..L3).unwrap();
+    assert_eq!(cursor.next(&map), None, "it has ended");
 }
 
 proptest! {
