@@ -8,8 +8,8 @@
 //! full          all of a disk, in memory and on tmpfs: a mirror until it is ready, a backup to its end
 //! incremental   1 % of a sparse disk of 64 GiB, scattered clusters of 64 KiB, by a bitmap
 //! engine        what a cluster costs with devices that move nothing, and a write to a saved one
-//! guest         how long guest writes take while a backup runs to a target 50 times slower than a
-//!               copy from the source to its like
+//! guest         how long guest writes take while a backup runs to a target of 40 MiB/s, 50 times slower
+//!               than memory: a device that does one write after the other, in the order in which they come
 //! ```
 //!
 //! Each way is gone one after the other, that many times (5): what else the machine does hits them alike.
@@ -22,8 +22,7 @@
     reason = "a bench measures time and brings the threads"
 )]
 
-use std::cell::RefCell;
-use std::fs::File;
+use std::cell::{Cell, RefCell};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -33,7 +32,7 @@ use std::task::Waker;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockjob::driver::Driver;
+use blockjob::driver::{Clock, Driver};
 use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
 use blockjob::{
     Backup, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions, ByteRange, Content,
@@ -71,8 +70,8 @@ struct Options {
     clusters: u64,
     /// Of the disk that a guest writes to.
     guest_len: u64,
-    /// Bytes in a second that its slow target takes. `None`: as measured.
-    slow: Option<u64>,
+    /// Bytes in a second that its slow target takes.
+    slow: u64,
     /// Which parts, all if none is named.
     parts: Vec<String>,
 }
@@ -461,13 +460,14 @@ fn engine(options: &Options) -> Result<()> {
     let starts: Vec<_> = (0..clusters).map(|index| index * 2 * CLUSTER).collect();
     let node = recorded(len, &starts)?;
     let limits = Limits::new(len);
-    let of_one = |since: Instant| since.elapsed().as_secs_f64() * 1e9 / clusters as f64;
+    // One thread does all of it.
+    let of_one = |since: Duration| (own_cpu() - since).as_secs_f64() * 1e9 / clusters as f64;
     let mut copied = Vec::new();
     let mut passed = [Vec::new(), Vec::new(), Vec::new()];
     for _ in 0..options.runs {
         let mut backup = Backup::new(&node, limits, limits, by_bitmap())?;
         backup.job().start()?;
-        let began = Instant::now();
+        let began = own_cpu();
         run_machine(&mut backup, |_| false)?;
         copied.push(of_one(began));
         drop(backup);
@@ -475,7 +475,7 @@ fn engine(options: &Options) -> Result<()> {
         // All but the last cluster are saved; then it stands.
         let write_all = |node: &Node| -> Result<f64> {
             let queue = node.queue();
-            let began = Instant::now();
+            let began = own_cpu();
             for &at in &starts[..starts.len() - 1] {
                 let Begin::Go(ticket) = queue.begin_write((at..at + 4096).into()) else {
                     return Err("a write to what is saved is held back".into());
@@ -495,7 +495,7 @@ fn engine(options: &Options) -> Result<()> {
         })?;
         passed[2].push(write_all(&node)?);
     }
-    println!("| devices that move nothing, {clusters} single clusters | ns | least to most |");
+    println!("| devices that move nothing, {clusters} single clusters | CPU ns | least to most |");
     println!("|---|---|---|");
     let row = |name: &str, values: Vec<f64>| {
         let of = Spread::of(values.into_iter());
@@ -514,12 +514,15 @@ fn engine(options: &Options) -> Result<()> {
 }
 
 /// A device whose writes take as long as at a certain rate, one after the other.
-struct Slow {
-    device: FileDevice,
+struct Slow<'a> {
+    device: InPlace,
+    clock: &'a TimerClock,
     rate: u64,
+    /// When it has done all it was given.
+    is_free_at: Cell<Duration>,
 }
 
-impl BlockDevice for Slow {
+impl BlockDevice for Slow<'_> {
     type Buf = AlignedBuf;
 
     fn limits(&self) -> Limits {
@@ -527,17 +530,13 @@ impl BlockDevice for Slow {
     }
 }
 
-impl WriteAt for Slow {
+impl WriteAt for Slow<'_> {
     async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
         let time = Duration::from_secs_f64(buf.as_ref().len() as f64 / self.rate as f64);
-        // The device has one thread.
-        let write = move |file: &File| {
-            let began = Instant::now();
-            let result = file.write_all_at(buf.as_ref(), offset);
-            thread::sleep(time.saturating_sub(began.elapsed()));
-            (result, buf)
-        };
-        self.device.call(write).await
+        let done = self.is_free_at.get().max(self.clock.now()) + time;
+        self.is_free_at.set(done);
+        self.clock.sleep_until(done).await;
+        self.device.write_at(offset, buf).await
     }
 
     async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
@@ -552,9 +551,7 @@ impl WriteAt for Slow {
         self.device.flush().await
     }
 
-    async fn settle(&self) {
-        self.device.settle().await;
-    }
+    async fn settle(&self) {}
 }
 
 /// Writes 4 KiB at random places, with a rest of 1 ms after each, until told to stop; how long each took.
@@ -687,10 +684,7 @@ fn its_guest(files: &Files, rate: u64, with_backup: bool, alone: Duration) -> Re
 fn guest(options: &Options) -> Result<()> {
     let files = Files::new(options.guest_len)?;
     files.fill()?;
-    let rate = match options.slow {
-        Some(rate) => rate,
-        None => (options.guest_len as f64 / bare(&files, 1)?.wall.as_secs_f64() / 50.0) as u64,
-    };
+    let rate = options.slow;
     let alone = Duration::from_secs_f64(options.guest_len as f64 / rate as f64);
     println!(
         "| guest writes of 4 KiB, target at {:.0} MiB/s | p50 µs | p99 µs | max ms | writes |",
@@ -717,12 +711,18 @@ fn guest(options: &Options) -> Result<()> {
     );
     let push = |workers: usize, chunk_max: u64| {
         our_guest(&files, |node| {
-            let source = FileDevice::new(files.source()?, 1)?;
-            let device = FileDevice::new(files.target()?, 1)?;
+            let clock = TimerClock::new();
+            let target = Slow {
+                device: InPlace::new(files.target()?)?,
+                clock: &clock,
+                rate,
+                is_free_at: Cell::default(),
+            };
             let mut backup = BackupOptions::default();
             backup.workers = workers;
             backup.chunk_max = chunk_max;
-            back_up(node, source, Slow { device, rate }, backup).map(drop)
+            let source = InPlace::new(files.source()?)?;
+            back_up(node, source, target, backup).map(drop)
         })
     };
     row("blockjob, push", push(16, MIB)?);
@@ -751,7 +751,7 @@ fn options() -> Result<Options> {
         sparse: 64 << 30,
         clusters: 1 << 17,
         guest_len: 256 * MIB,
-        slow: None,
+        slow: 40 * MIB,
         parts: Vec::new(),
     };
     let mut args = lexopt::Parser::from_env();
@@ -765,7 +765,7 @@ fn options() -> Result<Options> {
                 options.sparse = 1 << 30;
                 options.clusters = 1000;
                 options.guest_len = 8 * MIB;
-                options.slow = Some(64 * MIB);
+                options.slow = 64 * MIB;
             }
             // What cargo adds.
             Arg::Long("bench") => {}
