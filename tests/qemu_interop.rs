@@ -1,5 +1,5 @@
-//! Mirrors between disks that QEMU's own programs hold, judged by those programs: `qemu-img compare`,
-//! `check` and `map`.
+//! Mirrors between disks that QEMU's own programs hold, and backups of them, judged by those programs:
+//! `qemu-img compare`, `check` and `map`, and QEMU's own backup of the same disk.
 //!
 //! Each test has its own directory and its own servers, and leaves nothing behind. Where a program is
 //! not installed the test says `SKIPPED` and passes; with `CI=true` it fails.
@@ -18,15 +18,17 @@ use std::time::Duration;
 use blockjob::driver::{Driven, Driver};
 use blockjob::io::{AlignedBuf, BlockDevice, GuestDisk, HeapPool, WriteAt};
 use blockjob::{
-    Cancel, ErrorAction, Event, Granularity, Job, JobError, Mirror, MirrorOptions, MirrorSync,
-    Node, OnError, Side, Status,
+    Backup, BackupOptions, BackupSync, BitmapOptions, ByteRange, Cancel, ErrorAction, Event,
+    Granularity, Job, JobError, Mirror, MirrorOptions, MirrorSync, Node, OnError, Side, Status,
+    Transaction, Unmap,
 };
+use serde_json::json;
 use tokio::task::JoinHandle;
 
 use support::RealTime;
 use support::guest::{Guests, Path, Random};
 use support::nbd::Nbd;
-use support::qemu::{self, Export, Image, Scratch};
+use support::qemu::{self, Export, Image, Scratch, StorageDaemon};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -648,4 +650,277 @@ async fn a_sparse_disk_of_a_tebibyte_stays_sparse() {
     let storage = qemu::storage(&target.path);
     eprintln!("{name}: the target takes {} KiB", storage / KIB);
     assert!(storage < 10 * MIB, "the target takes {storage} bytes");
+}
+
+/// A disk of that length, backed up as often, with so many deeds of the guest during each backup, and as many
+/// after it.
+const CHAIN_LEN: u64 = 16 * MIB;
+const BACKUPS: usize = 4;
+const DEEDS: usize = 30;
+
+/// One thing that a guest does to its disk.
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    Write(ByteRange, u8),
+    Zero(ByteRange),
+    Discard(ByteRange),
+}
+
+impl Deed {
+    /// Mostly in one part of the disk, so that a good deal of it stays clean. A discard is a hint, and QEMU
+    /// takes none while a backup runs: then there are none.
+    fn draw(random: &mut Random, during: During) -> Self {
+        let part = match random.below(4) {
+            0 => CHAIN_LEN,
+            _ => CHAIN_LEN / 8,
+        };
+        let start = random.below(part / 512) * 512;
+        let len = (1 + random.below(200)) * 512;
+        let range = ByteRange::from(start..(start + len).min(CHAIN_LEN));
+        match random.below(8) {
+            0 | 1 => Deed::Zero(range),
+            // Of whole clusters: what becomes of a part of one is the image's affair.
+            2 if during == During::Rest => {
+                let start = range.start() / (64 * KIB) * (64 * KIB);
+                Deed::Discard((start..start + 128 * KIB).into())
+            }
+            _ => Deed::Write(range, 1 + random.below(255) as u8),
+        }
+    }
+
+    async fn perform(self, disk: &impl WriteAt<Buf = AlignedBuf>) {
+        let result = match self {
+            Deed::Write(range, byte) => {
+                let mut buf = AlignedBuf::new(range.len() as usize, 1).expect("there is memory");
+                buf.as_mut().fill(byte);
+                disk.write_at(range.start(), buf).await.0
+            }
+            // Always sent: of those that may unmap, our client keeps what changes nothing to itself.
+            Deed::Zero(range) => disk.write_zeroes(range, Unmap::Forbidden).await,
+            Deed::Discard(range) => disk.discard(range).await,
+        };
+        result.unwrap_or_else(|error| panic!("{self:?}: {error}"));
+    }
+
+    fn note(self, content: &mut [u8]) {
+        let (range, byte) = match self {
+            Deed::Write(range, byte) => (range, byte),
+            Deed::Zero(range) | Deed::Discard(range) => (range, 0),
+        };
+        content[range.start() as usize..range.end() as usize].fill(byte);
+    }
+}
+
+/// When a guest does something.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum During {
+    Backup,
+    Rest,
+}
+
+/// What a guest does during a backup, and then.
+struct Deeds {
+    during: Vec<Deed>,
+    after: Vec<Deed>,
+}
+
+impl Deeds {
+    fn draw(random: &mut Random) -> Self {
+        let mut draw = |during| (0..DEEDS).map(|_| Deed::draw(random, during)).collect();
+        Self {
+            during: draw(During::Backup),
+            after: draw(During::Rest),
+        }
+    }
+}
+
+async fn perform(deeds: &[Deed], disk: &impl WriteAt<Buf = AlignedBuf>) {
+    for deed in deeds {
+        deed.perform(disk).await;
+    }
+}
+
+/// What a chain of images came to: each with what was dirty, in bytes, when it was made.
+type Chain = Vec<(Image, u64)>;
+
+/// A new image on top of the last one.
+fn next_image(scratch: &Scratch, name: &str, below: Option<&Image>) -> Image {
+    let path = below.map(|below| below.path.to_str().expect("our own name").to_owned());
+    let options = path.iter().flat_map(|path| ["-b", path, "-F", "qcow2"]);
+    let options: Vec<_> = options.collect();
+    scratch.create(name, &options, CHAIN_LEN)
+}
+
+fn chain_source(scratch: &Scratch, name: &str) -> Image {
+    let source = scratch.create(name, &[], CHAIN_LEN);
+    source.io(&[
+        "write -P 0x11 0 5M",
+        "write -P 0x22 6M 300k",
+        "write -z 7M 1M",
+        "write -P 0x33 9M 4000k",
+    ]);
+    source
+}
+
+/// Backups by this library: the first in full, then what has changed. The third is tried in vain before.
+async fn chain_of_ours(scratch: &Scratch, trace: &[Deeds]) -> Chain {
+    let mut source = chain_source(scratch, "our-source.qcow2").export(&[]);
+    let disk = guest_disk(&mut source);
+    let node = disk.node();
+    let mut chain = Chain::new();
+    for (index, deeds) in trace.iter().enumerate() {
+        if index == 2 {
+            let lost = next_image(scratch, "lost.qcow2", chain.last().map(|last| &last.0));
+            let before = node
+                .bitmaps()
+                .query("daily")
+                .expect("it is there")
+                .dirty_bytes;
+            let result = fail_half_way(&mut source, node, lost).await;
+            let is_targets = |error: &JobError| match error {
+                JobError::Io { side, .. } => *side == Side::Target,
+                _ => false,
+            };
+            assert!(result.as_ref().is_err_and(is_targets), "{result:?}");
+            let after = node
+                .bitmaps()
+                .query("daily")
+                .expect("it is there")
+                .dirty_bytes;
+            assert_eq!(
+                after, before,
+                "a backup that fails leaves the bitmap as it was"
+            );
+        }
+        let name = format!("our-{index}.qcow2");
+        let image = next_image(scratch, &name, chain.last().map(|last| &last.0));
+        let mut target = image.export(&[]);
+        let from = source.connect();
+        let to = as_qcow2(target.connect(), 64 * KIB);
+        let mut options = BackupOptions::default();
+        options.job.speed = 16 * MIB;
+        let mut list = Transaction::new();
+        let mut dirty = CHAIN_LEN;
+        if index == 0 {
+            list.add(node, "daily", BitmapOptions::default());
+        } else {
+            options.sync = BackupSync::Incremental;
+            options.bitmap = Some("daily".to_owned());
+            dirty = node
+                .bitmaps()
+                .query("daily")
+                .expect("it is there")
+                .dirty_bytes;
+        }
+        let backup = Backup::new(node, from.limits(), to.limits(), options).expect("they fit");
+        let job = backup.job().clone();
+        list.start(&job);
+        list.run().await.expect("nothing stands against it");
+        let task = drive_backup(Driver::new(from, to, RealTime::start()), backup);
+        perform(&deeds.during, &*disk).await;
+        // Refused if it has succeeded by now.
+        let _ = job.set_speed(0);
+        join(task).await.expect("both disks are well");
+        perform(&deeds.after, &*disk).await;
+        chain.push((target.shut_down(), dirty));
+    }
+    chain
+}
+
+fn drive_backup(driver: NbdDriver, mut backup: Backup) -> JoinHandle<Result<(), JobError>> {
+    tokio::spawn(async move { driver.run_backup(&mut backup).await })
+}
+
+/// An incremental backup whose target dies.
+async fn fail_half_way(source: &mut Export, node: &Node, image: Image) -> Result<(), JobError> {
+    let mut target = image.export(&[]);
+    let (from, to) = (source.connect(), as_qcow2(target.connect(), 64 * KIB));
+    let mut options = BackupOptions::default();
+    options.sync = BackupSync::Incremental;
+    options.bitmap = Some("daily".to_owned());
+    options.job.speed = MIB;
+    options.chunk_max = 64 * KIB;
+    let backup = Backup::new(node, from.limits(), to.limits(), options).expect("they fit");
+    let job = backup.job().clone();
+    job.start().expect("it was just made");
+    let task = drive_backup(Driver::new(from, to, RealTime::start()), backup);
+    while job.query().progress.current < 128 * KIB {
+        assert!(!task.is_finished(), "{:?}", job.query());
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    target.kill();
+    // Refused if it has failed by now.
+    let _ = job.set_speed(0);
+    join(task).await
+}
+
+/// The same by QEMU: its own bitmap, its own job.
+async fn chain_of_qemus(scratch: &Scratch, trace: &[Deeds]) -> Chain {
+    let source = chain_source(scratch, "its-source.qcow2");
+    let mut daemon = StorageDaemon::serve(scratch, &source);
+    let disk = daemon.connect();
+    let mut chain = Chain::new();
+    for (index, deeds) in trace.iter().enumerate() {
+        let name = format!("its-{index}.qcow2");
+        let image = next_image(scratch, &name, chain.last().map(|last| &last.0));
+        daemon.open("target", &image);
+        let mut job = json!({
+            "job-id": "job", "device": "source", "target": "target", "speed": 16 * MIB,
+        });
+        let dirty = if index == 0 {
+            job["sync"] = json!("full");
+            let bitmap = json!({"node": "source", "name": "daily", "granularity": 64 * KIB});
+            let actions = json!([
+                {"type": "block-dirty-bitmap-add", "data": bitmap},
+                {"type": "blockdev-backup", "data": job},
+            ]);
+            daemon.run("transaction", json!({"actions": actions}));
+            CHAIN_LEN
+        } else {
+            let dirty = daemon.dirty_bytes();
+            job["sync"] = json!("incremental");
+            job["bitmap"] = json!("daily");
+            daemon.run("blockdev-backup", job);
+            dirty
+        };
+        perform(&deeds.during, &disk).await;
+        daemon.wait_for_job();
+        perform(&deeds.after, &disk).await;
+        daemon.run("blockdev-del", json!({"node-name": "target"}));
+        chain.push((image, dirty));
+    }
+    disk.flush().await.expect("it is well");
+    daemon.shut_down();
+    chain
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chain_of_incremental_backups_is_what_qemu_makes_of_the_same_writes() {
+    let name = "a_chain_of_incremental_backups_is_what_qemu_makes_of_the_same_writes";
+    if qemu::is_missing(name) {
+        return;
+    }
+    let seed = 11;
+    eprintln!("{name}: seed {seed}");
+    let mut random = Random::new(seed);
+    let trace: Vec<_> = (0..BACKUPS).map(|_| Deeds::draw(&mut random)).collect();
+    let scratch = Scratch::new();
+    let mut content = chain_source(&scratch, "before.qcow2").content();
+    let ours = chain_of_ours(&scratch, &trace).await;
+    let its = chain_of_qemus(&scratch, &trace).await;
+    for (index, deeds) in trace.iter().enumerate() {
+        let ((our, our_dirty), (its, its_dirty)) = (&ours[index], &its[index]);
+        assert!(
+            our.content() == content,
+            "backup {index} is not of its instant"
+        );
+        our.assert_same_content(its);
+        our.check();
+        eprintln!("backup {index}: {our_dirty} bytes dirty");
+        assert_eq!(our_dirty, its_dirty, "backup {index}: the bitmaps differ");
+        let is_small = index == 0 || *our_dirty < CHAIN_LEN / 2;
+        assert!(is_small, "backup {index} could as well be a full one");
+        let all = deeds.during.iter().chain(&deeds.after);
+        all.for_each(|deed| deed.note(&mut content));
+    }
 }

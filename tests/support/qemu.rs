@@ -1,11 +1,14 @@
 //! QEMU's own programs, run as programs.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
 
 use super::nbd::Nbd;
 
@@ -14,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Whether a test has to do without the programs it needs. It says so, and in CI it fails.
 pub(crate) fn is_missing(test: &str) -> bool {
-    let missing = ["qemu-img", "qemu-io", "qemu-nbd"]
+    let missing = ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon"]
         .into_iter()
         .find(|program| {
             let version = Command::new(program).arg("--version").output();
@@ -261,6 +264,133 @@ impl Export {
 impl Drop for Export {
     fn drop(&mut self) {
         self.kill_now();
+    }
+}
+
+/// A storage daemon that is told what to do. Dropping it kills it.
+#[derive(Debug)]
+pub(crate) struct StorageDaemon {
+    child: Child,
+    lines: BufReader<UnixStream>,
+    disk: PathBuf,
+}
+
+impl StorageDaemon {
+    /// One that serves the image as the node `source`, also to clients.
+    pub(crate) fn serve(scratch: &Scratch, source: &Image) -> Self {
+        let [socket, disk] = ["qmp.sock", "disk.sock"].map(|name| scratch.path(name));
+        let chardev = format!("socket,id=qmp,server=on,wait=off,path={}", socket.display());
+        let mut child = Command::new("qemu-storage-daemon")
+            .args(["--chardev", &chardev, "--monitor", "chardev=qmp"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("it was found");
+        let deadline = Instant::now() + PATIENCE;
+        let stream = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => break stream,
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+            let has_left = child.try_wait().expect("our own child").is_some();
+            assert!(!has_left, "qemu-storage-daemon has left");
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        stream
+            .set_read_timeout(Some(PATIENCE))
+            .expect("it is not zero");
+        let mut daemon = Self {
+            child,
+            lines: BufReader::new(stream),
+            disk,
+        };
+        daemon.line_with("QMP");
+        daemon.run("qmp_capabilities", json!({}));
+        daemon.open("source", source);
+        let address = json!({"type": "unix", "data": {"path": daemon.disk}});
+        daemon.run("nbd-server-start", json!({"addr": address}));
+        let export = json!({
+            "type": "nbd", "id": "disk", "node-name": "source", "name": "", "writable": true,
+        });
+        daemon.run("block-export-add", export);
+        daemon
+    }
+
+    /// A connection to the source.
+    pub(crate) fn connect(&self) -> Nbd {
+        Nbd::connect(&self.disk).expect("it listens")
+    }
+
+    /// Opens an image, with all below it, as a node of that name.
+    pub(crate) fn open(&mut self, name: &str, image: &Image) {
+        let file = json!({"driver": "file", "filename": image.path, "discard": "unmap"});
+        let node = json!({
+            "driver": image.format, "node-name": name, "discard": "unmap", "file": file,
+        });
+        self.run("blockdev-add", node);
+    }
+
+    /// Does what is asked and gives what it answers.
+    pub(crate) fn run(&mut self, command: &str, arguments: Value) -> Value {
+        let request = json!({"execute": command, "arguments": arguments});
+        writeln!(self.lines.get_mut(), "{request}").expect("it listens");
+        let mut answer = self.line_with("return");
+        answer["return"].take()
+    }
+
+    /// Waits for the end of the only job, which is to succeed.
+    pub(crate) fn wait_for_job(&mut self) {
+        loop {
+            let line = self.line_with("event");
+            match line["event"].as_str() {
+                Some("BLOCK_JOB_COMPLETED") => {
+                    assert!(line["data"]["error"].is_null(), "{line}");
+                    return;
+                }
+                Some("BLOCK_JOB_ERROR" | "BLOCK_JOB_CANCELLED") => panic!("{line}"),
+                _ => {}
+            }
+        }
+    }
+
+    /// Bytes that are dirty in the only bitmap of the source.
+    pub(crate) fn dirty_bytes(&mut self) -> u64 {
+        let nodes = self.run("query-named-block-nodes", json!({"flat": true}));
+        let nodes = nodes.as_array().expect("a list");
+        let source = nodes.iter().find(|node| node["node-name"] == "source");
+        let bitmap = &source.expect("it is open")["dirty-bitmaps"][0];
+        bitmap["count"].as_u64().expect("it has a bitmap")
+    }
+
+    /// Has it close everything and leave.
+    pub(crate) fn shut_down(mut self) {
+        self.run("quit", json!({}));
+        let deadline = Instant::now() + PATIENCE;
+        while self.child.try_wait().expect("our own child").is_none() {
+            assert!(Instant::now() < deadline, "qemu-storage-daemon stays");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Reads on to an object that has such a field.
+    fn line_with(&mut self, field: &str) -> Value {
+        loop {
+            let mut line = String::new();
+            let len = self.lines.read_line(&mut line).expect("it answers in time");
+            assert_ne!(len, 0, "qemu-storage-daemon has left");
+            let line: Value = serde_json::from_str(&line).expect("it speaks JSON");
+            assert!(line.get("error").is_none(), "{line}");
+            if line.get(field).is_some() {
+                return line;
+            }
+        }
+    }
+}
+
+impl Drop for StorageDaemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
