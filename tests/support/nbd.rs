@@ -898,7 +898,7 @@ mod tests {
             server.write_all(&MAGIC_INIT.to_be_bytes()).unwrap();
             server.write_all(&MAGIC_OPTION.to_be_bytes()).unwrap();
             server.write_all(&FIXED_NEWSTYLE.to_be_bytes()).unwrap();
-            assert_eq!(read_u32(&mut server).unwrap(), FIXED_NEWSTYLE.into());
+            assert_eq!(read_u32(&mut server).unwrap(), u32::from(FIXED_NEWSTYLE));
             loop {
                 assert_eq!(read_u64(&mut server).unwrap(), MAGIC_OPTION);
                 let option = read_u32(&mut server).unwrap();
