@@ -42,7 +42,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockjob::migration::driver::{self, ReadStream, Sent, WriteStream};
 use blockjob::migration::{
@@ -259,6 +259,8 @@ fn start_guest(incoming: &mut IncomingMigration, nodes: &[(String, Node)]) -> Re
 /// Bytes of the disk, which is a hole but for what guests write. Its bitmap has 2 MiB, enough to be sent live.
 const LEN: u64 = 8 << 30;
 const BLOCK: u64 = 4096;
+/// Nothing here takes nearly as long.
+const PATIENCE: Duration = Duration::from_secs(60);
 const SESSION: [u8; 16] = *b"a demonstration.";
 
 /// The disk, which both hosts can reach, and what was written to it.
@@ -320,8 +322,8 @@ fn move_machine(stream: StreamKind, disk: &Disk, backup: &File) -> Result<()> {
             guest.join().expect("a guest does not panic")
         });
         is_stopping_here.store(true, Ordering::Release);
-        host.join().expect("a host does not panic")?;
-        told
+        let received = host.join().expect("a host does not panic");
+        told.and(received)
     })?;
     incremental_backup(stream, &there, disk, backup)
 }
@@ -346,6 +348,19 @@ fn guest(seed: u64, node: &Node, disk: &Disk, is_stopping: &AtomicBool) -> Resul
         ticket.finish(disk.file.write_all_at(&bytes, at))?;
         disk.writes.fetch_add(1, Ordering::Relaxed);
         thread::sleep(Duration::from_micros(50));
+    }
+    Ok(())
+}
+
+/// Waits until some guest has written so often again.
+fn wait_for_writes(disk: &Disk, more: u64) -> Result<()> {
+    let started = Instant::now();
+    let before = disk.writes.load(Ordering::Relaxed);
+    while disk.writes.load(Ordering::Relaxed) < before + more {
+        if started.elapsed() > PATIENCE {
+            return Err("the guest does not write".into());
+        }
+        thread::sleep(Duration::from_millis(1));
     }
     Ok(())
 }
@@ -384,8 +399,11 @@ fn host_a(
         )?;
         assert_eq!(resumed, Sent::Idle, "all that there is live");
     }
-    let live = outgoing.bytes_sent();
+    let started = Instant::now();
     while disk.writes.load(Ordering::Relaxed) < 500 {
+        if started.elapsed() > PATIENCE {
+            return Err("the guest does not write".into());
+        }
         answer_until(
             &mut outgoing,
             &mut channel,
@@ -406,10 +424,7 @@ fn host_a(
     assert_eq!(outgoing.bytes_sent_stopped(), 0);
     outgoing.guest_started()?;
     channel.send(&[])?;
-    let writes = disk.writes.load(Ordering::Relaxed);
-    while disk.writes.load(Ordering::Relaxed) < writes + 200 {
-        thread::sleep(Duration::from_millis(1));
-    }
+    wait_for_writes(disk, 200)?;
     answer_until(
         &mut outgoing,
         &mut channel,
@@ -420,8 +435,8 @@ fn host_a(
     channel.send(&[])?;
     outgoing.finish()?;
     println!(
-        "{stream:?}: {} bytes sent, {live} at first; {left} bytes of bits were left when the guest stopped, and none \
-         sent while it stood still",
+        "{}: {} bytes sent; {left} bytes of bits were left when the guest stopped, and none sent while it stood still",
+        name_of(stream),
         outgoing.bytes_sent()
     );
     Ok(())
@@ -482,19 +497,24 @@ fn host_b(
     thread::scope(|scope| {
         let guest = scope.spawn(|| guest(2, node, disk, is_stopping));
         let received = receive(&mut incoming);
-        let writes = disk.writes.load(Ordering::Relaxed);
-        while received.is_ok() && disk.writes.load(Ordering::Relaxed) < writes + 200 {
-            thread::sleep(Duration::from_millis(1));
-        }
+        let waited = wait_for_writes(disk, 200);
         is_stopping.store(true, Ordering::Release);
         guest.join().expect("a guest does not panic")?;
         received?;
+        waited?;
         Ok::<(), Box<dyn Error + Send + Sync>>(())
     })?;
     match incoming.finish() {
         Ok(()) => Ok(()),
         Err(IncomingError::Incomplete { bitmap }) => Err(format!("{bitmap} did not come").into()),
         Err(error) => Err(error.into()),
+    }
+}
+
+fn name_of(stream: StreamKind) -> &'static str {
+    match stream {
+        StreamKind::Native { .. } => "native stream",
+        _ => "QEMU's stream",
     }
 }
 
@@ -530,7 +550,8 @@ fn incremental_backup(stream: StreamKind, node: &Node, disk: &Disk, backup: &Fil
         assert!(bytes == other, "block {block} of the backup");
     }
     println!(
-        "{stream:?}: {} blocks copied, of {} guest writes",
+        "{}: {} blocks copied, of {} guest writes",
+        name_of(stream),
         copied.len(),
         disk.writes.load(Ordering::Relaxed)
     );
@@ -587,6 +608,9 @@ impl Channel {
             let mut len = [0; 4];
             self.socket.read_exact(&mut len)?;
             self.left = u32::from_le_bytes(len) as usize;
+            if self.left == 0 {
+                return Ok(0);
+            }
         }
         let len = buf.len().min(self.left);
         let read = self.socket.read(&mut buf[..len])?;

@@ -9,7 +9,11 @@
     reason = "tests have threads and time; the rule is for the library"
 )]
 
+#[path = "migration/qemu.rs"]
+mod migration;
 mod support;
+#[path = "migration/truth.rs"]
+mod truth;
 
 use std::future::poll_fn;
 use std::sync::Arc;
