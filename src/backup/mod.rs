@@ -223,6 +223,7 @@ impl Backup {
             OnError::Report,
             OnError::Ignore,
             OnError::Enospc,
+            OnError::Auto,
             OnError::Stop,
         ],
         options: &[

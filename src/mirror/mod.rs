@@ -177,6 +177,7 @@ impl Mirror {
             OnError::Report,
             OnError::Ignore,
             OnError::Enospc,
+            OnError::Auto,
             OnError::Stop,
         ],
         options: &[
