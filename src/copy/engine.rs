@@ -570,12 +570,7 @@ impl Engine {
         let Claim { align, .. } = self.claims.remove(range.start());
         let extent = extent.or_data(range);
         let known_end = range.start().saturating_add(extent.len).min(range.end());
-        let skipped = match self.shape.only_top && !extent.in_top {
-            true => self
-                .shape
-                .whole_blocks((range.start()..known_end).into(), align),
-            false => (range.start()..range.start()).into(),
-        };
+        let (skipped, known_end) = self.skippable((range.start()..known_end).into(), align, extent);
         let is_data = extent.content == Content::Data && skipped.is_empty();
         self.run_max = match is_data {
             true => self.shape.run_max,
@@ -609,6 +604,20 @@ impl Engine {
         match skipped.is_empty() {
             true => Done::Nothing,
             false => Done::Skipped(skipped),
+        }
+    }
+
+    /// What of `known` is not to be copied, from its start on, and up to where the source's answer is used.
+    /// Where something of a block was copied already, the rest of it is, too.
+    fn skippable(&self, known: ByteRange, align: u64, extent: Extent) -> (ByteRange, u64) {
+        let none = (known.start()..known.start()).into();
+        if !self.shape.only_top || extent.in_top {
+            return (none, known.end());
+        }
+        let whole = self.shape.whole_blocks(known, align);
+        match whole.start() > known.start() {
+            true => (none, known.end().min(whole.start())),
+            false => (whole, known.end()),
         }
     }
 
