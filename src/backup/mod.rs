@@ -259,7 +259,7 @@ impl Backup {
         if options.buf_size == 0 {
             return Err(BackupError::Zero("buf_size"));
         }
-        let cluster = options.cluster(target.cluster)?;
+        let cluster = options.cluster(target.cluster, ends.request_align())?;
         let chunk_max = options.chunk_max;
         if chunk_max < cluster {
             return Err(BackupError::ChunkTooShort { chunk_max, cluster });

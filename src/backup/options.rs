@@ -73,7 +73,8 @@ pub struct BackupOptions {
     /// has 64 chunks of its own. Default 16 MiB.
     pub buf_size: u64,
     /// The least to save at once before the guest overwrites part of it: 0, or a power of two up to 2 GiB.
-    /// A *cluster* is the largest of this, the target's cluster and 64 KiB. Default 0.
+    /// A *cluster* is the largest of this, the target's cluster, what both devices transfer at least, and
+    /// 64 KiB. Default 0.
     pub min_cluster_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
@@ -208,13 +209,15 @@ impl BackupOptions {
         Ok(Some((name, mode)))
     }
 
-    /// The unit in which it saves, for a target with such clusters.
-    pub(super) fn cluster(&self, target: Option<u32>) -> Result<u64, BackupError> {
+    /// The unit in which it saves, for a target with such clusters and devices that transfer in such units.
+    /// A copy is never widened past it, or it would bring what a guest has written since.
+    pub(super) fn cluster(&self, target: Option<u32>, align: u64) -> Result<u64, BackupError> {
         let wish = self.min_cluster_size;
         if wish != 0 && (!wish.is_power_of_two() || wish > CLUSTER_MAX) {
             return Err(BackupError::ClusterSize(wish));
         }
         let cluster = wish.max(CLUSTER_MIN).max(target.map_or(0, u64::from));
+        let cluster = cluster.max(align);
         match cluster > CLUSTER_MAX {
             true => Err(BackupError::ClusterSize(cluster)),
             false => Ok(cluster),
