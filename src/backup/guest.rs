@@ -112,6 +112,7 @@ impl Backup {
         error: std::io::Error,
     ) {
         let range = kind.range().expect("a copy has a range");
+        let clusters = self.clusters_of(range);
         let is_fatal = self.options.on_cbw_error == OnCbwError::BreakSnapshot;
         let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
         let hold = hold.expect("it was copied for a guest");
@@ -120,7 +121,8 @@ impl Backup {
         }
         if !is_fatal {
             for Waiting { write, .. } in &self.waiting {
-                if write.range.overlaps(range) {
+                // Also who waits for another part of the cluster: none of it is saved.
+                if write.range.overlaps(clusters) {
                     hold.refuse(write.id, NotSaved::Failed);
                 }
             }
@@ -128,6 +130,14 @@ impl Backup {
         self.job.guest_copy_failed(side, kind, error, is_fatal);
         if is_fatal && !matches!(self.phase, Phase::Ending { .. }) {
             self.begin_ending(now, None);
+        }
+    }
+
+    /// `range` is on the target. Was it still on its way when guests were let go, then it may hold what they
+    /// have written since, and counts as missing. A bitmap that does not record would not know of it.
+    pub(super) fn forget_late(&mut self, range: ByteRange) {
+        if let (Phase::Ending { .. }, Some(armed)) = (&self.phase, &mut self.armed) {
+            armed.dirty.set(range).expect("within the disk");
         }
     }
 
@@ -141,10 +151,7 @@ impl Backup {
             return;
         };
         let granularity = armed.dirty.granularity();
-        let mut rest = ByteRange::from(
-            granularity.align_down(range.start())
-                ..granularity.align_up(range.end()).min(armed.dirty.len()),
-        );
+        let mut rest = self.clusters_of(range);
         if rest == range {
             // The usual: whole clusters, which were claimed as one.
             return hold.release(range);
@@ -156,5 +163,11 @@ impl Backup {
             }
             rest = behind;
         }
+    }
+
+    /// All clusters that `range` touches.
+    fn clusters_of(&self, range: ByteRange) -> ByteRange {
+        let shape = self.engine.shape();
+        shape.widen(range, shape.granularity.bytes())
     }
 }

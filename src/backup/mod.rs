@@ -345,6 +345,7 @@ impl Backup {
                 self.backoff.reset();
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
+                self.forget_late(range);
             }
             Some(Done::Skipped(range)) => self.saved(range),
             Some(Done::Flushed) => {
@@ -545,6 +546,7 @@ impl Backup {
         }
         if let (true, Some(armed)) = (is_broken(Sabotage::LetGoWhilePaused), &mut self.armed) {
             armed.hold = None;
+            self.waiting.clear();
         }
         let times = [self.settle_at(), self.next_deadline()];
         Turn::Step(Step::Wait {
