@@ -74,10 +74,19 @@ impl Start {
         }
     }
 
-    /// As [`take`](Self::take), for a machine that is dropped: whoever would undo it finds nothing.
+    /// As [`take`](Self::take), for a machine that is dropped: whoever would undo it finds nothing. What a
+    /// transaction may still undo is undone: the job has not begun.
     pub(super) fn take_at_drop(&self) -> Option<Armed> {
-        match std::mem::replace(&mut *self.state.lock(), State::Taken) {
-            State::Armed(armed) | State::Committed(armed) => Some(armed),
+        let state = std::mem::replace(&mut *self.state.lock(), State::Taken);
+        match state {
+            State::Committed(armed) => Some(armed),
+            State::Armed(Armed { claim, hold, .. }) => {
+                if let Some(claim) = claim {
+                    claim.reclaim();
+                }
+                drop(hold);
+                None
+            }
             State::Idle(_) | State::Taken => None,
         }
     }

@@ -403,6 +403,11 @@ impl Job {
         Err(state.not_allowed(Verb::Start))
     }
 
+    /// Whether it has come to its end, whatever that was.
+    pub(crate) fn is_over(&self) -> bool {
+        self.shared.lock().is_over()
+    }
+
     /// What is to be done at the instant at which it starts.
     pub(crate) fn at_start(&self) -> Option<&Arc<dyn AtStart>> {
         self.shared.at_start.as_ref()

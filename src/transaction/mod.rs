@@ -191,8 +191,9 @@ impl Transaction {
 
     /// Then starts a job. For a [`Backup`](crate::Backup) that is the instant that is backed up, one for all
     /// that are started by the list; errors of its bitmap are those of [`Bitmaps::claim`](crate::Bitmaps::claim).
-    /// That it may be started is looked at in its turn; it does start with the commit,
-    /// while all guests wait, unless somebody has started or cancelled it by then.
+    /// That it may be started is looked at in its turn; it does start with the commit, while all guests wait,
+    /// unless somebody has cancelled it by then. One that somebody has started by then begins at this instant,
+    /// too.
     pub fn start(&mut self, job: &Job) -> &mut Self {
         self.push(Action::Start(job.clone()))
     }
@@ -350,14 +351,14 @@ impl Prepared {
         let unused = open.journal.commit(&mut Locked::new(&open.nodes));
         for job in open.jobs {
             // Somebody may have started or cancelled it since it was looked at. Either is as if it had
-            // been asked a moment later.
+            // been asked a moment later: one that runs has begun at this instant, like all the others.
             if let Some(start) = job.at_start() {
                 start.commit();
             }
-            if job.start().is_err() {
+            if job.start().is_err() && job.is_over() {
                 disarm(std::slice::from_ref(&job), &mut Locked::new(&open.nodes));
-                job.wake_machine();
             }
+            job.wake_machine();
         }
         drop(open.guards);
         // Giving back memory takes time, and the guests need not wait for it.
