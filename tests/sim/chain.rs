@@ -35,6 +35,10 @@ pub(crate) struct Chain {
     pub until: u64,
     pub pause: u64,
     pub writes: u64,
+    /// Writes that were refused, and are tried again.
+    pub refused: u64,
+    /// Everything that was recorded, with its member, until somebody takes it.
+    pub recorded: Vec<(usize, ByteRange)>,
 }
 
 enum State {
@@ -65,6 +69,8 @@ impl Chain {
             until: 0,
             pause: 50,
             writes: 0,
+            refused: 0,
+            recorded: Vec::new(),
         }
     }
 
@@ -93,7 +99,7 @@ impl Chain {
                 self.flag = Flag::new();
                 self.state = State::Waiting(pending);
             }
-            Begin::Refused(_) => unreachable!("no bitmap is read-only"),
+            Begin::Refused(_) => self.refuse(world),
         }
     }
 
@@ -107,9 +113,18 @@ impl Chain {
             return;
         }
         let waker = Waker::from(Arc::clone(&self.flag));
-        if let Poll::Ready(Ok(ticket)) = pending.poll_begin(&waker) {
-            self.write(world, ticket, disks[member]);
+        match pending.poll_begin(&waker) {
+            Poll::Ready(Ok(ticket)) => self.write(world, ticket, disks[member]),
+            Poll::Ready(Err(_)) => self.refuse(world),
+            Poll::Pending => {}
         }
+    }
+
+    /// It tries the same again later.
+    fn refuse(&mut self, world: &mut World) {
+        self.refused += 1;
+        self.state = State::Idle;
+        world.after(self.pause + 1, Happening::Guest(self.thread));
     }
 
     fn write(&mut self, world: &mut World, ticket: OwnedTicket, disk: usize) {
@@ -127,6 +142,7 @@ impl Chain {
         assert!(request.error.is_none(), "these writes do not fail");
         ticket.finish(());
         let member = self.member();
+        self.recorded.push((member, self.range()));
         self.answered[member] = self.number;
         self.writes += 1;
         self.at += 1;
@@ -149,6 +165,16 @@ impl Chain {
 
     pub(crate) fn is_waiting(&self) -> bool {
         matches!(self.state, State::Waiting(_))
+    }
+
+    /// The member and the range that it waits to write to.
+    pub(crate) fn waits_for(&self) -> Option<(usize, ByteRange)> {
+        self.is_waiting().then(|| (self.member(), self.range()))
+    }
+
+    /// Whether it waits, was woken and has not tried again.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.is_waiting() && self.flag.is_up()
     }
 
     /// What was answered is on the disk that the guest is on.

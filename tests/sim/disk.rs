@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use blockjob::io::{BlockDevice, BufResult, BufferPool, ReadAt, WriteAt};
 use blockjob::{ByteRange, Content, Extent, Limits, Unmap};
 
-use super::world::{Happening, Shared, World};
+use super::world::{Happening, JobAnswer, Shared, World};
 
 /// What is known per block of the medium.
 pub(crate) const BLOCK: u64 = 512;
@@ -417,6 +417,16 @@ impl World {
                 target.flushed = target.flushed.max(request.flush_covers);
                 target.good_flushes += 1;
             }
+        }
+        if let (Some(answers), Owner::Future | Owner::Queue) = (&mut self.job_answers, owner) {
+            answers.push(JobAnswer {
+                disk,
+                request: id,
+                range: request.range,
+                is_write: request.ask.writes(),
+                is_status: matches!(request.ask, Ask::Status),
+                is_good: request.error.is_none(),
+            });
         }
         match owner {
             Owner::Guest(guest) => self.guest_answers.push((guest, id)),

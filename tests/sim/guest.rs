@@ -1,7 +1,7 @@
 //! Guest threads that write, zero and discard through the gate, and what they were told.
 
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 
 use blockjob::{Begin, ByteRange, Content, GuestQueue, Lane, Node, OwnedTicket, PendingWrite};
 
@@ -51,6 +51,10 @@ pub(crate) struct Guests {
     pub len_max: u64,
     pub discards: bool,
     pub writes: u64,
+    /// Writes that were refused: nothing is changed by one.
+    pub refused: u64,
+    /// Everything that was recorded, in order, until somebody takes it.
+    pub recorded: Vec<ByteRange>,
 }
 
 impl Guests {
@@ -89,6 +93,8 @@ impl Guests {
             len_max: 4096,
             discards: true,
             writes: 0,
+            refused: 0,
+            recorded: Vec::new(),
         }
     }
 
@@ -151,7 +157,7 @@ impl Guests {
                 thread.flag = Flag::new();
                 thread.state = State::Waiting(pending, kind);
             }
-            Begin::Refused(_) => unreachable!("no bitmap is read-only"),
+            Begin::Refused(_) => self.refuse(world, index, range),
         }
     }
 
@@ -165,12 +171,19 @@ impl Guests {
             if !thread.flag.take() {
                 continue;
             }
-            let kind = *kind;
+            let (kind, range) = (*kind, pending.range());
             let waker = Waker::from(Arc::clone(&thread.flag));
-            if let std::task::Poll::Ready(Ok(ticket)) = pending.poll_begin(&waker) {
-                self.write(world, index, ticket, kind);
+            match pending.poll_begin(&waker) {
+                Poll::Ready(Ok(ticket)) => self.write(world, index, ticket, kind),
+                Poll::Ready(Err(_)) => self.refuse(world, index, range),
+                Poll::Pending => {}
             }
         }
+    }
+
+    fn refuse(&mut self, world: &mut World, index: usize, range: ByteRange) {
+        self.refused += 1;
+        self.idle(world, index, range);
     }
 
     fn write(&mut self, world: &mut World, index: usize, ticket: OwnedTicket, kind: Kind) {
@@ -219,6 +232,7 @@ impl Guests {
             self.model[part.clone()].copy_from_slice(&medium.bytes[part]);
         }
         self.writes += 1;
+        self.recorded.push(range);
         if world.rng.one_in(10) {
             // The VMM gives up on the request, which has settled.
             drop(ticket);
@@ -257,6 +271,21 @@ impl Guests {
         self.threads
             .iter()
             .any(|thread| matches!(thread.state, State::Waiting(..)))
+    }
+
+    /// What each thread waits to write, if it waits.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = Option<ByteRange>> {
+        self.threads.iter().map(|thread| match &thread.state {
+            State::Waiting(pending, _) => Some(pending.range()),
+            State::Idle | State::Writing { .. } => None,
+        })
+    }
+
+    /// Whether one that waits was woken and has not tried again.
+    pub(crate) fn is_woken(&self) -> bool {
+        self.threads
+            .iter()
+            .any(|thread| matches!(thread.state, State::Waiting(..)) && thread.flag.is_up())
     }
 
     /// Whether a write in flight, or waiting, touches a block.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use blockjob::ByteRange;
 use blockjob::driver::Clock;
 
 use super::disk::Disk;
@@ -46,6 +47,19 @@ pub(crate) struct World {
     pub guest_answers: Vec<(usize, u64)>,
     /// The same for a driver without futures: (disk, request).
     pub queue_answers: Vec<(usize, u64)>,
+    /// What became of the requests of jobs that are still waited for, if somebody asks for it.
+    pub job_answers: Option<Vec<JobAnswer>>,
+}
+
+/// A request of a job that was answered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct JobAnswer {
+    pub disk: usize,
+    pub request: u64,
+    pub range: ByteRange,
+    pub is_write: bool,
+    pub is_status: bool,
+    pub is_good: bool,
 }
 
 pub(crate) type Shared = Rc<RefCell<World>>;
@@ -62,6 +76,7 @@ impl World {
             disks,
             guest_answers: Vec::new(),
             queue_answers: Vec::new(),
+            job_answers: None,
         }))
     }
 
@@ -98,6 +113,10 @@ impl Flag {
 
     pub(crate) fn wake_it(self: Arc<Self>) {
         self.wake();
+    }
+
+    pub(crate) fn is_up(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 
     pub(crate) fn take(&self) -> bool {
