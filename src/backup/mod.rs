@@ -639,6 +639,7 @@ impl Backup {
         }
         if let (true, Some(armed)) = (is_broken(Sabotage::LetGoWhilePaused), &mut self.armed) {
             armed.hold = None;
+            self.waiting.clear();
         }
         let times = [self.settle_at(), self.next_deadline()];
         Turn::Step(Step::Wait {
