@@ -34,7 +34,7 @@
 //! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
 //! | | [`Backup`] | the same, for a copy of the disk as it was at one instant |
 //! | | [`FrozenView`] | that instant, for others to read while the guest writes on |
-//! | | [`BitmapMigration`] | dirty bitmaps on their way to another host, [by QEMU's stream](migration) too |
+//! | | [`BitmapMigration`] | dirty bitmaps that follow a machine to another host, over QEMU's stream or the crate's own ([`migration`]) |
 //! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
 //! | | [`JobGroup`] | jobs that end together, at one instant or not at all |
 //! | | [`Jobs`] | all jobs of a VMM: unique names, one list, one shutdown |
@@ -192,6 +192,10 @@
 //! | abdicate, reclaim | the successor takes the place of the bitmap; both become one again |
 //! | checkpoint | a bitmap that does not record any more: what was written from one instant to another |
 //! | persistent | saved with the image |
+//! | part, chunk | serialized bits of a piece of the disk; a chunk has 1 KiB of them, which is 8192 granules |
+//! | alias | what a node or bitmap is called in a stream of bitmaps, if not by its name |
+//! | pre-copy, live, post-copy | bits are sent while the guest stands still, before that, after it has started elsewhere |
+//! | hand over | the other host has a bitmap, so that it is stale here and not stored |
 //! | inconsistent | its stored copy was not closed, so that nobody knows what is dirty |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

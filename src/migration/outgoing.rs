@@ -36,8 +36,9 @@ const LIVE_MIN: u64 = 1 << 20;
 /// Chunks that are made under one hold of the node's lock, and that a part has before the guest stands still or
 /// after it runs elsewhere.
 const BATCH: usize = 16;
-/// Frames of the native stream that may be on their way.
-const WINDOW: usize = 1 << 16;
+/// Frames of the native stream that may be on their way: 1 GiB of bits, of which what was sent is noted in 32
+/// bytes each.
+const WINDOW: usize = 1 << 20;
 
 /// When bits are sent. The table of the [module](super) says more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
