@@ -62,7 +62,7 @@ impl Rest {
     fn done(self) -> Result<(), JobError> {
         match self {
             Rest::Done(result) => result,
-            rest => panic!("is over, but {rest:?}"),
+            Rest::Wait(until) => panic!("is over, but it waits until {until:?}"),
         }
     }
 }

@@ -1238,9 +1238,9 @@ impl Sim {
     fn missing(&self, index: usize, wanted: &[bool], again: &[bool]) -> Vec<bool> {
         let member = &self.members[index];
         let mut missing = vec![false; member.since.len()];
-        for cluster in 0..member.clusters() {
+        for (cluster, &is_wanted) in wanted.iter().enumerate() {
             let is_again = again.get(cluster) == Some(&true);
-            if wanted[cluster] && (member.is_missing(cluster) || is_again) {
+            if is_wanted && (member.is_missing(cluster) || is_again) {
                 let range = cluster_at(cluster, member.cluster, member.len());
                 missing[units(range, member.plan.granularity)].fill(true);
             }
