@@ -210,7 +210,7 @@ fn measure(criterion: &mut Criterion, disk: &Disk, fill: Fill) {
     for (name, stream) in STREAMS {
         let mut bytes = Vec::new();
         send(&mut source(&node, stream), &mut piece, |piece| {
-            bytes.extend(piece)
+            bytes.extend(piece);
         });
         group.bench_function(name, |bencher| {
             bencher.iter_batched(
