@@ -5,8 +5,8 @@
 //! cargo bench --bench migration -- table         prints what was measured last, as Markdown, and what is sent
 //!                                                while the guest stands still
 //!
-//! migration/send-DISK-FILL       a bitmap goes out, 1 MiB of the stream at a time
-//!     memcpy                     its serialized bits are copied, as much at a time to the same place
+//! migration/send-DISK-FILL       a bitmap goes out, as it is lent by `next_slice`
+//!     memcpy                     its serialized bits are copied, 1 MiB at a time to the same place
 //! migration/receive-DISK-FILL    a bitmap comes in, 1 MiB at a time, to memory that is new
 //!     memcpy                     its serialized bits are copied to memory that is new
 //!
@@ -139,12 +139,10 @@ fn source(node: &Node, stream: StreamKind) -> OutgoingMigration {
     outgoing
 }
 
-fn send(outgoing: &mut OutgoingMigration, piece: &mut [u8], mut to: impl FnMut(&[u8])) {
-    while let Next::Bytes(len) = outgoing
-        .next_bytes(Duration::ZERO, piece)
-        .expect("nobody writes")
+fn send(outgoing: &mut OutgoingMigration, mut to: impl FnMut(&[u8])) {
+    while let (Next::Bytes(_), bytes) = outgoing.next_slice(Duration::ZERO).expect("nobody writes")
     {
-        to(&piece[..len]);
+        to(bytes);
     }
 }
 
@@ -183,7 +181,7 @@ fn measure(criterion: &mut Criterion, disk: &Disk, fill: Fill) {
         group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 let mut outgoing = source(&node, stream);
-                send(&mut outgoing, &mut piece, |bytes| {
+                send(&mut outgoing, |bytes| {
                     black_box(bytes);
                 });
             });
@@ -209,8 +207,8 @@ fn measure(criterion: &mut Criterion, disk: &Disk, fill: Fill) {
     });
     for (name, stream) in STREAMS {
         let mut bytes = Vec::new();
-        send(&mut source(&node, stream), &mut piece, |piece| {
-            bytes.extend(piece)
+        send(&mut source(&node, stream), |piece| {
+            bytes.extend(piece);
         });
         group.bench_function(name, |bencher| {
             bencher.iter_batched(
@@ -255,10 +253,9 @@ fn stopped(mode: Mode, bytes: u64, writes: usize) -> u64 {
     let mut options = OutgoingOptions::default();
     options.mode = mode;
     let mut outgoing = of(&node).outgoing(options).expect("it is idle");
-    let mut piece = vec![0; PIECE];
     let mut places = random(3);
     for _ in 0..5 {
-        send(&mut outgoing, &mut piece, |_| {});
+        send(&mut outgoing, |_| {});
         for _ in 0..writes {
             let at = places() % disk.len;
             let ticket = node.begin_write((at..at + 1).into()).go();
@@ -266,7 +263,7 @@ fn stopped(mode: Mode, bytes: u64, writes: usize) -> u64 {
         }
     }
     stop(&mut outgoing, &node);
-    send(&mut outgoing, &mut piece, |_| {});
+    send(&mut outgoing, |_| {});
     outgoing.bytes_sent_stopped()
 }
 

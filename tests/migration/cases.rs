@@ -142,7 +142,7 @@ fn what_cannot_be_sent_is_said_and_nothing_is_taken() {
         SetupError::NodeName { node: long.clone() }
     );
     let found = try_out("d", &|node| {
-        drop(node.bitmaps().add_disabled(&long, BitmapOptions::default()))
+        drop(node.bitmaps().add_disabled(&long, BitmapOptions::default()));
     });
     assert_eq!(
         found,
@@ -154,7 +154,7 @@ fn what_cannot_be_sent_is_said_and_nothing_is_taken() {
         drop(
             node.bitmaps()
                 .add_disabled("a\0b", BitmapOptions::default()),
-        )
+        );
     });
     assert_eq!(
         found,
@@ -297,7 +297,7 @@ fn a_mapping_breaks_one_rule_at_a_time() {
     );
     assert_eq!(
         of("x", &long),
-        Err(MappingError::NodeAliasTooLong { node: name.clone() })
+        Err(MappingError::NodeAliasTooLong { node: name })
     );
     for alias in ["1a", "-a", "a b", "a\0", "ä", "a/b"] {
         assert!(matches!(
@@ -348,7 +348,10 @@ fn a_mapping_breaks_one_rule_at_a_time() {
     ));
 }
 
-fn mapping(entries: &[(&str, &str, &[(&str, &str, Option<bool>)])]) -> BitmapMapping {
+/// Name, alias, and whether it is to be persistent.
+type Mapped<'a> = (&'a str, &'a str, Option<bool>);
+
+fn mapping(entries: &[(&str, &str, &[Mapped<'_>])]) -> BitmapMapping {
     let nodes = entries.iter().map(|(node, alias, bitmaps)| NodeAlias {
         node: (*node).into(),
         alias: (*alias).into(),
@@ -1141,7 +1144,7 @@ fn native_frames_are_checked() {
     assert_eq!(fault(with(1, shorter)), length);
     // Content that is not what was sent, in a frame that looks sound.
     let content = forged(frames[2].clone(), |frame| *frame.last_mut().unwrap() = 0);
-    assert_eq!(with(2, content.clone()), Ok(()), "that byte is 0 already");
+    assert_eq!(with(2, content), Ok(()), "that byte is 0 already");
     let content = forged(frames[2].clone(), |frame| frame[60] ^= 1);
     assert!(matches!(fault(with(2, content)), Fault::Digest { .. }));
     // No COMPLETE without all chunks, and no bits of what did not begin.
