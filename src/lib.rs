@@ -190,7 +190,7 @@
 //! | busy, in use | an operation has the bitmap to itself: no verb may use or change it |
 //! | successor | an anonymous bitmap that records in the place of one whose bits belong to an operation |
 //! | abdicate, reclaim | the successor takes the place of the bitmap; both become one again |
-//! | checkpoint | a bitmap that does not record any more: what was written from one instant to another |
+//! | checkpoint | a bitmap that does not record any more: what was written from one instant to another; of a mirror: what it has still to do, as bytes |
 //! | persistent | saved with the image |
 //! | part, chunk | serialized bits of a piece of the disk; a chunk has 1 KiB of them, which is 8192 granules |
 //! | alias | what a node or bitmap is called in a stream of bitmaps, if not by its name |
@@ -231,7 +231,7 @@ pub use crate::copy::{
 pub use crate::job::{
     BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
     JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
-    Status, Verb, VerbError,
+    Status, Verb, VerbError, Warning,
 };
 #[cfg(loom)]
 #[doc(hidden)]
@@ -242,7 +242,10 @@ pub use crate::migration::{
     BitmapMapping, BitmapMigration, IncomingError, IncomingMigration, MappingError, OutgoingError,
     OutgoingMigration, SetupError,
 };
-pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Switch, SwitchBack};
+pub use crate::mirror::{
+    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Mirror, MirrorError,
+    MirrorOptions, MirrorSync, Resume, ResumeError, Switch, SwitchBack,
+};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::node::GateRule;
