@@ -295,7 +295,8 @@ impl Engine {
         if !self.has_free_worker() {
             return None;
         }
-        let may_claim = budget == Budget::Claim && self.claims.parked() < PARKED_MAX;
+        let may_claim =
+            budget == Budget::Claim && self.claims.parked() < PARKED_MAX && !self.looks_far_ahead();
         if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
             return None;
         }
@@ -323,6 +324,16 @@ impl Engine {
         let op = self.hand_out(kind);
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
+    }
+
+    /// Whether more is being asked about than is copied soon. A source may have to search long for where data
+    /// ends, and what it has found for one request then serves those that come later.
+    fn looks_far_ahead(&self) -> bool {
+        let bytes = self.running.values().map(|&kind| match kind {
+            OpKind::Status(range) => range.len(),
+            _ => 0,
+        });
+        bytes.sum::<u64>() >= self.buf_size.saturating_mul(2)
     }
 
     /// The next operation that puts into the buffer, or discards there.
