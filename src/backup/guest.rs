@@ -14,7 +14,7 @@
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::backup::{Backup, OnBufferFull, OnCbwError, Phase};
+use crate::backup::{Armed, Backup, BackupSync, OnBufferFull, OnCbwError, Phase};
 use crate::copy::{Op, OpKind, Side, Urgent};
 use crate::job::JobError;
 use crate::node::{NotSaved, WaitingWrite, WriteHold};
@@ -57,6 +57,10 @@ impl Backup {
                 Urgent::Op(op) => Some(op),
                 Urgent::Wait => None,
                 Urgent::Full if has_buffer && self.options.on_full == OnBufferFull::Break => {
+                    if self.options.on_cbw_error == OnCbwError::BreakGuestWrite {
+                        hold.refuse(waiting.write.id, NotSaved::Full);
+                        continue;
+                    }
                     full = Some(waiting.write);
                     break;
                 }
@@ -120,11 +124,28 @@ impl Backup {
             }
             OnCbwError::BreakSnapshot => {
                 let range = write.range;
+                if self.is_only_read(range) {
+                    if let (Some(view), Some(hold)) = (&self.view, self.hold()) {
+                        view.end().into_iter().for_each(|kept| hold.release(kept));
+                    }
+                    return false;
+                }
                 self.job.fail(JobError::NotSaved { range, why });
                 self.begin_ending(now, None);
                 true
             }
         }
+    }
+
+    /// Whether `range` is on the target, so that guests wait only for readers, for whom the job was not made.
+    fn is_only_read(&self, range: ByteRange) -> bool {
+        let is_done = |armed: &Armed| {
+            let clusters = self.clusters_of(range);
+            self.engine.is_done(&armed.dirty, clusters)
+        };
+        self.view.is_some()
+            && self.options.sync != BackupSync::None
+            && self.armed.as_ref().is_some_and(is_done)
     }
 
     fn hold(&self) -> Option<&WriteHold> {
@@ -134,6 +155,9 @@ impl Backup {
     /// The next operation that gives space back: on the source what was copied, on the target what readers do
     /// not need.
     pub(super) fn give_back(&mut self) -> Option<Op> {
+        if !self.engine.has_room_aside() {
+            return None;
+        }
         if let Some(range) = self.is_read.pop() {
             return Some(self.engine.hand_out_aside(OpKind::DiscardSource(range)));
         }
@@ -145,7 +169,10 @@ impl Backup {
                 continue;
             }
             view.saved(range);
-            self.unneeded.push(range);
+            if let Some((align, _)) = self.engine.discard_limits() {
+                let whole = self.engine.shape().whole_blocks(range, align);
+                self.unneeded.extend((!whole.is_empty()).then_some(whole));
+            }
         }
         let (align, max) = self.engine.discard_limits()?;
         let range = self.unneeded.pop()?;
@@ -154,9 +181,7 @@ impl Backup {
         if !rest.is_empty() {
             self.unneeded.push(rest);
         }
-        let is_aligned = piece.start() % align == 0
-            && (piece.end() % align == 0 || piece.end() == armed.dirty.len());
-        is_aligned.then(|| self.engine.hand_out_aside(OpKind::GiveUp(piece)))
+        Some(self.engine.hand_out_aside(OpKind::GiveUp(piece)))
     }
 
     /// Copying what a guest waits for has failed; it is dirty again, and not claimed.
@@ -169,6 +194,9 @@ impl Backup {
     ) {
         let range = kind.range().expect("a copy has a range");
         let clusters = self.clusters_of(range);
+        // Also who writes past the end of the disk, in its last cluster.
+        let end = self.engine.shape().granularity.align_up(clusters.end());
+        let clusters = (clusters.start()..end).into();
         let is_fatal = self.options.on_cbw_error == OnCbwError::BreakSnapshot;
         let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
         let hold = hold.expect("it was copied for a guest");
@@ -207,8 +235,8 @@ impl Backup {
             return;
         };
         let release = |range| match &self.view {
-            Some(view) => view.saved(range),
-            None => hold.release(range),
+            Some(view) if view.saved(range) => {}
+            _ => hold.release(range),
         };
         let granularity = armed.dirty.granularity();
         let mut rest = self.clusters_of(range);

@@ -50,7 +50,7 @@ use std::time::Duration;
 use crate::bitmap::HBitmap;
 use crate::copy::{
     Budget, Buffer, CopyBy, Done, Ends, Engine, Limits, LimitsError, Op, OpId, OpKind, Outcome,
-    Shape, Side,
+    Shape, ShapeError, Side,
 };
 use crate::job::{
     AtStart, Backoff, Begun, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit,
@@ -299,6 +299,12 @@ impl Backup {
             options.workers,
             options.unmap,
         )?;
+        if copy_by == CopyBy::Compressing && shape.chunk_max < cluster {
+            return Err(BackupError::Shape(ShapeError::PieceTooLong {
+                piece: cluster,
+                max: shape.chunk_max,
+            }));
+        }
         shape.only_top = options.sync == BackupSync::Top;
         let mut empty = HBitmap::new(node.len(), granularity)?;
         empty.reserve()?;
@@ -310,7 +316,7 @@ impl Backup {
             Some(_) if options.view => return Err(BackupError::ViewWithBuffer),
             Some(buffer) => {
                 check_buffer(buffer, node.len(), [&source, &target])?;
-                let piece_max = buffer.piece_max(cluster, chunk_max)?;
+                let piece_max = buffer.piece_max(cluster, shape.chunk_max)?;
                 Some(Buffer::new(
                     node.len(),
                     granularity,
@@ -422,7 +428,11 @@ impl Backup {
                     self.is_read.push(range);
                 }
             }
-            Some(Done::Skipped(range) | Done::Saved(range)) => self.saved(range),
+            Some(Done::Skipped(range)) => {
+                self.saved(range);
+                self.forget_late(range);
+            }
+            Some(Done::Saved(range)) => self.saved(range),
             Some(Done::Flushed) => {
                 self.backoff.reset();
                 if matches!(self.phase, Phase::Copying { flush } if flush == Some(id)) {
@@ -590,10 +600,11 @@ impl Backup {
             if let (true, Some(op)) = (self.options.discards_saved, self.engine.next_discard()) {
                 return Turn::Step(Step::Op(op));
             }
-            // Nothing is left behind in the buffer.
+            // Nothing is left behind in the buffer, and nothing more comes to a device when the job is over.
             let is_copied = armed.dirty.is_clean()
                 && self.engine.has_no_claims()
-                && !self.engine.is_buffer_busy();
+                && self.is_read.is_empty()
+                && !self.engine.is_giving_back();
             let Phase::Copying { flush } = &mut self.phase else {
                 unreachable!("called in this phase only");
             };
