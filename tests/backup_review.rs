@@ -7,8 +7,8 @@ use std::time::Duration;
 use blockjob::{
     Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions,
     ByteRange, Cancel, Content, Extent, JobError, Lane, Limits, Mirror, MirrorOptions, Node,
-    NotSaved, OnBufferFull, OnCbwError, Op, OpKind, Outcome, PendingWrite, RangeLimits, ShapeError,
-    Side, Status, Step, Transaction, ViewError, WriteRefused,
+    NotSaved, OnBufferFull, OnCbwError, OnError, Op, OpKind, Outcome, PendingWrite, RangeLimits,
+    ShapeError, Side, Status, Step, Transaction, ViewError, WriteRefused,
 };
 
 const CLUSTER: u64 = 64 << 10;
@@ -595,4 +595,74 @@ fn what_of_a_range_given_up_the_target_can_discard_is_discarded() {
     let whole = [2..6, 6..8, 12..14];
     let whole = whole.map(|it| ByteRange::from(it.start * CLUSTER..it.end * CLUSTER));
     assert_eq!(given_up, whole);
+}
+
+#[test]
+fn what_was_begun_for_a_guest_that_has_left_breaks_nothing() {
+    let mut rig = Rig::started(4 * CLUSTER, |parts| {
+        parts.options.sync = BackupSync::None;
+        parts.options.job.on_target_error = OnError::Ignore;
+    });
+    rig.until();
+    let guest = rig.write(cluster(2));
+    let _ = rig.answer_all(|kind| matches!(kind, OpKind::Status(_)));
+    drop(guest);
+    rig.answer(|kind| matches!(kind, OpKind::Copy(_)), failed(Side::Target));
+    rig.until();
+    assert_eq!(rig.backup.job().query().status, Status::Running);
+    // It is not forgotten for that.
+    let _guest = rig.write(cluster(2));
+    let _ = rig.answer_all(|kind| matches!(kind, OpKind::Status(_)));
+    assert!(rig.has_out(|kind| kind == OpKind::Copy(cluster(2))));
+}
+
+#[test]
+fn a_target_settles_before_the_end_when_a_discard_of_it_was_lost() {
+    let mut rig = Rig::started(4 * CLUSTER, |parts| {
+        parts.options.sync = BackupSync::None;
+        parts.options.view = true;
+        parts.target.discard = all_discards();
+    });
+    rig.until();
+    rig.backup.view().unwrap().give_up(cluster(1)).unwrap();
+    rig.until();
+    assert!(rig.has_out(|kind| kind == OpKind::GiveUp(cluster(1))));
+    rig.out.clear();
+    rig.backup.ops_lost();
+    rig.backup.job().cancel(Cancel::Force).unwrap();
+    let step = rig.rest();
+    assert!(rig.has_out(|kind| kind == OpKind::Settle), "{step:?}");
+    assert!(rig.done().is_err());
+}
+
+#[test]
+fn a_write_to_a_large_area_is_not_looked_through_again_for_each_piece() {
+    let len = 16 << 30;
+    let mut rig = Rig::started(len, |parts| {
+        parts.options.buffer = Some(buffer(len));
+        parts.options.cbw_timeout = None;
+    });
+    rig.until();
+    let mut guest = rig.write((0..len).into());
+    rig.backup.job().pause().unwrap();
+    let since = std::time::Instant::now();
+    let mut saved = 0;
+    loop {
+        match rig.backup.poll(rig.now, Waker::noop()) {
+            Step::Op(op) => {
+                if let OpKind::Save(range) = op.kind() {
+                    saved += range.len();
+                }
+                rig.backup.op_done(rig.now, op, Outcome::Done);
+            }
+            Step::Wait { .. } => break,
+            step => panic!("waits, but {step:?}"),
+        }
+        // A thousandth of what it took to look through all of it each time.
+        assert!(since.elapsed() < 5 * SECOND, "after {saved} bytes");
+    }
+    assert!(
+        matches!(guest.try_begin(), Some(Ok(_))),
+        "{saved} bytes are saved"
+    );
 }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A copy that was begun in the background and fails says nothing to a guest that came later: what that waits
-//! for is tried for itself.
+//! for is tried for itself. Nor does one that was begun for a guest break anything when that does not wait any
+//! more: it is as if it had been begun in the background.
 
 use std::task::Waker;
 use std::time::Duration;
@@ -24,6 +25,9 @@ use crate::units::ByteRange;
 /// A guest write that the machine knows of.
 pub(super) struct Waiting {
     write: WaitingWrite,
+    /// Where the first cluster starts that it may still wait for: so that one that writes to a large area is not
+    /// looked through from its start each time.
+    from: u64,
     /// When it has waited long enough.
     deadline: Option<Duration>,
 }
@@ -36,21 +40,36 @@ impl Backup {
         for write in hold.news(waker) {
             let timeout = self.options.cbw_timeout;
             let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
-            self.waiting.push(Waiting { write, deadline });
+            let from = write.range.start();
+            self.waiting.push(Waiting {
+                write,
+                from,
+                deadline,
+            });
             self.look_again = true;
         }
         if self.waiting.is_empty() || !self.look_again {
             return None;
         }
-        self.waiting
-            .retain(|waiting| hold.holds(waiting.write.range) && hold.is_waiting(waiting.write.id));
         let granularity = armed.dirty.granularity();
+        self.waiting.retain_mut(|waiting| {
+            let end = waiting.write.range.end();
+            while waiting.from < end {
+                let next = granularity
+                    .align_down(waiting.from)
+                    .saturating_add(granularity.bytes());
+                if hold.holds((waiting.from..next.min(end)).into()) {
+                    return hold.is_waiting(waiting.write.id);
+                }
+                waiting.from = next;
+            }
+            false
+        });
         let len = armed.dirty.len();
         let mut full = None;
         for waiting in &self.waiting {
-            let range = waiting.write.range;
-            let start = granularity.align_down(range.start());
-            let end = granularity.align_up(range.end()).min(len);
+            let start = granularity.align_down(waiting.from);
+            let end = granularity.align_up(waiting.write.range.end()).min(len);
             let range = (start..end).into();
             let has_buffer = self.engine.buffer().is_some();
             let op = match self.engine.next_of_buffer(&armed.dirty, range) {
@@ -148,6 +167,16 @@ impl Backup {
             && self.armed.as_ref().is_some_and(is_done)
     }
 
+    /// Whether a guest waits for what that works on.
+    pub(super) fn is_waited_for(&self, kind: OpKind) -> bool {
+        let (Some(range), Some(hold)) = (kind.range(), self.hold()) else {
+            return false;
+        };
+        let clusters = self.whole_clusters_of(range);
+        let mut writes = self.waiting.iter().map(|waiting| waiting.write);
+        writes.any(|write| write.range.overlaps(clusters) && hold.is_waiting(write.id))
+    }
+
     fn hold(&self) -> Option<&WriteHold> {
         self.armed.as_ref()?.hold.as_deref()
     }
@@ -193,10 +222,7 @@ impl Backup {
         error: std::io::Error,
     ) {
         let range = kind.range().expect("a copy has a range");
-        let clusters = self.clusters_of(range);
-        // Also who writes past the end of the disk, in its last cluster.
-        let end = self.engine.shape().granularity.align_up(clusters.end());
-        let clusters = (clusters.start()..end).into();
+        let clusters = self.whole_clusters_of(range);
         let is_fatal = self.options.on_cbw_error == OnCbwError::BreakSnapshot;
         let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
         let hold = hold.expect("it was copied for a guest");
@@ -252,6 +278,14 @@ impl Backup {
             rest = behind;
         }
     }
+    /// As [`clusters_of`](Self::clusters_of), with what there is of the last cluster past the end of the disk: who
+    /// writes there waits for it, too.
+    fn whole_clusters_of(&self, range: ByteRange) -> ByteRange {
+        let granularity = self.engine.shape().granularity;
+        let end = granularity.align_up(range.end());
+        (granularity.align_down(range.start())..end).into()
+    }
+
     /// All clusters that `range` touches.
     fn clusters_of(&self, range: ByteRange) -> ByteRange {
         let shape = self.engine.shape();

@@ -677,16 +677,18 @@ impl Backup {
         error: std::io::Error,
         is_urgent: bool,
     ) {
-        if side == Side::Buffer && matches!(kind, OpKind::Save(_)) {
-            // There may be no space: what the guest waits for goes to the target then, or breaks.
+        let is_save = matches!(kind, OpKind::Save(_));
+        if is_save && (side == Side::Buffer || !self.is_waited_for(kind)) {
+            // There may be no space: what the guest waits for goes to the target then, or breaks. Does it not wait
+            // any more, then nothing is missing.
             return;
         }
-        let claimed = kind.range().filter(|_| !matches!(kind, OpKind::Save(_)));
+        let claimed = kind.range().filter(|_| !is_save);
         if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
             *flush = None;
         }
         let is_ending = matches!(self.phase, Phase::Ending { .. });
-        if is_urgent && !is_ending {
+        if is_urgent && !is_ending && self.is_waited_for(kind) {
             if let Some(range) = claimed {
                 self.engine.release(range);
             }

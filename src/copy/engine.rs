@@ -80,6 +80,8 @@ pub(crate) struct Engine {
     buffer: Option<Buffer>,
     /// Whether a request to settle is out.
     is_settling: bool,
+    /// Whether a discard of the target was lost, which belongs to no claim and may still land.
+    has_lost_discard: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
     has_unflushed: bool,
 }
@@ -172,6 +174,7 @@ impl Engine {
             copy_by: CopyBy::Buffer,
             buffer: None,
             is_settling: false,
+            has_lost_discard: false,
             has_unflushed: false,
         })
     }
@@ -212,8 +215,10 @@ impl Engine {
 
     /// Operations that may still change the target: not reported back, or lost.
     pub(crate) fn unsettled(&self) -> usize {
-        let running = self.running.values().filter(|kind| kind.writes_target());
-        running.count() + self.claims.lost()
+        let running = self.running.values();
+        let running =
+            running.filter(|kind| kind.writes_target() || matches!(kind, OpKind::GiveUp(_)));
+        running.count() + self.claims.lost() + usize::from(self.has_lost_discard)
     }
 
     /// Whether no range is in flight, planned, or waiting to be tried again.
@@ -704,10 +709,8 @@ impl Engine {
                         buffer.discard_again(range);
                     }
                 }
-                OpKind::GiveUp(_)
-                | OpKind::DiscardSource(_)
-                | OpKind::Settle
-                | OpKind::CancelInFlight => {}
+                OpKind::GiveUp(_) => self.has_lost_discard = true,
+                OpKind::DiscardSource(_) | OpKind::Settle | OpKind::CancelInFlight => {}
             }
         }
         self.is_settling = false;
@@ -954,6 +957,7 @@ impl Engine {
 
     fn settled(&mut self, dirty: &mut HBitmap) {
         self.is_settling = false;
+        self.has_lost_discard = false;
         let lost: Vec<ByteRange> = self
             .claims
             .iter()
@@ -967,7 +971,7 @@ impl Engine {
     }
 
     fn has_lost(&self) -> bool {
-        self.claims.lost() > 0
+        self.claims.lost() > 0 || self.has_lost_discard
     }
 
     fn parked(&self) -> impl Iterator<Item = (u64, Duration)> {
