@@ -249,7 +249,8 @@ where
             OpKind::Copy(range)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
-            | OpKind::CopySaved(range) => self.copy(op.kind(), range, gives_up).await,
+            | OpKind::CopySaved(range)
+            | OpKind::CopySavedCompressed(range) => self.copy(op.kind(), range, gives_up).await,
             OpKind::CopyOffloaded(range) => {
                 done(Side::Target, self.target.copy_from_source(range).await)
             }
@@ -306,7 +307,7 @@ where
         }
         let (written, buf) = match (to, kind) {
             (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,
-            (_, OpKind::CopyCompressed(_)) => {
+            (_, OpKind::CopyCompressed(_) | OpKind::CopySavedCompressed(_)) => {
                 self.target.write_compressed_at(range.start(), buf).await
             }
             (Side::Source | Side::Target, _) => self.target.write_at(range.start(), buf).await,

@@ -252,7 +252,8 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
             OpKind::Copy(range)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
-            | OpKind::CopySaved(range) => {
+            | OpKind::CopySaved(range)
+            | OpKind::CopySavedCompressed(range) => {
                 let len = usize::try_from(range.len()).expect("a copy is no longer than a buffer");
                 match self.pool.take(len) {
                     Ok(buf) => {
@@ -304,7 +305,9 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
         let offset = range.start();
         let [_, to] = op.kind().sides();
         let write = match op.kind() {
-            OpKind::CopyCompressed(_) => Work::WriteCompressed { offset, buf },
+            OpKind::CopyCompressed(_) | OpKind::CopySavedCompressed(_) => {
+                Work::WriteCompressed { offset, buf }
+            }
             _ => Work::Write { offset, buf },
         };
         let request = self.put_out(op, OutStep::Write, to, write);

@@ -191,6 +191,7 @@ impl World {
                 return is_settled.then_some(Outcome::Done);
             }
             OpKind::CopyCompressed(_)
+            | OpKind::CopySavedCompressed(_)
             | OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)
             | OpKind::Discard(_)

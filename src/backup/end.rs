@@ -18,7 +18,7 @@ impl Backup {
             return Turn::Again;
         }
         if asked.ends_by_finalize && !asked.is_finalizing {
-            return Turn::Step(Step::Wait { until: None });
+            return self.wait_for_others();
         }
         match asked.stage {
             Stage::None => {
@@ -35,8 +35,14 @@ impl Backup {
             | Stage::Voted
             | Stage::Committed
             | Stage::Stale
-            | Stage::Back => Turn::Step(Step::Wait { until: None }),
+            | Stage::Back => self.wait_for_others(),
         }
+    }
+
+    /// Guests may wait still for those who read the view.
+    fn wait_for_others(&self) -> Turn {
+        let until = self.next_deadline();
+        Turn::Step(Step::Wait { until })
     }
 
     /// The instant is lost, so that guests need not wait for it any more.
@@ -53,8 +59,9 @@ impl Backup {
         if let Some(view) = &self.view {
             view.end();
         }
-        if let Some(armed) = &mut self.armed {
-            armed.hold = None;
+        if let Some(hold) = self.armed.as_mut().and_then(|armed| armed.hold.take()) {
+            // Readers may have it still.
+            hold.end();
         }
         self.phase = Phase::Ending {
             has_cancelled: false,
@@ -113,7 +120,9 @@ impl Backup {
             if let Some(view) = &self.view {
                 view.end();
             }
-            drop(hold);
+            if let Some(hold) = hold {
+                hold.end();
+            }
         }
         self.waiting.clear();
         self.phase = Phase::Concluded;

@@ -9,12 +9,13 @@
 //! ```
 //!
 //! A copy that was begun in the background and fails says nothing to a guest that came later: what that waits
-//! for is tried for itself.
+//! for is tried for itself. Nor does one that was begun for a guest break anything when that does not wait any
+//! more: it is as if it had been begun in the background.
 
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::backup::{Backup, OnBufferFull, OnCbwError, Phase};
+use crate::backup::{Armed, Backup, BackupSync, OnBufferFull, OnCbwError, Phase};
 use crate::copy::{Op, OpKind, Side, Urgent};
 use crate::job::JobError;
 use crate::node::{NotSaved, WaitingWrite, WriteHold};
@@ -24,6 +25,9 @@ use crate::units::ByteRange;
 /// A guest write that the machine knows of.
 pub(super) struct Waiting {
     write: WaitingWrite,
+    /// Where the first cluster starts that it may still wait for: so that one that writes to a large area is not
+    /// looked through from its start each time.
+    from: u64,
     /// When it has waited long enough.
     deadline: Option<Duration>,
 }
@@ -36,27 +40,46 @@ impl Backup {
         for write in hold.news(waker) {
             let timeout = self.options.cbw_timeout;
             let deadline = timeout.and_then(|timeout| now.checked_add(timeout));
-            self.waiting.push(Waiting { write, deadline });
+            let from = write.range.start();
+            self.waiting.push(Waiting {
+                write,
+                from,
+                deadline,
+            });
             self.look_again = true;
         }
         if self.waiting.is_empty() || !self.look_again {
             return None;
         }
-        self.waiting
-            .retain(|waiting| hold.holds(waiting.write.range) && hold.is_waiting(waiting.write.id));
         let granularity = armed.dirty.granularity();
+        self.waiting.retain_mut(|waiting| {
+            let end = waiting.write.range.end();
+            while waiting.from < end {
+                let next = granularity
+                    .align_down(waiting.from)
+                    .saturating_add(granularity.bytes());
+                if hold.holds((waiting.from..next.min(end)).into()) {
+                    return hold.is_waiting(waiting.write.id);
+                }
+                waiting.from = next;
+            }
+            false
+        });
         let len = armed.dirty.len();
         let mut full = None;
         for waiting in &self.waiting {
-            let range = waiting.write.range;
-            let start = granularity.align_down(range.start());
-            let end = granularity.align_up(range.end()).min(len);
+            let start = granularity.align_down(waiting.from);
+            let end = granularity.align_up(waiting.write.range.end()).min(len);
             let range = (start..end).into();
             let has_buffer = self.engine.buffer().is_some();
             let op = match self.engine.next_of_buffer(&armed.dirty, range) {
                 Urgent::Op(op) => Some(op),
                 Urgent::Wait => None,
                 Urgent::Full if has_buffer && self.options.on_full == OnBufferFull::Break => {
+                    if self.options.on_cbw_error == OnCbwError::BreakGuestWrite {
+                        hold.refuse(waiting.write.id, NotSaved::Full);
+                        continue;
+                    }
                     full = Some(waiting.write);
                     break;
                 }
@@ -120,11 +143,38 @@ impl Backup {
             }
             OnCbwError::BreakSnapshot => {
                 let range = write.range;
+                if self.is_only_read(range) {
+                    if let (Some(view), Some(hold)) = (&self.view, self.hold()) {
+                        view.end().into_iter().for_each(|kept| hold.release(kept));
+                    }
+                    return false;
+                }
                 self.job.fail(JobError::NotSaved { range, why });
                 self.begin_ending(now, None);
                 true
             }
         }
+    }
+
+    /// Whether `range` is on the target, so that guests wait only for readers, for whom the job was not made.
+    fn is_only_read(&self, range: ByteRange) -> bool {
+        let is_done = |armed: &Armed| {
+            let clusters = self.clusters_of(range);
+            self.engine.is_done(&armed.dirty, clusters)
+        };
+        self.view.is_some()
+            && self.options.sync != BackupSync::None
+            && self.armed.as_ref().is_some_and(is_done)
+    }
+
+    /// Whether a guest waits for what that works on.
+    pub(super) fn is_waited_for(&self, kind: OpKind) -> bool {
+        let (Some(range), Some(hold)) = (kind.range(), self.hold()) else {
+            return false;
+        };
+        let clusters = self.whole_clusters_of(range);
+        let mut writes = self.waiting.iter().map(|waiting| waiting.write);
+        writes.any(|write| write.range.overlaps(clusters) && hold.is_waiting(write.id))
     }
 
     fn hold(&self) -> Option<&WriteHold> {
@@ -134,6 +184,9 @@ impl Backup {
     /// The next operation that gives space back: on the source what was copied, on the target what readers do
     /// not need.
     pub(super) fn give_back(&mut self) -> Option<Op> {
+        if !self.engine.has_room_aside() {
+            return None;
+        }
         if let Some(range) = self.is_read.pop() {
             return Some(self.engine.hand_out_aside(OpKind::DiscardSource(range)));
         }
@@ -145,7 +198,10 @@ impl Backup {
                 continue;
             }
             view.saved(range);
-            self.unneeded.push(range);
+            if let Some((align, _)) = self.engine.discard_limits() {
+                let whole = self.engine.shape().whole_blocks(range, align);
+                self.unneeded.extend((!whole.is_empty()).then_some(whole));
+            }
         }
         let (align, max) = self.engine.discard_limits()?;
         let range = self.unneeded.pop()?;
@@ -154,9 +210,7 @@ impl Backup {
         if !rest.is_empty() {
             self.unneeded.push(rest);
         }
-        let is_aligned = piece.start() % align == 0
-            && (piece.end() % align == 0 || piece.end() == armed.dirty.len());
-        is_aligned.then(|| self.engine.hand_out_aside(OpKind::GiveUp(piece)))
+        Some(self.engine.hand_out_aside(OpKind::GiveUp(piece)))
     }
 
     /// Copying what a guest waits for has failed; it is dirty again, and not claimed.
@@ -168,7 +222,7 @@ impl Backup {
         error: std::io::Error,
     ) {
         let range = kind.range().expect("a copy has a range");
-        let clusters = self.clusters_of(range);
+        let clusters = self.whole_clusters_of(range);
         let is_fatal = self.options.on_cbw_error == OnCbwError::BreakSnapshot;
         let hold = self.armed.as_ref().and_then(|armed| armed.hold.as_ref());
         let hold = hold.expect("it was copied for a guest");
@@ -207,8 +261,8 @@ impl Backup {
             return;
         };
         let release = |range| match &self.view {
-            Some(view) => view.saved(range),
-            None => hold.release(range),
+            Some(view) if view.saved(range) => {}
+            _ => hold.release(range),
         };
         let granularity = armed.dirty.granularity();
         let mut rest = self.clusters_of(range);
@@ -223,6 +277,13 @@ impl Backup {
             }
             rest = behind;
         }
+    }
+    /// As [`clusters_of`](Self::clusters_of), with what there is of the last cluster past the end of the disk: who
+    /// writes there waits for it, too.
+    fn whole_clusters_of(&self, range: ByteRange) -> ByteRange {
+        let granularity = self.engine.shape().granularity;
+        let end = granularity.align_up(range.end());
+        (granularity.align_down(range.start())..end).into()
     }
 
     /// All clusters that `range` touches.

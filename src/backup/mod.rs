@@ -50,7 +50,7 @@ use std::time::Duration;
 use crate::bitmap::HBitmap;
 use crate::copy::{
     Budget, Buffer, CopyBy, Done, Ends, Engine, Limits, LimitsError, Op, OpId, OpKind, Outcome,
-    Shape, Side,
+    Shape, ShapeError, Side,
 };
 use crate::job::{
     AtStart, Backoff, Begun, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit,
@@ -300,6 +300,12 @@ impl Backup {
             options.workers,
             options.unmap,
         )?;
+        if copy_by == CopyBy::Compressing && shape.chunk_max < cluster {
+            return Err(BackupError::Shape(ShapeError::PieceTooLong {
+                piece: cluster,
+                max: shape.chunk_max,
+            }));
+        }
         shape.only_top = options.sync == BackupSync::Top;
         let mut empty = HBitmap::new(node.len(), granularity)?;
         empty.reserve()?;
@@ -311,7 +317,7 @@ impl Backup {
             Some(_) if options.view => return Err(BackupError::ViewWithBuffer),
             Some(buffer) => {
                 check_buffer(buffer, node.len(), [&source, &target])?;
-                let piece_max = buffer.piece_max(cluster, chunk_max)?;
+                let piece_max = buffer.piece_max(cluster, shape.chunk_max)?;
                 Some(Buffer::new(
                     node.len(),
                     granularity,
@@ -423,7 +429,11 @@ impl Backup {
                     self.is_read.push(range);
                 }
             }
-            Some(Done::Skipped(range) | Done::Saved(range)) => self.saved(range),
+            Some(Done::Skipped(range)) => {
+                self.saved(range);
+                self.forget_late(range);
+            }
+            Some(Done::Saved(range)) => self.saved(range),
             Some(Done::Flushed) => {
                 self.backoff.reset();
                 if matches!(self.phase, Phase::Copying { flush } if flush == Some(id)) {
@@ -591,10 +601,11 @@ impl Backup {
             if let (true, Some(op)) = (self.options.discards_saved, self.engine.next_discard()) {
                 return Turn::Step(Step::Op(op));
             }
-            // Nothing is left behind in the buffer.
+            // Nothing is left behind in the buffer, and nothing more comes to a device when the job is over.
             let is_copied = armed.dirty.is_clean()
                 && self.engine.has_no_claims()
-                && !self.engine.is_buffer_busy();
+                && self.is_read.is_empty()
+                && !self.engine.is_giving_back();
             let Phase::Copying { flush } = &mut self.phase else {
                 unreachable!("called in this phase only");
             };
@@ -668,16 +679,18 @@ impl Backup {
         error: std::io::Error,
         is_urgent: bool,
     ) {
-        if side == Side::Buffer && matches!(kind, OpKind::Save(_)) {
-            // There may be no space: what the guest waits for goes to the target then, or breaks.
+        let is_save = matches!(kind, OpKind::Save(_));
+        if is_save && (side == Side::Buffer || !self.is_waited_for(kind)) {
+            // There may be no space: what the guest waits for goes to the target then, or breaks. Does it not wait
+            // any more, then nothing is missing.
             return;
         }
-        let claimed = kind.range().filter(|_| !matches!(kind, OpKind::Save(_)));
+        let claimed = kind.range().filter(|_| !is_save);
         if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
             *flush = None;
         }
         let is_ending = matches!(self.phase, Phase::Ending { .. });
-        if is_urgent && !is_ending {
+        if is_urgent && !is_ending && self.is_waited_for(kind) {
             if let Some(range) = claimed {
                 self.engine.release(range);
             }

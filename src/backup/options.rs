@@ -76,12 +76,13 @@ impl BackupBuffer {
         }
     }
 
-    /// The longest piece that it takes, in whole clusters.
+    /// The longest piece that it takes, in whole clusters, and the other devices, too: those take `chunk_max`.
     pub(super) fn piece_max(&self, cluster: u64, chunk_max: u64) -> Result<u64, BackupError> {
         let most = chunk_max.min(self.limits.max_transfer.into()) & !(cluster - 1);
         let align = self.limits.request_align;
         if most == 0 || u64::from(align) > cluster {
-            let max_transfer = self.limits.max_transfer;
+            let chunk_max = u32::try_from(chunk_max).unwrap_or(u32::MAX);
+            let max_transfer = self.limits.max_transfer.min(chunk_max);
             return Err(BackupError::BufferUnfit {
                 cluster,
                 align,
@@ -134,10 +135,13 @@ pub struct BackupOptions {
     /// Where to save what the guest is about to overwrite, for a target that is slow. Default none.
     pub buffer: Option<BackupBuffer>,
     /// Whether the disk as it was at the instant can be [read](crate::Backup::view) while the job runs. Not
-    /// together with a buffer. Default no.
+    /// together with a buffer. A reader for which a guest write waits longer than
+    /// [`cbw_timeout`](Self::cbw_timeout) loses the view, if it is not for it that the guest's write is to fail:
+    /// the backup goes on, but one with sync none, which is for readers, fails. Default no.
     pub view: bool,
     /// Whether the source is told what is safely on the target and will not be read again: for a source that
-    /// is a copy, to give back its space. Default no.
+    /// is a copy, to give back its space. Not for a disk that a guest writes to: what it has written there by then
+    /// may be discarded with it. Default no.
     pub discard_source: bool,
     /// Whether the target is to compress what it is given, one cluster at a time. Zeroes are written as such.
     /// Default no.
@@ -241,7 +245,7 @@ pub enum BackupError {
     /// Sync full and top do not look at the bitmap, so it would have no effect.
     #[error("a bitmap with mode never has no effect on this sync mode")]
     NoEffect,
-    /// The buffer cannot take a cluster at its place.
+    /// A cluster cannot be brought to the buffer, and from there to the target, at once.
     #[error(
         "clusters of {cluster} bytes do not fit a buffer with requests of {align} to {max_transfer} bytes"
     )]
@@ -250,7 +254,7 @@ pub enum BackupError {
         cluster: u64,
         /// What its requests are aligned to, in bytes.
         align: u32,
-        /// Its longest request in bytes.
+        /// The longest request in bytes that all devices take.
         max_transfer: u32,
     },
     /// Not a number of workers.

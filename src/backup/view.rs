@@ -12,7 +12,8 @@
 //! 1. While a read of the source is under way, no guest write gets into its clusters: also not if they were
 //!    saved meanwhile.
 //! 2. The view ends before the first guest write that it was not protected from goes on, and a read that was
-//!    under way then fails: it is looked at once more when it has ended.
+//!    under way then fails: it is looked at once more when it has ended. Is it only for a reader that a guest
+//!    waits for too long, then the view ends alone, and the backup goes on.
 //! 3. What was given up cannot be read, and is neither saved nor held back any more.
 
 use std::collections::BTreeMap;
@@ -96,8 +97,9 @@ pub enum ViewError {
     /// The backup has not begun.
     #[error("the backup has not begun")]
     NotBegun,
-    /// The backup is over, or it has failed: the guest may have overwritten what was read.
-    #[error("the backup is over")]
+    /// The backup is over, or it has failed, or a guest has waited for a reader for too long: what was read may
+    /// have been overwritten.
+    #[error("the view is over")]
     Over,
     /// Something in the range is past the end of the disk, was not to be backed up, or was given up.
     #[error("there is nothing to be read in {0}")]
@@ -228,16 +230,19 @@ impl FrozenView {
 
     /// `range`, which is made of whole clusters, is on the target: guests may overwrite it once nobody reads it
     /// from the source.
-    pub(super) fn saved(&self, range: ByteRange) {
+    ///
+    /// `false` if the view is over: then nobody reads it.
+    pub(super) fn saved(&self, range: ByteRange) -> bool {
         let mut state = self.shared.state.lock();
         let Ok(open) = state.open() else {
-            return;
+            return false;
         };
         open.saved.set(range).expect("within the disk");
         open.kept.push(range);
         let free = open.take_free();
         drop(state);
         free.release();
+        true
     }
 
     /// What was given up since this was asked last.
@@ -250,9 +255,14 @@ impl FrozenView {
     }
 
     /// From now on nothing can be read, and what is being read is not to be used.
-    pub(super) fn end(&self) {
+    ///
+    /// Returns what is saved, and was being read.
+    pub(super) fn end(&self) -> Vec<ByteRange> {
         let before = std::mem::replace(&mut *self.shared.state.lock(), State::Over);
-        drop(before);
+        match before {
+            State::Open(open) => open.kept,
+            State::Before | State::Over => Vec::new(),
+        }
     }
 
     fn end_read(&self, id: u64, range: ByteRange) -> Result<(), ViewError> {

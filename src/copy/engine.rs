@@ -42,6 +42,9 @@ const PARKED_MAX: usize = 64;
 /// Operations at the same time, at most, for guests that wait.
 const URGENT_MAX: usize = 64;
 
+/// Operations at the same time, at most, that nobody waits for.
+const ASIDE_MAX: usize = 64;
+
 /// How many areas of the buffer are looked at for one that is not in flight, before others have their turn.
 const SAVED_TRIES: usize = 64;
 
@@ -65,6 +68,8 @@ pub(crate) struct Engine {
     running: BTreeMap<OpId, OpKind>,
     /// Those of them that guests wait for. They count neither as workers nor as buffers.
     urgent: BTreeSet<OpId>,
+    /// Those that nobody waits for. They are no workers either.
+    aside: BTreeSet<OpId>,
     buffered_bytes: u64,
     /// Where the search for dirty ranges goes on.
     cursor: u64,
@@ -75,6 +80,8 @@ pub(crate) struct Engine {
     buffer: Option<Buffer>,
     /// Whether a request to settle is out.
     is_settling: bool,
+    /// Whether a discard of the target was lost, which belongs to no claim and may still land.
+    has_lost_discard: bool,
     /// Whether a write has ended since the last flush that succeeded was handed out.
     has_unflushed: bool,
 }
@@ -160,12 +167,14 @@ impl Engine {
             ready: VecDeque::new(),
             running: BTreeMap::new(),
             urgent: BTreeSet::new(),
+            aside: BTreeSet::new(),
             buffered_bytes: 0,
             cursor: 0,
             filled,
             copy_by: CopyBy::Buffer,
             buffer: None,
             is_settling: false,
+            has_lost_discard: false,
             has_unflushed: false,
         })
     }
@@ -185,6 +194,7 @@ impl Engine {
     fn by(&self, kind: OpKind) -> OpKind {
         match (kind, self.copy_by) {
             (OpKind::Copy(range), CopyBy::Compressing) => OpKind::CopyCompressed(range),
+            (OpKind::CopySaved(range), CopyBy::Compressing) => OpKind::CopySavedCompressed(range),
             (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
             _ => kind,
         }
@@ -205,8 +215,10 @@ impl Engine {
 
     /// Operations that may still change the target: not reported back, or lost.
     pub(crate) fn unsettled(&self) -> usize {
-        let running = self.running.values().filter(|kind| kind.writes_target());
-        running.count() + self.claims.lost()
+        let running = self.running.values();
+        let running =
+            running.filter(|kind| kind.writes_target() || matches!(kind, OpKind::GiveUp(_)));
+        running.count() + self.claims.lost() + usize::from(self.has_lost_discard)
     }
 
     /// Whether no range is in flight, planned, or waiting to be tried again.
@@ -230,12 +242,12 @@ impl Engine {
     }
 
     pub(crate) fn has_free_worker(&self) -> bool {
-        self.running.len() - self.urgent.len() < self.workers
+        self.running.len() - self.urgent.len() - self.aside.len() < self.workers
     }
 
-    /// Whether nothing is in flight but what guests wait for.
+    /// Whether nothing is in flight but what guests wait for, or nobody does.
     pub(crate) fn is_idle_but_urgent(&self) -> bool {
-        self.running.len() == self.urgent.len() && !self.has_lost()
+        self.running.len() == self.urgent.len() + self.aside.len() && !self.has_lost()
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -351,19 +363,33 @@ impl Engine {
             Room::None => Urgent::Full,
             Room::For(piece) => {
                 buffer.begin(piece);
-                Urgent::Op(self.hand_out_aside(OpKind::Save(piece)))
+                let op = self.hand_out(OpKind::Save(piece));
+                self.urgent.insert(op.id());
+                Urgent::Op(op)
             }
         }
     }
 
-    /// Whether something is being put into the buffer, or discarded there.
-    pub(crate) fn is_buffer_busy(&self) -> bool {
-        let mut kinds = self.running.values();
-        kinds.any(|kind| matches!(kind, OpKind::Save(_) | OpKind::DiscardSaved(_)))
+    /// Whether something is being put into the buffer, or discarded there or on the source.
+    pub(crate) fn is_giving_back(&self) -> bool {
+        self.running.values().any(|kind| {
+            matches!(
+                kind,
+                OpKind::Save(_) | OpKind::DiscardSaved(_) | OpKind::DiscardSource(_)
+            )
+        })
+    }
+
+    /// Whether there may be one more operation that nobody waits for.
+    pub(crate) fn has_room_aside(&self) -> bool {
+        self.aside.len() < ASIDE_MAX
     }
 
     /// The next range of the buffer that can be given back.
     pub(crate) fn next_discard(&mut self) -> Option<Op> {
+        if !self.has_room_aside() {
+            return None;
+        }
         let range = self.buffer.as_mut()?.next_unneeded()?;
         Some(self.hand_out_aside(OpKind::DiscardSaved(range)))
     }
@@ -405,7 +431,7 @@ impl Engine {
                 let wish = self.shape.widen(range, self.shape.block);
                 let (free, state) = self.claim_free(wish, self.shape.run_max, dirty)?;
                 let kind = match state {
-                    ClaimState::Planned(kind) => kind,
+                    ClaimState::Planned(kind) => self.by(kind),
                     _ => OpKind::Status(free),
                 };
                 (free.start(), kind)
@@ -418,10 +444,10 @@ impl Engine {
         Some(op)
     }
 
-    /// Hands out what is no copy, and does not count as a worker.
+    /// Hands out what nobody waits for. It counts neither as a worker nor as what guests wait for.
     pub(crate) fn hand_out_aside(&mut self, kind: OpKind) -> Op {
         let op = self.hand_out(kind);
-        self.urgent.insert(op.id());
+        self.aside.insert(op.id());
         op
     }
 
@@ -461,7 +487,9 @@ impl Engine {
             OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopyOffloaded(range) => {
                 range.len()
             }
-            OpKind::CopySaved(range) | OpKind::Save(range) => range.len(),
+            OpKind::CopySaved(range) | OpKind::CopySavedCompressed(range) | OpKind::Save(range) => {
+                range.len()
+            }
             OpKind::Zero(range, _) | OpKind::Discard(range) if !self.shape.cheap_zeroes => {
                 range.len()
             }
@@ -500,19 +528,22 @@ impl Engine {
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
         let is_urgent = self.urgent.remove(&op.id());
+        self.aside.remove(&op.id());
         if !is_urgent {
             self.buffered_bytes -= kind.buffered_bytes();
         }
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
         Some(match (kind, outcome) {
-            (OpKind::Status(range), Outcome::Status(extent)) => self.looked(range, extent, op.id()),
+            (OpKind::Status(range), Outcome::Status(extent)) => {
+                self.looked(range, extent, op.id(), dirty)
+            }
             (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
                 if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
-                self.looked(range, extent, op.id())
+                self.looked(range, extent, op.id(), dirty)
             }
             (OpKind::CopyOffloaded(range), Outcome::Failed { .. } | Outcome::Status(_)) => {
                 // The target may hold anything there now; it is written again.
@@ -537,7 +568,7 @@ impl Engine {
                 self.landed(range, dirty)
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range, dirty),
-            (OpKind::CopySaved(range), Outcome::Done) => {
+            (OpKind::CopySaved(range) | OpKind::CopySavedCompressed(range), Outcome::Done) => {
                 self.fill(range);
                 if let Some(buffer) = &mut self.buffer {
                     buffer.is_copied(range);
@@ -654,6 +685,7 @@ impl Engine {
     /// and must be asked for again.
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
+        self.aside.clear();
         for (id, kind) in std::mem::take(&mut self.running) {
             if !self.urgent.remove(&id) {
                 self.buffered_bytes -= kind.buffered_bytes();
@@ -668,7 +700,8 @@ impl Engine {
                 | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _)
                 | OpKind::Discard(range)
-                | OpKind::CopySaved(range) => {
+                | OpKind::CopySaved(range)
+                | OpKind::CopySavedCompressed(range) => {
                     self.claims.set_state(range.start(), ClaimState::Lost);
                 }
                 OpKind::Flush => {
@@ -687,10 +720,8 @@ impl Engine {
                         buffer.discard_again(range);
                     }
                 }
-                OpKind::GiveUp(_)
-                | OpKind::DiscardSource(_)
-                | OpKind::Settle
-                | OpKind::CancelInFlight => {}
+                OpKind::GiveUp(_) => self.has_lost_discard = true,
+                OpKind::DiscardSource(_) | OpKind::Settle | OpKind::CancelInFlight => {}
             }
         }
         self.is_settling = false;
@@ -817,7 +848,13 @@ impl Engine {
     }
 
     /// The source has told what is at the start of a range.
-    fn looked(&mut self, range: ByteRange, extent: Extent, id: OpId) -> Done {
+    fn looked(
+        &mut self,
+        range: ByteRange,
+        extent: Extent,
+        id: OpId,
+        dirty: Option<&mut HBitmap>,
+    ) -> Done {
         if !self.is_claimed_by(range, id) {
             return Done::Status(range, extent);
         }
@@ -837,6 +874,16 @@ impl Engine {
             false if known_end == range.end() => self.run_max.saturating_mul(2).min(LOOK_MAX),
             false => self.run_max,
         };
+        let (mut range, mut known_end) = (range, known_end);
+        if let (true, Some(dirty)) = (is_data, dirty) {
+            // A claim that was made long to pass a hole is not to keep so much data from being written anew.
+            let (kept, behind) = range.split_at(range.start().saturating_add(self.shape.run_max));
+            if !behind.is_empty() {
+                make_dirty(dirty, behind);
+                self.cursor = behind.start();
+                (range, known_end) = (kept, known_end.min(kept.end()));
+            }
+        }
         let mut rest = range.split_at(skipped.end()).1;
         let mut pieces = Vec::new();
         while rest.start() < known_end {
@@ -921,6 +968,7 @@ impl Engine {
 
     fn settled(&mut self, dirty: &mut HBitmap) {
         self.is_settling = false;
+        self.has_lost_discard = false;
         let lost: Vec<ByteRange> = self
             .claims
             .iter()
@@ -934,7 +982,7 @@ impl Engine {
     }
 
     fn has_lost(&self) -> bool {
-        self.claims.lost() > 0
+        self.claims.lost() > 0 || self.has_lost_discard
     }
 
     fn parked(&self) -> impl Iterator<Item = (u64, Duration)> {

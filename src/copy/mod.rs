@@ -123,6 +123,8 @@ pub enum OpKind {
     Save(ByteRange),
     /// Read the range from the buffer and write it to the target.
     CopySaved(ByteRange),
+    /// As [`CopySaved`](Self::CopySaved), compressed.
+    CopySavedCompressed(ByteRange),
     /// Discard the range of the target: nobody will read it.
     GiveUp(ByteRange),
     /// Tell the source that the range will not be read any more, and may be discarded.
@@ -191,6 +193,7 @@ impl OpKind {
             | OpKind::Discard(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
+            | OpKind::CopySavedCompressed(range)
             | OpKind::DiscardSaved(range)
             | OpKind::GiveUp(range)
             | OpKind::DiscardSource(range)
@@ -204,7 +207,7 @@ impl OpKind {
         match self {
             OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
             OpKind::Save(_) => [Side::Source, Side::Buffer],
-            OpKind::CopySaved(_) => [Side::Buffer, Side::Target],
+            OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
             OpKind::DiscardSaved(_) => [Side::Buffer; 2],
             OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
             OpKind::CopyOffloaded(_)
@@ -228,15 +231,17 @@ impl OpKind {
                 | OpKind::Zero(..)
                 | OpKind::Discard(_)
                 | OpKind::CopySaved(_)
+                | OpKind::CopySavedCompressed(_)
         )
     }
 
     /// Bytes that are held in a buffer while it runs.
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {
-            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopySaved(range) => {
-                range.len()
-            }
+            OpKind::Copy(range)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopySaved(range)
+            | OpKind::CopySavedCompressed(range) => range.len(),
             // What guests wait for has buffers of its own.
             _ => 0,
         }

@@ -364,13 +364,25 @@ impl Gate {
         drop(state);
     }
 
-    /// By which of the maps writes are held back from now on, if by any. To begin with that, the gate is
-    /// closed and quiet.
-    pub(super) fn hold_back(&self, map: Option<usize>) {
-        let bits = map.map_or(0, |index| index as u64 + 1) << HOLD_SHIFT;
-        let _state = self.state.lock();
+    /// By which of the maps writes are held back from now on. The gate is closed and quiet. Returns which of
+    /// the holds of the node that is.
+    pub(super) fn hold_back(&self, map: usize) -> u64 {
+        let bits = (map as u64 + 1) << HOLD_SHIFT;
+        let mut state = self.state.lock();
         let rest = self.flags.0.load(Ordering::Relaxed) & !HOLD;
         self.flags.0.store(rest | bits, Ordering::SeqCst);
+        state.held.begin()
+    }
+
+    /// Writes are not held back any more, if it is that hold that does: as [`Held::end`].
+    pub(super) fn let_go(&self, hold: u64) -> Option<(Option<Waker>, Vec<Waker>)> {
+        let mut state = self.state.lock();
+        if !state.held.is_by(hold) {
+            return None;
+        }
+        let rest = self.flags.0.load(Ordering::Relaxed) & !HOLD;
+        self.flags.0.store(rest, Ordering::SeqCst);
+        Some(state.held.end())
     }
 
     /// Looks at the writes that are held back, or changes what is known of them. No waker may be called or

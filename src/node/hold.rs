@@ -13,9 +13,11 @@
 //! 2. A write looks at the bits after the gate has counted it, and is not inside while it waits: who waits
 //!    for a job does not keep the node from being quiesced.
 //! 3. A write that waits is put down under the lock and looks at the bits once more under it. Who takes
-//!    bits down does so first, and takes the lock to wake afterwards.
+//!    bits down does so under the lock, and wakes afterwards.
 //! 4. Nobody waits for a job that is gone: with its [`WriteHold`] all bits count as down. Nor is it remembered
 //!    who waited: when a write comes by again only after the next job has begun, that is told of it.
+//! 5. A hold that has ended changes nothing any more, however late others let go of it: the bits may be those
+//!    of the next job.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -55,6 +57,10 @@ pub(super) struct Held {
     news: Vec<WaiterId>,
     /// Wakes who drives the job.
     job: Option<Waker>,
+    /// How many holds there were.
+    count: u64,
+    /// Which of them it is that holds writes back.
+    current: Option<u64>,
 }
 
 struct HeldWriter {
@@ -71,9 +77,11 @@ pub(crate) struct WaitingWrite {
     pub(crate) range: ByteRange,
 }
 
-/// That a job holds writes back. All of them go on when it is dropped.
+/// That a job holds writes back. All of them go on when it [ends](Self::end), or is dropped.
 pub(crate) struct WriteHold {
     node: Arc<Inner>,
+    /// Which of the holds of the node.
+    id: u64,
     /// Which of the maps.
     index: usize,
 }
@@ -168,6 +176,28 @@ pub(crate) enum HoldError {
 }
 
 impl Held {
+    /// Writes are held back from now on; by what.
+    pub(super) fn begin(&mut self) -> u64 {
+        self.count += 1;
+        self.current = Some(self.count);
+        self.count
+    }
+
+    /// Whether that is what holds writes back.
+    pub(super) fn is_by(&self, id: u64) -> bool {
+        self.current == Some(id)
+    }
+
+    /// They are not any more. All who wait are forgotten: one that comes by only when the next job holds writes
+    /// back must be told to that. Gives back the waker to drop, and those to call, outside of the lock.
+    pub(super) fn end(&mut self) -> (Option<Waker>, Vec<Waker>) {
+        self.current = None;
+        self.news.clear();
+        let writers = std::mem::take(&mut self.writers).into_values();
+        let wakers = writers.filter_map(|writer| writer.waker).collect();
+        (self.job.take(), wakers)
+    }
+
     /// Puts down that a write waits. Gives back the wakers to call and to drop, outside of the lock.
     pub(super) fn wait(
         &mut self,
@@ -234,8 +264,8 @@ impl WriteHold {
             }
         }
         let index = usize::from(granularity.exponent() - CLUSTER_EXPONENT_MIN);
-        node.gate.hold_back(Some(index));
-        Ok(Self { node, index })
+        let id = node.gate.hold_back(index);
+        Ok(Self { node, id, index })
     }
 
     /// Lets writes pass in all clusters of `range`, which is made of whole ones.
@@ -243,19 +273,38 @@ impl WriteHold {
         let Some(map) = self.node.gate.holds.0[self.index].get() else {
             return;
         };
-        let wake = || {
-            let wakers = self.node.gate.with_held(|held| held.wakers_in(range));
-            wakers.into_iter().for_each(Waker::wake);
-        };
         let is_in_order = self.node.gate.rules.keeps(GateRule::ReleaseThenWake);
+        // Also who writes past the end of the disk, in its last cluster.
+        let end = map.granularity.align_up(range.end());
+        let woken = (range.start()..end).into();
+        let take_down = || {
+            for (word, mask) in map.last().words_of(range) {
+                word.fetch_and(!mask, Ordering::AcqRel);
+            }
+        };
+        let wakers = self.node.gate.with_held(|held| {
+            if !held.is_by(self.id) {
+                return Vec::new();
+            }
+            if is_in_order {
+                take_down();
+            }
+            held.wakers_in(woken)
+        });
+        wakers.into_iter().for_each(Waker::wake);
         if !is_in_order {
-            wake();
+            take_down();
         }
-        for (word, mask) in map.last().words_of(range) {
-            word.fetch_and(!mask, Ordering::AcqRel);
+    }
+
+    /// All writes go on. Others may have this still: it does nothing any more.
+    pub(crate) fn end(&self) {
+        if is_broken(Sabotage::HoldForEver) {
+            return;
         }
-        if is_in_order {
-            wake();
+        if let Some((job, wakers)) = self.node.gate.let_go(self.id) {
+            drop(job);
+            wakers.into_iter().for_each(Waker::wake);
         }
     }
 
@@ -316,19 +365,7 @@ impl WriteHold {
 
 impl Drop for WriteHold {
     fn drop(&mut self) {
-        if is_broken(Sabotage::HoldForEver) {
-            return;
-        }
-        self.node.gate.hold_back(None);
-        let (job, wakers) = self.node.gate.with_held(|held| {
-            held.news.clear();
-            // All of them: one that comes by only when the next job holds writes back must be told to that.
-            let writers = std::mem::take(&mut held.writers).into_values();
-            let wakers: Vec<Waker> = writers.filter_map(|writer| writer.waker).collect();
-            (held.job.take(), wakers)
-        });
-        drop(job);
-        wakers.into_iter().for_each(Waker::wake);
+        self.end();
     }
 }
 

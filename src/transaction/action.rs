@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::bitmap::HBitmap;
-use crate::job::{Job, VerbError};
+use crate::job::{Begun, Job, VerbError};
 use crate::node::{BitmapError, BitmapOptions, Journal, Locked, Node, QuiesceGuard};
 
 #[derive(Clone, Debug)]
@@ -86,8 +86,9 @@ pub enum ActionError {
     /// The job cannot be started.
     #[error(transparent)]
     Job(#[from] VerbError),
-    /// The list starts the job twice.
-    #[error("the job is started by an earlier action")]
+    /// An earlier action of the list starts the job, or another transaction that is not decided: its instant is
+    /// not that of this one.
+    #[error("the job is started by an earlier action, or by another transaction")]
     StartedBefore,
     /// It is there to fail.
     #[error("aborted on request")]
@@ -188,7 +189,9 @@ impl Action {
                 if let Some(start) = job.at_start() {
                     let guard = guards.iter().find(|guard| guard.is_of(start.node()));
                     let guard = guard.expect("the disks of all actions are quiesced");
-                    start.arm(locked, guard, spare)?;
+                    if start.arm(locked, guard, spare)? == Begun::Before {
+                        return Err(ActionError::StartedBefore);
+                    }
                 }
                 jobs.push(job.clone());
             }

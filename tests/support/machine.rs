@@ -441,6 +441,7 @@ impl Machine {
             | OpKind::CopyOffloaded(_)
             | OpKind::Save(_)
             | OpKind::CopySaved(_)
+            | OpKind::CopySavedCompressed(_)
             | OpKind::DiscardSaved(_)
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => {
