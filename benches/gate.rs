@@ -7,6 +7,9 @@
 //! gate/clean/…      tracking, and the granule is clean: neighbours, and each in a word of its own
 //! gate/bitmaps/N/…  as dirty, with N named bitmaps that record: what is between two rows of a path and a
 //!                   number of threads is what a bitmap more costs
+//! gate/backup/saved/…   a backup holds writes back, and all is on its target: what is between this and
+//!                       `nothing` is what a write costs more
+//! gate/backup/beside/…  the same, and what other areas hold is not on the target yet
 //! gate/mirror/…     a mirror is in step, on a thread of its own, and woken by the writes
 //!        …/node/N   N threads through one `Node`
 //!        …/queue/N  N threads, each through its own `GuestQueue`
@@ -28,8 +31,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blockjob::{
-    Begin, BitmapOptions, ByteRange, Granularity, Job, JobBitmap, Limits, Mirror, MirrorOptions,
-    MirrorSync, Node, Outcome, Status, Step, Way,
+    Backup, BackupOptions, Begin, BitmapOptions, ByteRange, Content, Extent, Granularity, Job,
+    JobBitmap, Limits, Mirror, MirrorOptions, MirrorSync, Node, OpKind, Outcome, Status, Step, Way,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
@@ -323,6 +326,60 @@ fn mirror(group: &mut BenchmarkGroup<'_, WallTime>) {
     });
 }
 
+/// A backup that holds writes back, of which the first chunk is copied, or all.
+fn backup(node: &Node, is_all_copied: bool) -> Backup {
+    let limits = Limits::new(node.len());
+    let mut options = BackupOptions::default();
+    options.job.id = Some("bench".to_owned());
+    // So that it goes on to hold writes back when all is copied.
+    options.job.auto_finalize = false;
+    let mut backup = Backup::new(node, limits, limits, options).expect("legal options");
+    backup.job().start().expect("a new job");
+    loop {
+        match backup.poll(Duration::ZERO, Waker::noop()) {
+            Step::Op(op) => {
+                let is_first = op.kind().range().is_some_and(|range| range.contains(0));
+                let outcome = match op.kind() {
+                    OpKind::Status(range) => Outcome::Status(Extent {
+                        len: range.len(),
+                        content: Content::Data,
+                        in_top: true,
+                    }),
+                    _ => Outcome::Done,
+                };
+                let is_copy = matches!(op.kind(), OpKind::Copy(_));
+                backup.op_done(Duration::ZERO, op, outcome);
+                if is_copy && is_first && !is_all_copied {
+                    return backup;
+                }
+            }
+            Step::Wait { .. } => {
+                assert_eq!(backup.job().query().status, Status::Pending);
+                return backup;
+            }
+            step => unreachable!("nobody asks for the end: {step:?}"),
+        }
+    }
+}
+
+fn backups(group: &mut BenchmarkGroup<'_, WallTime>) {
+    for (name, is_all_copied) in [("saved", true), ("beside", false)] {
+        let node = Node::new(GRANULES * GRANULE);
+        let backup = backup(&node, is_all_copied);
+        let is_held = node.begin_write(granule(GRANULES / 2)).go().is_none();
+        assert_eq!(is_held, !is_all_copied);
+        for path in Path::ALL {
+            let name = format!("backup/{name}/{}", path.name());
+            bench(group, &name, |threads, iters| {
+                wall(threads, |thread, start| {
+                    path.write(&node, start, iters, |_| granule(thread as u64))
+                })
+            });
+        }
+        drop(backup);
+    }
+}
+
 fn gate(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("gate");
     group
@@ -334,6 +391,7 @@ fn gate(criterion: &mut Criterion) {
     dirty(&mut group);
     clean(&mut group);
     bitmaps(&mut group);
+    backups(&mut group);
     mirror(&mut group);
     group.finish();
 }

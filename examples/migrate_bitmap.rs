@@ -323,7 +323,12 @@ fn move_machine(stream: StreamKind, disk: &Disk, backup: &File) -> Result<()> {
         });
         is_stopping_here.store(true, Ordering::Release);
         let received = host.join().expect("a host does not panic");
-        told.and(received)
+        match (told, received) {
+            (Err(told), Err(received)) => {
+                Err(format!("{received}; at the other end: {told}").into())
+            }
+            (told, received) => told.and(received),
+        }
     })?;
     incremental_backup(stream, &there, disk, backup)
 }
@@ -387,7 +392,7 @@ fn host_a(
             let Next::Bytes(len) = outgoing.next_bytes(Duration::ZERO, &mut piece)? else {
                 return Err("there is nothing to send".into());
             };
-            channel.send(&piece[..if is_last { len - len.min(777) } else { len }])?;
+            channel.send(&piece[..if is_last { len.div_ceil(2) } else { len }])?;
         }
         channel.send(&[])?;
         outgoing.reconnect()?;
@@ -432,7 +437,10 @@ fn host_a(
         &clock,
     )
     .map(drop)?;
-    channel.send(&[])?;
+    // The native stream says itself that it is over, and host B has hung up by now.
+    if !matches!(stream, StreamKind::Native { .. }) {
+        channel.send(&[])?;
+    }
     outgoing.finish()?;
     println!(
         "{}: {} bytes sent; {left} bytes of bits were left when the guest stopped, and none sent while it stood still",

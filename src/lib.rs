@@ -34,7 +34,7 @@
 //! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |
 //! | | [`Backup`] | the same, for a copy of the disk as it was at one instant |
 //! | | [`FrozenView`] | that instant, for others to read while the guest writes on |
-//! | | [`BitmapMigration`] | dirty bitmaps on their way to another host, [by QEMU's stream](migration) too |
+//! | | [`BitmapMigration`] | dirty bitmaps that follow a machine to another host, over QEMU's stream or the crate's own ([`migration`]) |
 //! | | [`Job`] | the life of a job: status, verbs, progress, events, error policies |
 //! | | [`JobGroup`] | jobs that end together, at one instant or not at all |
 //! | | [`Jobs`] | all jobs of a VMM: unique names, one list, one shutdown |
@@ -190,8 +190,12 @@
 //! | busy, in use | an operation has the bitmap to itself: no verb may use or change it |
 //! | successor | an anonymous bitmap that records in the place of one whose bits belong to an operation |
 //! | abdicate, reclaim | the successor takes the place of the bitmap; both become one again |
-//! | checkpoint | a bitmap that does not record any more: what was written from one instant to another |
+//! | checkpoint | a bitmap that does not record any more: what was written from one instant to another; of a mirror: what it has still to do, as bytes |
 //! | persistent | saved with the image |
+//! | part, chunk | serialized bits of a piece of the disk; a chunk has 1 KiB of them, which is 8192 granules |
+//! | alias | what a node or bitmap is called in a stream of bitmaps, if not by its name |
+//! | pre-copy, live, post-copy | bits are sent while the guest stands still, before that, after it has started elsewhere |
+//! | hand over | the other host has a bitmap, so that it is stale here and not stored |
 //! | inconsistent | its stored copy was not closed, so that nobody knows what is dirty |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -227,7 +231,7 @@ pub use crate::copy::{
 pub use crate::job::{
     BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
     JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
-    Status, Verb, VerbError,
+    Status, Verb, VerbError, Warning,
 };
 #[cfg(loom)]
 #[doc(hidden)]
@@ -238,7 +242,10 @@ pub use crate::migration::{
     BitmapMapping, BitmapMigration, IncomingError, IncomingMigration, MappingError, OutgoingError,
     OutgoingMigration, SetupError,
 };
-pub use crate::mirror::{Mirror, MirrorError, MirrorOptions, MirrorSync, Switch, SwitchBack};
+pub use crate::mirror::{
+    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Mirror, MirrorError,
+    MirrorOptions, MirrorSync, Resume, ResumeError, Switch, SwitchBack,
+};
 #[cfg(loom)]
 #[doc(hidden)]
 pub use crate::node::GateRule;

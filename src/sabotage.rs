@@ -30,9 +30,9 @@ pub enum Sabotage {
     ReleaseInFlight,
     /// Backup 3: a failed copy lets the guest overwrite what was not saved, and nobody is told.
     ReleaseFailed,
-    /// Backup 4: a bitmap with mode on-success is clean after a failure.
+    /// Backup 4 and mirror 7: a bitmap with mode on-success is clean after a failure.
     CleanAfterFailure,
-    /// Backup 4: a bitmap with mode always forgets what is in flight at the end.
+    /// Backup 4 and mirror 7: a bitmap with mode always forgets what is in flight at the end.
     ForgetInFlight,
     /// Backup 5: the job ends without a flush.
     EndWithoutFlush,
@@ -48,6 +48,18 @@ pub enum Sabotage {
     CopyOverwritten,
     /// Buffer 3: what was saved while it was copied is taken for copied.
     TrustOvertaken,
+    /// Mirror 7: what was written before the bitmap was claimed stays out of what is copied.
+    ForgetClaimed,
+    /// Mirror 7: a bitmap keeps what was written while a job ran that has succeeded.
+    KeepWritesOfJob,
+    /// Mirror 7: what was written since the instant of the end is taken for copied.
+    InstantAtEnd,
+    /// Mirror 8: a checkpoint leaves out what is in flight.
+    CheckpointForgetsClaims,
+    /// Mirror 8: a checkpoint of other disks is gone on from.
+    ResumeAnyDisk,
+    /// Mirror 8: an older checkpoint is gone on from.
+    ResumeAnyGeneration,
     /// Mirror 1: recording starts without waiting for guest writes in flight.
     AttachWithoutQuiesce,
     /// Mirror 2: copying starts before the scan is over.

@@ -232,7 +232,7 @@ fn a_name_starts_with_a_letter() {
 
 #[test]
 fn a_job_without_a_name_tells_nothing_and_is_never_stopped_by_an_error() {
-    for policy in [OnError::Stop, OnError::Enospc] {
+    for policy in [OnError::Stop, OnError::Enospc, OnError::Auto] {
         for is_source in [true, false] {
             let mut options = MirrorOptions::default();
             if is_source {
@@ -248,7 +248,7 @@ fn a_job_without_a_name_tells_nothing_and_is_never_stopped_by_an_error() {
 
     let mut machine = Machine::started(LEN, MirrorOptions::default());
     let before = format!("{:?}", machine.job.query());
-    for policy in [OnError::Stop, OnError::Enospc] {
+    for policy in [OnError::Stop, OnError::Enospc, OnError::Auto] {
         let changes = [
             Change {
                 on_source_error: Some(OnError::Ignore),

@@ -703,6 +703,7 @@ fn every_policy_on_every_error_of_either_side() {
         OnError::Report,
         OnError::Ignore,
         OnError::Enospc,
+        OnError::Auto,
         OnError::Stop,
     ] {
         for side in [Side::Source, Side::Target] {
@@ -745,8 +746,10 @@ fn check_policy(policy: OnError, side: Side, kind: ErrorKind, was_ready: bool) {
     let expected = match (policy, kind) {
         (OnError::Report, _) => ErrorAction::Report,
         (OnError::Ignore, _) => ErrorAction::Ignore,
-        (OnError::Stop, _) | (OnError::Enospc, ErrorKind::StorageFull) => ErrorAction::Stop,
-        (OnError::Enospc, _) => ErrorAction::Report,
+        (OnError::Stop, _) | (OnError::Enospc | OnError::Auto, ErrorKind::StorageFull) => {
+            ErrorAction::Stop
+        }
+        (OnError::Enospc | OnError::Auto, _) => ErrorAction::Report,
     };
     let Some(Event::Error(event)) = machine.job.next_event() else {
         panic!("{case}: it is told at once");

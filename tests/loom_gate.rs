@@ -13,6 +13,7 @@
 //! read-only         a write is recorded before the bitmap is read-only, or refused
 //! bitmaps           a write is in one of two bitmaps that take turns, and in both that overlap
 //! resize            a write is recorded also where the disk has just grown to
+//! backup            a write goes on once what was there is saved, not before, and it does go on
 //! ```
 //!
 //! Each rule of the gate is also broken on purpose, in a scenario that passes when it is kept.
@@ -21,10 +22,12 @@
 use std::future::poll_fn;
 use std::sync::atomic::AtomicBool;
 use std::task::{Poll, Wake, Waker};
+use std::time::Duration;
 
 use blockjob::{
-    Begin, BitmapOptions, BitmapStorage, ByteRange, ClaimFor, GateRule, Granularity, Grown,
-    JobBitmap, Node, QuiesceGuard, SnapshotOf, Transaction, Way,
+    Backup, BackupOptions, BackupSync, Begin, BitmapOptions, BitmapStorage, ByteRange, ClaimFor,
+    GateRule, Granularity, Grown, JobBitmap, Limits, Node, OpKind, Outcome, QuiesceGuard,
+    SnapshotOf, Step, Transaction, Way,
 };
 use loom::future::block_on;
 use loom::sync::Arc;
@@ -373,6 +376,128 @@ fn wait() {
     });
 }
 
+/// A backup of the disk whose instant is over. With sync none it copies only what a guest waits for.
+fn backup(disk: &Disk, sync: BackupSync) -> Backup {
+    let mut options = BackupOptions::default();
+    options.sync = sync;
+    options.cbw_timeout = None;
+    // So that it does not end, and with that wake everybody.
+    options.job.auto_finalize = false;
+    let limits = Limits::new(disk.node.len());
+    let mut backup = Backup::new(&disk.node, limits, limits, options).unwrap();
+    let mut list = Transaction::new();
+    list.start(backup.job());
+    list.prepare()
+        .try_prepared()
+        .expect("nobody writes yet")
+        .unwrap()
+        .commit();
+    if sync == BackupSync::None {
+        let step = backup.poll(Duration::ZERO, Waker::noop());
+        assert!(matches!(step, Step::Wait { .. }), "{step:?}");
+    }
+    backup
+}
+
+/// Runs it until the only cluster is saved: what is read then must be old.
+async fn save(disk: &Disk, backup: &mut Backup) {
+    let mut is_saved = false;
+    poll_fn(|cx| {
+        loop {
+            match backup.poll(Duration::ZERO, cx.waker()) {
+                Step::Op(op) => {
+                    if matches!(op.kind(), OpKind::Copy(_)) {
+                        assert_eq!(disk.read(), [OLD], "let in before it is saved");
+                        is_saved = true;
+                    }
+                    backup.op_done(Duration::ZERO, op, Outcome::Done);
+                }
+                Step::Wait { .. } if !is_saved => return Poll::Pending,
+                _ => return Poll::Ready(()),
+            }
+        }
+    })
+    .await;
+}
+
+/// A guest writes to what is to be saved first. Whoever sleeps on, the guest or the job, is a deadlock.
+fn hold_back(path: Path, sync: BackupSync) {
+    explore(2, move || {
+        let disk = Disk::new(1, None);
+        let mut backup = backup(&disk, sync);
+        let guests = start_guests(&disk, &[path][..]);
+        block_on(save(&disk, &mut backup));
+        join(guests);
+        assert_eq!(disk.read(), [NEW]);
+    });
+}
+
+/// As [`hold_back`], but the guest asks once only: it is let in or woken. As with [`ask_once`], no deadlock.
+fn hold_back_once(broken: Option<GateRule>) {
+    explore(2, move || {
+        let disk = Disk::new(1, broken);
+        let mut backup = backup(&disk, BackupSync::Full);
+        let alarm = std::sync::Arc::new(Alarm::default());
+        let waker = Waker::from(alarm.clone());
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || match disk.node.begin_write_owned(at(0)) {
+                Begin::Wait(mut pending) => match pending.poll_begin(&waker) {
+                    Poll::Ready(ticket) => {
+                        ticket.unwrap().cancel();
+                        (true, None)
+                    }
+                    Poll::Pending => (false, Some(pending)),
+                },
+                Begin::Go(ticket) => {
+                    ticket.cancel();
+                    (true, None)
+                }
+                Begin::Refused(_) => unreachable!("no bitmap is read-only"),
+            })
+        };
+        block_on(save(&disk, &mut backup));
+        let (is_in, pending) = guest.join().unwrap();
+        let is_woken = alarm.0.load(Relaxed);
+        drop((pending, backup));
+        assert!(is_in || is_woken, "nobody woke the write");
+    });
+}
+
+/// A guest was held back, and waits: it is not inside.
+fn held_is_not_inside(broken: Option<GateRule>) {
+    explore(2, move || {
+        let disk = Disk::new(1, broken);
+        let backup = backup(&disk, BackupSync::None);
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || disk.node.begin_write_owned(at(0)))
+        };
+        let begin = guest.join().unwrap();
+        let is_held = matches!(begin, Begin::Wait(_));
+        let is_quiet = disk.node.quiesce().try_guard().is_ok();
+        drop((begin, backup));
+        assert!(is_held, "let in before it is saved");
+        assert!(is_quiet, "it is inside");
+    });
+}
+
+/// The node is quiesced while a guest waits for something that nobody saves.
+fn quiesce_beside_a_held_write() {
+    explore(2, move || {
+        let disk = Disk::new(1, None);
+        let backup = backup(&disk, BackupSync::None);
+        let guests = start_guests(&disk, &[Path::Queue]);
+        let guard = block_on(disk.node.quiesce());
+        assert_eq!(disk.read(), [OLD], "let in before it is saved");
+        drop(guard);
+        // With the job goes what it holds back.
+        drop(backup);
+        join(guests);
+        assert_eq!(disk.read(), [NEW]);
+    });
+}
+
 /// Whether it was woken. Looked at when all threads are joined, so loom need not see it.
 #[derive(Default)]
 struct Alarm(AtomicBool);
@@ -472,6 +597,21 @@ fn a_write_is_recorded_wherever_the_disk_has_grown_to() {
 fn a_write_that_waits_is_woken_when_the_guard_goes() {
     wait();
     ask_once(None);
+}
+
+#[test]
+fn a_write_that_is_held_back_goes_on_when_its_cluster_is_saved() {
+    for path in [Path::Node, Path::Queue] {
+        hold_back(path, BackupSync::None);
+    }
+    hold_back(Path::Queue, BackupSync::Full);
+    hold_back_once(None);
+}
+
+#[test]
+fn a_write_that_is_held_back_does_not_keep_the_node_from_being_quiesced() {
+    quiesce_beside_a_held_write();
+    held_is_not_inside(None);
 }
 
 #[test]
@@ -697,5 +837,17 @@ mod sabotage {
     #[should_panic(expected = "deadlock")]
     fn no_barrier_after_arming() {
         watch(&[Path::Queue], Some(GateRule::BarrierAfterArm));
+    }
+
+    #[test]
+    #[should_panic(expected = "it is inside")]
+    fn held_writes_stay_counted() {
+        held_is_not_inside(Some(GateRule::LeaveWhenHeld));
+    }
+
+    #[test]
+    #[should_panic(expected = "nobody woke the write")]
+    fn woken_before_the_bits_are_down() {
+        hold_back_once(Some(GateRule::ReleaseThenWake));
     }
 }

@@ -307,7 +307,7 @@ impl Sim {
                 34 => self.start(),
                 35 if !is_calm && self.rng.one_in(15) => self.break_connection(),
                 36 if !is_calm && self.rng.one_in(if self.has_started { 15 } else { 60 }) => {
-                    self.give_up()
+                    self.give_up();
                 }
                 37 if !is_calm && self.rng.one_in(20) => self.violate(),
                 38 if !is_calm && self.rng.one_in(20) => self.spoil(),

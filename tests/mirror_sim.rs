@@ -8,6 +8,10 @@
 //! 4. Once the scan is over, and also after any failure, whatever differs is dirty or claimed.
 //! 5. The job ends when it should; its events come in a legal order, with one end.
 //! 6. A job that says it stands still has nothing in flight.
+//! 7. A named bitmap that the job goes by has at its end exactly what its mode says, and whatever differs is
+//!    dirty in it.
+//! 8. A job that goes on from a checkpoint, with nothing left of the process before but the bytes, the disks and
+//!    the stored bitmap of what has changed since, keeps all of that, too.
 //!
 //! `BLOCKJOB_SEED` is the first seed and `BLOCKJOB_SEEDS` how many are run. A failure prints the seed and
 //! the command that runs it again.
@@ -27,14 +31,17 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use blockjob::bitmap::stored::{self, Label};
 use blockjob::driver::{Driven, Driver};
 use blockjob::queue::{Answer, Next, Queue, Work};
 use blockjob::{
-    ByteRange, Cancel, Change, Event, Granularity, Hold, Job, JobError, Limits, Mirror,
-    MirrorOptions, MirrorSync, Node, OnError, RangeLimits, Side, Status, Switch, Unmap,
+    BitmapMode, BitmapState, ByteRange, Cancel, Change, ChangedSince, Checkpoint, CheckpointId,
+    Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits, Mirror, MirrorError,
+    MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits, Resume, ResumeError,
+    Side, SnapshotOf, Status, Step, Switch, Unmap,
 };
 
-use sim::content::{fill_source, fill_target, is_equal};
+use sim::content::{fill_copied, fill_source, fill_target, is_equal};
 use sim::disk::{Ask, BLOCK, Disk, Faults, Latency, Owner, SimDevice, VecPool, result_of};
 use sim::guest::Guests;
 use sim::rng::Rng;
@@ -57,6 +64,10 @@ enum Asking {
     SoftCancel,
     ForceCancel,
     DropDriver,
+    /// Have the job say what it has still to do.
+    Checkpoint,
+    /// The process ends.
+    Die,
     /// After [`PEACE`]: whatever keeps the job from its end is taken away.
     MakePeace,
 }
@@ -76,7 +87,20 @@ struct Plan {
     end: Asking,
     ready_for: u64,
     may_fail: bool,
+    /// What is dirty at first in the bitmap that the job goes by.
+    bits: Option<HBitmap>,
+    /// Whether checkpoints are stored, and so what was written since.
+    stores: bool,
 }
+
+/// The bitmap that a job goes by is called so.
+const BITMAP: &str = "the job's";
+/// Has what was dirty at first, and all that was written.
+const ALL: &str = "all writes";
+/// Has what was written since the end of the job.
+const AFTER: &str = "writes since the end";
+/// Has what was written since the last checkpoint.
+const SINCE: &str = "since the checkpoint";
 
 /// What a run came to.
 #[derive(Debug, Default)]
@@ -91,6 +115,10 @@ struct Report {
     waited: bool,
     paused: bool,
     overlapped: usize,
+    /// How the job with a bitmap ended.
+    bitmap: Option<(BitmapMode, bool)>,
+    resumed: u64,
+    refused: u64,
 }
 
 fn limits(rng: &mut Rng, len: u64, align: u64) -> Limits {
@@ -205,7 +233,65 @@ impl Plan {
             ]),
             ready_for: rng.pick(&[0, 100, 3_000, 30_000]),
             may_fail: false,
+            bits: None,
+            stores: false,
         }
+    }
+
+    /// Has the job go by a bitmap, now and then.
+    fn add_bitmap(&mut self, rng: &mut Rng) {
+        if self.options.sync == MirrorSync::None || !rng.one_in(3) {
+            return;
+        }
+        let granularity = Granularity::from_bytes(rng.pick(&[512, 1024, 4096, 16 << 10]));
+        let mut bits = HBitmap::new(self.source.len, granularity.unwrap()).unwrap();
+        let len = self.source.len;
+        for _ in 0..rng.pick(&[0, 1, 3, 10]) {
+            if let Some(start) = len.checked_sub(1).map(|last| rng.between(0, last)) {
+                let end = start + rng.between(1, (len - start).min(10_000));
+                bits.set(start..end).unwrap();
+            }
+        }
+        self.go_by(rng, bits);
+    }
+
+    /// Has checkpoints taken, and the process end at some time.
+    fn die_at(&mut self, rng: &mut Rng) {
+        self.stores = true;
+        let horizon = rng.pick(&[500, 3_000, 20_000]);
+        for _ in 0..rng.below(4) {
+            self.asks
+                .push((10 + rng.below(horizon), Asking::Checkpoint));
+        }
+        if !rng.one_in(3) {
+            self.asks.push((10 + rng.below(2 * horizon), Asking::Die));
+        }
+    }
+
+    fn go_by(&mut self, rng: &mut Rng, bits: HBitmap) {
+        self.options.bitmap = Some(BITMAP.to_owned());
+        self.options.bitmap_mode =
+            Some(rng.pick(&[BitmapMode::Never, BitmapMode::OnSuccess, BitmapMode::Always]));
+        self.bits = Some(bits);
+    }
+
+    /// The bitmaps of a new process: the job's, if it goes by one, and those by which that one is judged.
+    fn bitmaps(&self, node: &Node) {
+        let mut states = Vec::new();
+        if self.stores {
+            let granularity = Granularity::from_bytes(1024).unwrap();
+            let clean = || HBitmap::new(self.source.len, granularity).unwrap();
+            // Until there is a newer checkpoint, what was written since the old one stays known.
+            let since = self.bits.clone().unwrap_or_else(clean);
+            states.push(BitmapState::new(SINCE, since));
+        }
+        for name in [BITMAP, ALL, AFTER] {
+            let bits = self.bits.clone();
+            states.extend(bits.map(|bits| BitmapState::new(name, bits)));
+        }
+        states.iter_mut().for_each(|state| state.is_enabled = true);
+        let guard = node.quiesce().try_guard().expect("nobody writes yet");
+        node.bitmaps().import_state(&guard, states).unwrap();
     }
 
     fn faults(&mut self, rng: &mut Rng) -> [Faults; 2] {
@@ -241,11 +327,29 @@ struct Sim {
     later: Vec<Asking>,
     is_over: bool,
     report: Report,
+    /// Whether it goes on from a checkpoint.
+    is_resumed: bool,
+    /// Whether its bitmap has all that the target lacks, since it is over.
+    is_told_all: bool,
+    /// What is stored: the checkpoints, and to which generation belongs what was written since.
+    checkpoints: Vec<Vec<u8>>,
+    generation: u64,
 }
 
 enum Signal {
     GoOn,
     DropDriver,
+    Checkpoint,
+    Die,
+}
+
+/// The disks, as they are known to those who store checkpoints.
+fn id_of(generation: u64) -> CheckpointId {
+    CheckpointId {
+        source: [1; 16],
+        target: [2; 16],
+        generation,
+    }
 }
 
 impl Sim {
@@ -319,6 +423,8 @@ impl Sim {
             Asking::SoftCancel => drop(self.job.cancel(Cancel::Soft)),
             Asking::ForceCancel => drop(self.job.cancel(Cancel::Force)),
             Asking::DropDriver => return Signal::DropDriver,
+            Asking::Checkpoint => return Signal::Checkpoint,
+            Asking::Die => return Signal::Die,
             Asking::MakePeace => {
                 self.holds.clear();
                 self.guests.until = self.guests.until.min(PEACE + 20_000);
@@ -456,6 +562,9 @@ impl Sim {
             // The overlay has its real base from here on.
             target.limits.fills_clusters = false;
         }
+        if self.plan.bits.is_some() {
+            self.node.bitmaps().clear(AFTER).unwrap();
+        }
         switch.commit();
         self.report.switched = true;
         let steps = self.world.borrow_mut().rng.below(200);
@@ -465,7 +574,109 @@ impl Sim {
         }
     }
 
-    fn ended(&mut self, result: Result<(), JobError>) {
+    fn bits_of(&self, name: &str) -> HBitmap {
+        let bits = self.node.bitmaps().snapshot(name, SnapshotOf::Bitmap);
+        bits.expect("nobody has it any more")
+    }
+
+    /// The bitmap has what its mode says. `left` is what the target may lack, if that is known, at the very
+    /// moment of the end.
+    fn check_bitmap(&mut self, is_good: bool, left: Option<&HBitmap>) {
+        let Some(mode) = self.plan.options.bitmap_mode else {
+            return;
+        };
+        self.report.bitmap = Some((mode, is_good));
+        let bits = self.bits_of(BITMAP);
+        if is_good && !self.report.switched {
+            // Nobody has written since the instant of which the target is a copy.
+            self.node.bitmaps().clear(AFTER).unwrap();
+        }
+        let expected = match (mode, is_good) {
+            (BitmapMode::Never, _) | (BitmapMode::OnSuccess, false) => Some(self.bits_of(ALL)),
+            (BitmapMode::OnSuccess | BitmapMode::Always, true) => Some(self.bits_of(AFTER)),
+            (BitmapMode::Always, false) => left.cloned(),
+        };
+        if let Some(expected) = expected {
+            let is_exact = bits == expected || bits.granularity() != expected.granularity();
+            assert!(
+                is_exact,
+                "the bitmap with {mode:?} has {bits:?} after {is_good}, and not {expected:?}"
+            );
+        }
+        // After a failure the other modes are about what is in the bitmap. The target may lack more: what was
+        // left by a checkpoint, and what was written along with what is dirty to fill a cluster.
+        self.is_told_all = is_good
+            || match mode {
+                BitmapMode::Never | BitmapMode::OnSuccess => {
+                    !self.is_resumed && !self.plan.target.fills_clusters
+                }
+                BitmapMode::Always => !self.is_resumed || left.is_some(),
+            };
+        if self.is_told_all {
+            self.check_known(&bits);
+        }
+    }
+
+    /// Whatever differs is dirty.
+    fn check_known(&self, bits: &HBitmap) {
+        let world = self.world.borrow();
+        for block in 0..world.disks[SOURCE].blocks.len() {
+            let start = block as u64 * BLOCK;
+            let is_known = self.guests.is_busy(block) || bits.any_dirty_in(start..start + BLOCK);
+            assert!(
+                is_known || is_equal(&world.disks, block),
+                "block {block} differs and is clean in the bitmap: {bits:?}"
+            );
+        }
+    }
+
+    /// The same, when all is over and the guest has gone on for a while.
+    fn check_bitmap_later(&self) {
+        let Some((mode, is_good)) = self.report.bitmap else {
+            return;
+        };
+        let bits = self.bits_of(BITMAP);
+        match (mode, is_good) {
+            (BitmapMode::Never, _) | (BitmapMode::OnSuccess, false) => {
+                assert!(bits == self.bits_of(ALL), "{mode:?}, {is_good}, later");
+            }
+            (BitmapMode::OnSuccess | BitmapMode::Always, true) => {
+                assert!(bits == self.bits_of(AFTER), "{mode:?}, later");
+            }
+            (BitmapMode::Always, false) => {}
+        }
+        if self.is_told_all {
+            self.check_known(&bits);
+        }
+    }
+
+    /// The caller stores what is left, and has what is written from now on recorded.
+    fn take_checkpoint(&mut self, mirror: &Mirror) {
+        let id = id_of(self.generation + 1);
+        // If there is none yet, the one before is still right.
+        if !self.plan.stores || mirror.checkpoint(id).is_none() {
+            return;
+        }
+        // First this, or what settles in between would be in neither.
+        self.node.bitmaps().clear(SINCE).unwrap();
+        self.checkpoints.push(mirror.checkpoint(id).unwrap());
+        self.generation += 1;
+    }
+
+    /// The process ends with the job in its midst; what was requested of the disks goes on.
+    fn die(&mut self, mirror: Mirror) {
+        let left = mirror.left_dirty();
+        drop(mirror);
+        self.died(left);
+    }
+
+    fn died(&mut self, left: Option<HBitmap>) {
+        self.is_over = true;
+        self.take_events();
+        self.check_bitmap(false, left.as_ref());
+    }
+
+    fn ended(&mut self, result: Result<(), JobError>, left: Option<HBitmap>) {
         self.is_over = true;
         self.take_events();
         let info = self.job.query();
@@ -492,6 +703,7 @@ impl Sim {
             "failed after the switch"
         );
         self.check_events(result.is_ok());
+        self.check_bitmap(result.is_ok(), left.as_ref());
     }
 
     fn check_events(&self, is_good: bool) {
@@ -545,10 +757,158 @@ impl Sim {
             let _ = self.step();
         }
         self.guests.check(&self.world.borrow());
+        self.check_bitmap_later();
     }
 }
 
+/// A seed's own numbers for what came later than the rest: so that does not change what the rest is.
+fn other_rng(seed: u64) -> Rng {
+    Rng::new(seed ^ 0x5eed_0b17_3a95)
+}
+
 fn run(seed: u64) -> Report {
+    let (mut sim, mirror) = begin(seed, |plan| plan.add_bitmap(&mut other_rng(seed)));
+    drive(&mut sim, mirror);
+    sim.finish();
+    sim.report
+}
+
+/// One process after another, until the job succeeds.
+fn run_chain(seed: u64) -> Report {
+    let mut rng = other_rng(seed);
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.add_bitmap(&mut rng);
+        plan.die_at(&mut rng);
+    });
+    drive(&mut sim, mirror);
+    while !(sim.report.switched || sim.checkpoints.is_empty()) && sim.report.resumed < 4 {
+        sim.finish();
+        let mirror;
+        (sim, mirror) = next_process(sim, &mut rng);
+        drive(&mut sim, mirror);
+    }
+    sim.finish();
+    sim.report
+}
+
+/// The process is gone. The next one finds the disks, and what was stored.
+fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
+    while sim.world.borrow().disks.iter().any(Disk::is_busy) {
+        let _ = sim.step();
+    }
+    // What is stored when the guest has stopped. Of the job's own bitmap nothing is used.
+    let guard = sim
+        .node
+        .quiesce()
+        .try_guard()
+        .expect("the guest has stopped");
+    let export = sim.node.bitmaps().export_state(&guard).unwrap();
+    let since = export
+        .to_store
+        .into_iter()
+        .find(|state| state.name == SINCE);
+    let label = Label {
+        identity: [1; 16],
+        generation: sim.generation,
+    };
+    let since = stored::encode(&since.unwrap().bits, label);
+    drop(guard);
+    let Sim {
+        plan,
+        world,
+        checkpoints,
+        mut report,
+        ..
+    } = sim;
+    world.borrow_mut().end_of_process();
+
+    let mut plan = plan;
+    let since = stored::decode(&since, 1 << 20).unwrap();
+    let generation = since.header.label().generation;
+    plan.go_by(rng, since.bitmap);
+    plan.asks = vec![(PEACE, Asking::MakePeace)];
+    plan.die_at(rng);
+    let node = Node::new(plan.source.len);
+    plan.bitmaps(&node);
+    // Some files are older, and one is of another target.
+    let mut files = vec![
+        checkpoints.last().unwrap().clone(),
+        of_another_target(&plan, generation),
+    ];
+    if checkpoints.len() > 1 {
+        let older = rng.below(checkpoints.len() as u64 - 1) as usize;
+        files.push(checkpoints[older].clone());
+    }
+    let resumed = loop {
+        let file = files.swap_remove(rng.below(files.len() as u64) as usize);
+        let resume = Resume {
+            checkpoint: Checkpoint::decode(&file, 1 << 20).unwrap(),
+            id: id_of(generation),
+            changed: ChangedSince::InBitmap,
+        };
+        let (options, source, target) = (plan.options.clone(), plan.source, plan.target);
+        match Mirror::resume(&node, source, target, options, resume) {
+            Ok(mirror) => break mirror,
+            Err(MirrorError::Resume(
+                ResumeError::OtherTarget | ResumeError::OtherGeneration { .. },
+            )) => report.refused += 1,
+            Err(error) => panic!("{error}: {plan:?}"),
+        }
+    };
+    report.resumed += 1;
+    report.bitmap = None;
+    let until = world.borrow().now + rng.pick(&[0, 2_000, 20_000]);
+    let load = GuestLoad {
+        pause: (20, 1_000),
+        len_max: 4096,
+        until,
+    };
+    let mut sim = Sim::new(world, node, resumed.job().clone(), plan, load);
+    sim.report = report;
+    sim.is_resumed = true;
+    sim.checkpoints = checkpoints;
+    sim.generation = generation;
+    sim.start(rng.pick(&[0, 50, 500]));
+    (sim, resumed)
+}
+
+/// What a mirror of the same disk to another target has left: nothing.
+fn of_another_target(plan: &Plan, generation: u64) -> Vec<u8> {
+    let node = Node::new(plan.source.len);
+    let mut options = MirrorOptions::default();
+    options.sync = plan.options.sync;
+    let limits = Limits::new(plan.source.len);
+    let mut mirror = Mirror::new(&node, limits, limits, options).unwrap();
+    mirror.job().start().unwrap();
+    let now = std::time::Duration::ZERO;
+    while let Step::Op(op) = mirror.poll(now, Waker::noop()) {
+        let outcome = match op.kind() {
+            OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
+            _ => Outcome::Done,
+        };
+        mirror.op_done(now, op, outcome);
+    }
+    let mut id = id_of(generation);
+    id.target = [3; 16];
+    mirror.checkpoint(id).expect("it has begun")
+}
+
+fn drive(sim: &mut Sim, mirror: Mirror) {
+    if sim.plan.uses_queue {
+        run_queue(sim, mirror);
+    } else {
+        run_futures(sim, mirror);
+    }
+}
+
+/// How a guest writes.
+struct GuestLoad {
+    pause: (u64, u64),
+    len_max: u64,
+    until: u64,
+}
+
+fn begin(seed: u64, change: impl FnOnce(&mut Plan)) -> (Sim, Mirror) {
     let mut rng = Rng::new(seed);
     let mut plan = Plan::new(&mut rng);
     let faults = plan.faults(&mut rng);
@@ -562,16 +922,20 @@ fn run(seed: u64) -> Report {
     let mut target = Disk::new(plan.target, latencies[TARGET], faults[TARGET]);
     fill_source(&mut source, &mut rng);
     fill_target(&source, &mut target, plan.options.sync);
+    change(&mut plan);
+    if let Some(bits) = &plan.bits {
+        fill_copied(&source, &mut target, bits);
+    }
     let node = Node::new(plan.source.len);
+    plan.bitmaps(&node);
     let mirror = Mirror::new(&node, plan.source, plan.target, plan.options.clone())
         .unwrap_or_else(|error| panic!("{error}: {plan:?}"));
-    let guest_load = (
-        rng.pick(&[0, 20, 200]),
-        rng.pick(&[200, 1_000, 5_000]),
-        rng.pick(&[512, 4096, 20_000]),
+    let load = GuestLoad {
+        pause: (rng.pick(&[0, 20, 200]), rng.pick(&[200, 1_000, 5_000])),
+        len_max: rng.pick(&[512, 4096, 20_000]),
         // Some guests never stop before the peace.
-        rng.pick(&[2_000, 20_000, 100_000, PEACE]),
-    );
+        until: rng.pick(&[2_000, 20_000, 100_000, PEACE]),
+    };
     let starts_early = plan.options.sync != MirrorSync::None;
     let start_at = if starts_early {
         rng.pick(&[0, 50, 500])
@@ -579,49 +943,62 @@ fn run(seed: u64) -> Report {
         0
     };
     let world = World::new(rng, vec![source, target]);
-    let mut guests = Guests::new(&node, &mut world.borrow_mut(), SOURCE, 0, plan.threads);
-    guests.pause = (guest_load.0, guest_load.1);
-    guests.len_max = guest_load.2;
-    guests.until = guest_load.3;
-    guests.start(&mut world.borrow_mut());
-    for (index, &(at, _)) in plan.asks.iter().enumerate() {
-        world
-            .borrow_mut()
-            .after(start_at + at, Happening::User(index));
+    let mut sim = Sim::new(world, node, mirror.job().clone(), plan, load);
+    sim.start(start_at);
+    (sim, mirror)
+}
+
+impl Sim {
+    fn new(world: Shared, node: Node, job: Job, plan: Plan, load: GuestLoad) -> Self {
+        let mut guests = Guests::new(&node, &mut world.borrow_mut(), SOURCE, 0, plan.threads);
+        guests.pause = load.pause;
+        guests.len_max = load.len_max;
+        guests.until = load.until;
+        Self {
+            plan,
+            world,
+            node,
+            job,
+            guests,
+            holds: Vec::new(),
+            events: Vec::new(),
+            declined: 0,
+            later: Vec::new(),
+            is_over: false,
+            report: Report::default(),
+            is_resumed: false,
+            is_told_all: false,
+            checkpoints: Vec::new(),
+            generation: 0,
+        }
     }
-    let job = mirror.job().clone();
-    let mut sim = Sim {
-        plan,
-        world,
-        node,
-        job,
-        guests,
-        holds: Vec::new(),
-        events: Vec::new(),
-        declined: 0,
-        later: Vec::new(),
-        is_over: false,
-        report: Report::default(),
-    };
-    while sim.world.borrow().now < start_at {
-        let _ = sim.step();
+
+    /// The guest writes from now on, and the job starts somewhat later.
+    fn start(&mut self, micros: u64) {
+        let now = self.world.borrow().now;
+        self.guests.start(&mut self.world.borrow_mut());
+        for (index, &(at, _)) in self.plan.asks.iter().enumerate() {
+            let mut world = self.world.borrow_mut();
+            world.after(micros + at, Happening::User(index));
+        }
+        while self.world.borrow().now < now + micros {
+            let _ = self.step();
+        }
+        let _ = self.job.start();
     }
-    let _ = sim.job.start();
-    if sim.plan.uses_queue {
-        run_queue(&mut sim, mirror);
-    } else {
-        run_futures(&mut sim, mirror);
+
+    /// All is over: the guest goes on for a while, and nobody holds anything.
+    fn finish(&mut self) {
+        self.wind_down();
+        let world = self.world.borrow();
+        self.report.steps = world.steps;
+        self.report.writes += self.guests.writes;
+        self.report.overlapped = world.disks[TARGET].writes_in_flight_max;
+        assert!(
+            self.node.quiesce().try_guard().is_ok(),
+            "somebody still holds the node"
+        );
     }
-    sim.wind_down();
-    let world = sim.world.borrow();
-    sim.report.steps = world.steps;
-    sim.report.writes = sim.guests.writes;
-    sim.report.overlapped = world.disks[TARGET].writes_in_flight_max;
-    assert!(
-        sim.node.quiesce().try_guard().is_ok(),
-        "somebody still holds the node"
-    );
-    sim.report
 }
 
 /// Drives the job with futures, which are dropped now and then.
@@ -637,6 +1014,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
         SimClock(Rc::clone(&sim.world)),
     );
     loop {
+        let mut signal = Signal::GoOn;
         let driven = {
             let mut future = pin!(driver.run(&mut mirror));
             let flag = Flag::new();
@@ -648,7 +1026,8 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
                         break Some(driven);
                     }
                 }
-                if let Signal::DropDriver = sim.step() {
+                signal = sim.step();
+                if !matches!(signal, Signal::GoOn) {
                     break None;
                 }
             }
@@ -658,9 +1037,21 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
         match driven {
             Some(Driven::Switch(switch)) => sim.switch(switch),
             Some(Driven::SwitchBack(_)) => unreachable!("it is in no group"),
-            Some(Driven::Done(result)) => return sim.ended(result),
+            Some(Driven::Done(result)) => {
+                let is_good = result.is_ok();
+                sim.ended(result, mirror.left_dirty());
+                if !is_good {
+                    sim.take_checkpoint(&mirror);
+                }
+                return;
+            }
             None => {
                 sim.report.drops += 1;
+                match signal {
+                    Signal::Checkpoint => sim.take_checkpoint(&mirror),
+                    Signal::Die => return sim.die(mirror),
+                    Signal::GoOn | Signal::DropDriver => {}
+                }
                 // Nobody drives for a while.
                 let steps = sim.world.borrow_mut().rng.below(50);
                 for _ in 0..steps {
@@ -739,7 +1130,12 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 Next::Done(result) => {
                     sim.take_events();
                     sim.check_coverage(queue.machine());
-                    return sim.ended(result);
+                    let is_good = result.is_ok();
+                    sim.ended(result, queue.machine().left_dirty());
+                    if !is_good {
+                        sim.take_checkpoint(queue.machine());
+                    }
+                    return;
                 }
             }
         }
@@ -777,6 +1173,15 @@ fn run_queue(sim: &mut Sim, mirror: Mirror) {
                 flag.clone().wake_it();
             }
         }
+        match signal {
+            Signal::Checkpoint => sim.take_checkpoint(queue.machine()),
+            Signal::Die => {
+                let left = queue.machine().left_dirty();
+                drop(queue);
+                return sim.died(left);
+            }
+            Signal::GoOn | Signal::DropDriver => {}
+        }
         if let Signal::DropDriver = signal {
             // The ring is torn down; what it was given goes on.
             settling.clear();
@@ -799,15 +1204,15 @@ fn env(name: &str) -> Option<u64> {
     )
 }
 
-/// Runs a seed and says how to run it again if it fails.
-fn run_or_explain(seed: u64) -> Report {
+/// Runs a seed of a test and says how to run it again if it fails.
+fn run_or_explain(seed: u64, run: fn(u64) -> Report, test: &str) -> Report {
     if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
         eprintln!("seed {seed}");
     }
     catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
         eprintln!(
             "seed {seed} failed; again with:\n  \
-             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test mirror_sim every_seed_keeps_the_promises"
+             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test mirror_sim {test}"
         );
         std::panic::resume_unwind(panic)
     })
@@ -819,7 +1224,9 @@ fn every_seed_keeps_the_promises() {
     let count = env("BLOCKJOB_SEEDS").unwrap_or(4_000);
     println!("seeds {first}..{}", first + count);
     let started = std::time::Instant::now();
-    let reports: Vec<Report> = (first..first + count).map(run_or_explain).collect();
+    let test = "every_seed_keeps_the_promises";
+    let run_it = |seed| run_or_explain(seed, run, test);
+    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
     let seconds = started.elapsed().as_secs_f64();
 
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
@@ -848,6 +1255,40 @@ fn every_seed_keeps_the_promises() {
         assert!(share(|r| r.waited) > 0.02);
         assert!(share(|r| r.paused) > 0.05);
         assert!(share(|r| r.overlapped > 1) > 0.2);
+        for mode in MODES {
+            for is_good in [false, true] {
+                let end = Some((mode, is_good));
+                let ended = reports.iter().filter(|report| report.bitmap == end).count();
+                assert!(ended * 100 > reports.len(), "{mode:?}, {is_good}: {ended}");
+            }
+        }
+    }
+}
+
+const MODES: [BitmapMode; 3] = [BitmapMode::Never, BitmapMode::OnSuccess, BitmapMode::Always];
+
+#[test]
+fn every_chain_of_processes_keeps_the_promises() {
+    let first = env("BLOCKJOB_SEED").unwrap_or(0);
+    let count = env("BLOCKJOB_SEEDS").map_or(1_000, |seeds| seeds.div_ceil(4));
+    println!("seeds {first}..{}", first + count);
+    let test = "every_chain_of_processes_keeps_the_promises";
+    let run_it = |seed| run_or_explain(seed, run_chain, test);
+    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
+    println!(
+        "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused",
+        count_of(|r| r.resumed > 0),
+        count_of(|r| r.resumed > 1),
+        count_of(|r| r.resumed > 0 && r.switched),
+        count_of(|r| r.refused > 0),
+    );
+    if count >= 1_000 {
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        assert!(share(|r| r.resumed > 0) > 0.2);
+        assert!(share(|r| r.resumed > 1) > 0.05);
+        assert!(share(|r| r.resumed > 0 && r.switched) > 0.1);
+        assert!(share(|r| r.refused > 0) > 0.1);
     }
 }
 
@@ -877,9 +1318,21 @@ mod sabotage {
         (Sabotage::RecordAtBegin, 200),
         (Sabotage::ForgetDropped, 100),
         (Sabotage::DoNotWaitForWriters, 400),
+        (Sabotage::ForgetClaimed, 200),
+        (Sabotage::KeepWritesOfJob, 200),
+        (Sabotage::InstantAtEnd, 400),
+        (Sabotage::CleanAfterFailure, 400),
+        (Sabotage::ForgetInFlight, 400),
     ];
 
-    fn notices(seed: u64) -> Option<String> {
+    /// The same, by chains of processes.
+    const BROKEN_IN_CHAINS: &[(Sabotage, u64)] = &[
+        (Sabotage::CheckpointForgetsClaims, 400),
+        (Sabotage::ResumeAnyDisk, 200),
+        (Sabotage::ResumeAnyGeneration, 400),
+    ];
+
+    fn notices(run: fn(u64) -> Report, seed: u64) -> Option<String> {
         let panic = catch_unwind(|| run(seed)).err()?;
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string());
@@ -898,9 +1351,15 @@ mod sabotage {
             }
         }));
         let mut missed = Vec::new();
-        for &(sabotage, seeds) in BROKEN {
+        let all = BROKEN
+            .iter()
+            .map(|broken| (broken, run as fn(u64) -> Report));
+        let chains = BROKEN_IN_CHAINS
+            .iter()
+            .map(|broken| (broken, run_chain as _));
+        for (&(sabotage, seeds), run) in all.chain(chains) {
             break_on_this_thread(Some(sabotage));
-            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed)?)));
+            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(run, seed)?)));
             break_on_this_thread(None);
             match noticed {
                 Some((seed, how)) => {

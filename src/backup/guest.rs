@@ -224,6 +224,7 @@ impl Backup {
             rest = behind;
         }
     }
+
     /// All clusters that `range` touches.
     fn clusters_of(&self, range: ByteRange) -> ByteRange {
         let shape = self.engine.shape();

@@ -223,6 +223,7 @@ impl Backup {
             OnError::Report,
             OnError::Ignore,
             OnError::Enospc,
+            OnError::Auto,
             OnError::Stop,
         ],
         options: &[
@@ -638,6 +639,7 @@ impl Backup {
         }
         if let (true, Some(armed)) = (is_broken(Sabotage::LetGoWhilePaused), &mut self.armed) {
             armed.hold = None;
+            self.waiting.clear();
         }
         let times = [self.settle_at(), self.next_deadline()];
         Turn::Step(Step::Wait {

@@ -40,8 +40,9 @@
 //! 9. Combining maps never loses a dirty byte. Between different granularities a union may gain
 //!    bytes, and a difference or an intersection may keep some, for the reasons of rule 5.
 //! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
-//!     memory was perhaps never touched. (Only what is dirty and becomes clean is read.) Setting or resetting one granule touches one word, and those above
-//!     it only when that word stops or starts being uniform. Finding the next dirty or clean granule takes
+//!     memory was perhaps never touched. (Only what is dirty and becomes clean is read, and the words of a
+//!     block of 64 that has a mixed one.) Setting or resetting one granule touches one word and its pair, and those
+//!     above only when the pair's words stop or start being alike. Finding the next dirty or clean granule takes
 //!     one step per level, at most six up and six down. [All costs](cost) are on a page of their own.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
 //!     checked before memory is asked for. A map of no bytes is legal, and always clean.

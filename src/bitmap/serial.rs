@@ -234,6 +234,24 @@ impl HBitmap {
         Ok(self.set_run(self.granules_of(&words)))
     }
 
+    /// As [`serialize_part`](Self::serialize_part), to the end of a vector, whose memory is written once.
+    pub(crate) fn append_part(&self, range: ByteRange, out: &mut Vec<u8>) -> Result<(), PartError> {
+        let words = self.part(range)?;
+        out.reserve(words.len() * 8);
+        for span in self.spans(words) {
+            let end = out.len() + span.len() * 8;
+            match span {
+                Span::Clean(_) => out.resize(end, 0),
+                Span::Dirty(_) => out.resize(end, 0xff),
+                Span::Words(words) if cfg!(target_endian = "little") => {
+                    out.extend_from_slice(bytemuck::cast_slice(words));
+                }
+                Span::Words(words) => out.extend(words.iter().flat_map(|word| word.to_le_bytes())),
+            }
+        }
+        Ok(())
+    }
+
     /// The words of a part.
     pub(super) fn part(&self, range: ByteRange) -> Result<Range<usize>, PartError> {
         let granularity = self.granularity;

@@ -332,7 +332,7 @@ impl<'a> Iterator for Spans<'a> {
 
 /// See [`HBitmap::replace_words`]. Made several times over, for what processors have: the work is
 /// counting ones and looking for words that are uniform.
-#[multiversion(targets = "simd")]
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
 fn replace_words<W: Word>(
     map: &mut HBitmap,
     first: usize,

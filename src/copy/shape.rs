@@ -113,6 +113,23 @@ impl Shape {
         (align_down(range.start(), align)..end).into()
     }
 
+    /// Rounds all that is dirty outward to what is written at once, clusters if they must be written whole.
+    ///
+    /// For those who go on where another has stopped: that one may have written what is clean together with
+    /// what is dirty, and stopped in the midst of it.
+    pub(crate) fn widen_all(&self, dirty: &mut HBitmap) {
+        let align = self.block.max(self.cluster.unwrap_or(1));
+        if align == self.granularity.bytes() {
+            return;
+        }
+        let mut from = 0;
+        while let Some(run) = dirty.next_dirty_area(from..self.len, u64::MAX) {
+            let wide = self.widen(run, align);
+            dirty.set(wide).expect("within the disk");
+            from = wide.end();
+        }
+    }
+
     /// What `range` covers of blocks of `align` bytes as a whole; the end of the disk ends one.
     pub(crate) fn whole_blocks(&self, range: ByteRange, align: u64) -> ByteRange {
         let start = align_up(range.start(), align);

@@ -6,6 +6,7 @@ use std::task::Waker;
 
 use crate::copy::{OpKind, Side};
 use crate::job::{ErrorAction, JobError, Progress, Status};
+use crate::units::Granularity;
 
 /// Errors nobody has taken yet, of which the oldest are forgotten.
 const ERRORS_MAX: usize = 64;
@@ -27,6 +28,8 @@ pub enum Event {
     Pending,
     /// A device failed. What could not be copied is dirty again by now.
     Error(ErrorEvent),
+    /// Something was asked for that is done otherwise.
+    Warning(Warning),
     /// It is over, by success or by an error of its own; everything it held is released.
     Completed {
         /// At the end.
@@ -44,6 +47,20 @@ pub enum Event {
         speed: u64,
         /// An error of its own that came before, if there was one.
         error: Option<JobError>,
+    },
+}
+
+/// What is done otherwise than it was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Warning {
+    /// Dirty data is tracked in the granules of the bitmap that the job goes by, or of the checkpoint, not in
+    /// those asked for.
+    Granularity {
+        /// What was asked for.
+        asked: Granularity,
+        /// What is used.
+        used: Granularity,
     },
 }
 

@@ -10,7 +10,7 @@ use crate::copy::{OpKind, Side};
 use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
-use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status};
+use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
 use crate::node::QuiesceGuard;
 
 /// What the machine must know of what was asked.
@@ -68,6 +68,11 @@ impl Job {
         drop(state);
         drop(unused);
         self.shared.lock()
+    }
+
+    /// Tells that something is done otherwise than it was asked for.
+    pub(crate) fn warn(&self, warning: Warning) {
+        self.change_state(|state| state.tell(Event::Warning(warning)));
     }
 
     /// Nothing is delayed any more.

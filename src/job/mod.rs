@@ -47,7 +47,7 @@ use parking_lot::{Mutex, MutexGuard};
 use after::After;
 pub use bitmap_mode::BitmapMode;
 pub use error::{JobError, VerbError};
-pub use event::{ErrorEvent, Event};
+pub use event::{ErrorEvent, Event, Warning};
 pub use group::JobGroup;
 pub use info::{JobInfo, Progress};
 pub use kind::JobKind;

@@ -103,7 +103,7 @@ impl JobOptions {
 pub(super) fn check_somebody_resumes(policies: [OnError; 2]) -> Result<(), JobOptionsError> {
     let stops = policies
         .iter()
-        .any(|policy| matches!(policy, OnError::Stop | OnError::Enospc));
+        .any(|policy| matches!(policy, OnError::Stop | OnError::Enospc | OnError::Auto));
     if stops {
         Err(JobOptionsError::NobodyResumes)
     } else {

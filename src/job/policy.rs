@@ -14,6 +14,8 @@ pub enum OnError {
     Ignore,
     /// [`Stop`](Self::Stop) if the device is out of space, else [`Report`](Self::Report).
     Enospc,
+    /// What suits the type of job: the same as [`Enospc`](Self::Enospc), for all there are.
+    Auto,
     /// Pause, as if the user had asked for it; try again when the user resumes.
     Stop,
 }
@@ -47,8 +49,8 @@ impl OnError {
             OnError::Report => ErrorAction::Report,
             OnError::Ignore => ErrorAction::Ignore,
             OnError::Stop => ErrorAction::Stop,
-            OnError::Enospc if is_no_space(error) => ErrorAction::Stop,
-            OnError::Enospc => ErrorAction::Report,
+            OnError::Enospc | OnError::Auto if is_no_space(error) => ErrorAction::Stop,
+            OnError::Enospc | OnError::Auto => ErrorAction::Report,
         }
     }
 }

@@ -156,9 +156,16 @@ impl IncomingMigration {
     }
 
     fn feed_by(&mut self, bytes: &[u8], stops_after_part: bool) -> Result<usize, IncomingError> {
-        match self.loader.ended() {
-            None | Some(IncomingError::Dropped(_)) => {}
-            Some(_) => return Err(IncomingError::Over),
+        // The stream is sound: it is read on, and nothing is done.
+        let is_sound = match (self.loader.ended(), &self.input) {
+            (None, _) => true,
+            (Some(error), Input::Qemu { .. }) => {
+                matches!(error, IncomingError::Dropped(_) | IncomingError::Cancelled)
+            }
+            (Some(_), Input::Native(_)) => false,
+        };
+        if !is_sound {
+            return Err(IncomingError::Over);
         }
         let Self { loader, input } = self;
         let error = match input {
@@ -276,7 +283,8 @@ impl IncomingMigration {
         Ok(())
     }
 
-    /// Gives up: what has not arrived is gone. Other users of the stream can go on with it.
+    /// Gives up: what has not arrived is gone. Bytes of QEMU's stream are still read, and nothing is done for
+    /// them, so that other users of the stream can go on with it.
     pub fn cancel(&mut self) {
         self.loader.end(IncomingError::Cancelled);
     }

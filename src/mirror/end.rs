@@ -153,6 +153,7 @@ impl Mirror {
 
     /// The guest is held, both disks are equal and flushed.
     fn finish(&mut self, now: Duration, waker: &Waker, asked: Asked) -> Turn {
+        self.note_instant();
         // A soft cancel: the target is a copy of this instant, and the guest stays where it is.
         let vote = match asked.cancel {
             Some(_) => Vote::AtOnce,
@@ -221,14 +222,14 @@ impl Mirror {
         }
         self.phase = Phase::Ending {
             has_cancelled: false,
-            was_scanned: matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_)),
+            unscanned: self.unscanned(),
         };
     }
 
     /// Waits for what is in flight, and is over.
     pub(super) fn end(&mut self, now: Duration, cancel: Option<Cancel>) -> Turn {
         if self.engine.is_idle() {
-            return self.conclude(Some(0));
+            return self.conclude(Some(0), false);
         }
         let Phase::Ending { has_cancelled, .. } = &mut self.phase else {
             unreachable!("called in this phase only");
@@ -243,7 +244,7 @@ impl Mirror {
             }
             if self.grace_until.is_some_and(|until| now >= until) {
                 let abandoned = self.engine.unsettled();
-                return self.conclude(Some(abandoned));
+                return self.conclude(Some(abandoned), false);
             }
         }
         let times = [self.grace_until, self.settle_at()];
@@ -252,36 +253,37 @@ impl Mirror {
         })
     }
 
-    pub(super) fn conclude(&mut self, abandoned: Option<usize>) -> Turn {
-        self.release();
+    pub(super) fn conclude(&mut self, abandoned: Option<usize>, is_success: bool) -> Turn {
+        self.release(is_success);
         let result = self.job.conclude(abandoned);
         Turn::Step(Step::Done(result))
     }
 
-    /// Gives back everything that is held, the guest first.
-    pub(super) fn release(&mut self) {
+    /// Gives back everything that is held: the bitmap, then the guest.
+    pub(super) fn release(&mut self, is_success: bool) {
         self.publish();
-        if cfg!(debug_assertions) {
-            self.left_at_end = self.left_dirty();
-        }
+        self.stop_recording(is_success);
         // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
-        self.clean = None;
-        self.bitmap = None;
+        self.initial = None;
+        self.by = None;
         self.claim = None;
         let _ = self.engine.lose_running();
     }
 }
 
 /// A machine that is dropped ends its job: with success if the switch was used, else with
-/// [`JobError::Dropped`](crate::JobError::Dropped).
+/// [`JobError::Dropped`](crate::JobError::Dropped). Its named bitmap then keeps all that the mode leaves in it
+/// after a failure, unless success was decided already: with others of its group that may still be too much,
+/// never too little.
 impl Drop for Mirror {
     fn drop(&mut self) {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
+        let is_success = self.job.asked(Waker::noop()).stage == Stage::Committed;
         self.let_guest_go();
-        self.release();
+        self.release(is_success);
         self.job.machine_dropped();
     }
 }

@@ -26,9 +26,17 @@
 //! 5. While the switch is out, nothing is copied. If it was used, nothing is copied ever after: the guest
 //!    writes to the target now.
 //! 6. The source is never written.
+//! 7. The bits of the named bitmap that the job goes by are claimed at the moment that recording starts. What
+//!    was written up to the moment of the switch belongs to them, and is told apart while the guest is held;
+//!    what is written later does not. When the job fails, they get what the target may lack in the same step
+//!    in which recording stops.
+//! 8. A checkpoint has what is dirty, claimed, and not scanned yet. It is gone on from only with the disks and
+//!    the generation that it was taken of.
 
+mod checkpoint;
 mod copying;
 mod end;
+mod left;
 mod options;
 mod pace;
 mod progress;
@@ -42,13 +50,18 @@ use crate::bitmap::HBitmap;
 use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
     Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Status, Verb,
+    Warning,
 };
 use crate::machine::{Machine, Step};
 use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
+pub use checkpoint::{
+    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
+};
 use end::End;
+use left::{ByBitmap, Left};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 pub use options::{MirrorError, MirrorOptions, MirrorSync};
 use pace::Pace;
@@ -119,8 +132,13 @@ pub struct Mirror {
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
-    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start.
-    clean: Option<HBitmap>,
+    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start. Clean, or
+    /// with what a checkpoint says is left.
+    initial: Option<HBitmap>,
+    /// For a job that goes on from a checkpoint: where the scan does.
+    resumed: Option<u64>,
+    /// The named bitmap that it goes by.
+    by: Option<ByBitmap>,
     /// Present from the moment that writes are recorded until the job is over.
     bitmap: Option<JobBitmap>,
     /// Given back when the job is over.
@@ -132,8 +150,8 @@ pub struct Mirror {
     batch_until: Duration,
     /// Before then no flush, and no question of the scan, is tried again after a failure.
     retry_at: Duration,
-    /// For tests: what the target may have lacked when the job ended.
-    left_at_end: Option<HBitmap>,
+    /// What the target may have lacked when the job ended, if it did not succeed.
+    at_end: Option<Left>,
     /// When the time of grace ends for operations in flight.
     grace_until: Option<Duration>,
 }
@@ -154,8 +172,8 @@ enum Phase {
     Ending {
         /// Whether the target was asked to give up what it cannot finish.
         has_cancelled: bool,
-        /// Whether all that the target lacks is known.
-        was_scanned: bool,
+        /// From where on it is not known what the target lacks, if there is such a place.
+        unscanned: Option<u64>,
     },
     /// Over.
     Concluded,
@@ -177,10 +195,13 @@ impl Mirror {
             OnError::Report,
             OnError::Ignore,
             OnError::Enospc,
+            OnError::Auto,
             OnError::Stop,
         ],
         options: &[
             "sync",
+            "bitmap",
+            "bitmap_mode",
             "granularity",
             "workers",
             "chunk_max",
@@ -198,12 +219,127 @@ impl Mirror {
     /// # Errors
     ///
     /// If the three are not equally long, an option is out of range, the devices cannot work together,
-    /// or another job works on the node.
+    /// the bitmap does not exist, or another job works on the node.
+    ///
+    /// # Examples
+    ///
+    /// The target is an older copy of the disk, and a bitmap says what has changed since. Only that is copied.
+    ///
+    /// ```
+    /// use blockjob::{BitmapMode, BitmapOptions, Limits, Mirror, MirrorOptions, Node};
+    ///
+    /// let node = Node::new(1 << 20);
+    /// let guard = node.quiesce().try_guard().expect("no write is in flight");
+    /// node.bitmaps().add(&guard, "since the copy", BitmapOptions::default())?;
+    /// drop(guard);
+    ///
+    /// let mut options = MirrorOptions::default();
+    /// options.bitmap = Some("since the copy".to_owned());
+    /// options.bitmap_mode = Some(BitmapMode::Always); // if it fails, another can go on
+    /// let limits = Limits::new(1 << 20);
+    /// let mirror = Mirror::new(&node, limits, limits, options)?;
+    /// assert_eq!(mirror.granularity().bytes(), 65536, "that of the bitmap");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn new(
         node: &Node,
         source: Limits,
         target: Limits,
         options: MirrorOptions,
+    ) -> Result<Self, MirrorError> {
+        if options.bitmap.is_some() && options.sync == MirrorSync::None {
+            return Err(MirrorError::NoneWithBitmap);
+        }
+        Self::make(node, source, target, options, None)
+    }
+
+    /// A mirror that goes on where another has stopped, with the same target, in another process as a rule.
+    /// It copies what was left, and what is dirty in [the bitmap](MirrorOptions::bitmap), which is to have all
+    /// that was written since. What the bitmap has of what was confirmed before is copied again.
+    ///
+    /// Nothing that was requested for the target before may be able to change it any more.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`new`](Self::new), but for sync none, which may have a bitmap here; and
+    /// [`Resume`](MirrorError::Resume) if the checkpoint is not of these disks, this generation, or this sync
+    /// mode.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::task::Waker;
+    /// use std::time::Duration;
+    /// use blockjob::{
+    ///     ChangedSince, Checkpoint, CheckpointId, Content, Extent, Limits, Mirror, MirrorOptions, Node, OpKind,
+    ///     Outcome, Resume, Step,
+    /// };
+    ///
+    /// /// Copies up to so many times, and says what it has copied.
+    /// fn copy(mirror: &mut Mirror, most: usize) -> Vec<u64> {
+    ///     let mut copied = Vec::new();
+    ///     while copied.len() < most {
+    ///         let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) else { break };
+    ///         let outcome = match op.kind() {
+    ///             OpKind::Status(range) => Outcome::Status(Extent {
+    ///                 len: range.len(),
+    ///                 content: Content::Data,
+    ///                 in_top: true,
+    ///             }),
+    ///             OpKind::Copy(range) => {
+    ///                 copied.push(range.start());
+    ///                 Outcome::Done
+    ///             }
+    ///             _ => Outcome::Done,
+    ///         };
+    ///         mirror.op_done(Duration::ZERO, op, outcome);
+    ///     }
+    ///     copied
+    /// }
+    ///
+    /// let limits = Limits::new(1 << 20);
+    /// let mut options = MirrorOptions::default();
+    /// options.chunk_max = 256 << 10;
+    /// let id = CheckpointId { source: [1; 16], target: [2; 16], generation: 7 };
+    ///
+    /// let node = Node::new(1 << 20);
+    /// let mut mirror = Mirror::new(&node, limits, limits, options.clone())?;
+    /// mirror.job().start()?;
+    /// assert_eq!(copy(&mut mirror, 3), [0, 256 << 10, 512 << 10]);
+    /// let bytes = mirror.checkpoint(id).expect("it has begun");
+    /// drop((mirror, node)); // the process ends; nobody has written to the disk since
+    ///
+    /// let node = Node::new(1 << 20);
+    /// let resume = Resume {
+    ///     checkpoint: Checkpoint::decode(&bytes, 1 << 20)?,
+    ///     id,
+    ///     changed: ChangedSince::Nothing,
+    /// };
+    /// let mut mirror = Mirror::resume(&node, limits, limits, options, resume)?;
+    /// mirror.job().start()?;
+    /// assert_eq!(copy(&mut mirror, 9), [768 << 10], "nothing is copied twice");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn resume(
+        node: &Node,
+        source: Limits,
+        target: Limits,
+        options: MirrorOptions,
+        resume: Resume,
+    ) -> Result<Self, MirrorError> {
+        resume.check(node.len(), options.sync)?;
+        if resume.changed == ChangedSince::InBitmap && options.bitmap.is_none() {
+            return Err(ResumeError::BitmapNeeded.into());
+        }
+        Self::make(node, source, target, options, Some(resume.checkpoint))
+    }
+
+    fn make(
+        node: &Node,
+        source: Limits,
+        target: Limits,
+        options: MirrorOptions,
+        checkpoint: Option<Checkpoint>,
     ) -> Result<Self, MirrorError> {
         let ends = Ends::check(source, target)
             .map_err(|(side, error)| MirrorError::Limits { side, error })?;
@@ -217,8 +353,26 @@ impl Mirror {
         if source.identity.is_some() && source.identity == target.identity {
             return Err(MirrorError::SameStorage);
         }
-        let granularity = options
-            .granularity
+        let by = match (options.bitmap, options.bitmap_mode) {
+            (None, None) => None,
+            (None, Some(_)) => return Err(MirrorError::ModeWithoutBitmap),
+            (Some(_), None) => return Err(MirrorError::ModeNeeded),
+            (Some(name), Some(mode)) => Some(ByBitmap {
+                name,
+                mode,
+                claim: None,
+                wanted: None,
+            }),
+        };
+        let of_bitmap = match &by {
+            Some(by) => Some(node.bitmaps().query(&by.name)?.granularity),
+            None => None,
+        };
+        // The finer of both: with the other a granule that is dirty in part would be copied whole.
+        let of_checkpoint = checkpoint.as_ref().map(Checkpoint::granularity);
+        let prescribed = of_bitmap.into_iter().chain(of_checkpoint).min();
+        let granularity = prescribed
+            .or(options.granularity)
             .unwrap_or_else(|| default_granularity(target.cluster));
         if !(GRANULARITY_MIN..=GRANULARITY_MAX).contains(&granularity.bytes()) {
             return Err(MirrorError::Granularity(granularity));
@@ -240,13 +394,22 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
-        let mut clean = HBitmap::new(node.len(), granularity)?;
-        clean.reserve()?;
+        let mut initial = HBitmap::new(node.len(), granularity)?;
+        initial.reserve()?;
+        let resumed = checkpoint.map(|checkpoint| {
+            let left = &checkpoint.left;
+            initial.merge_from(left).expect("its length was checked");
+            checkpoint.scanned
+        });
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(Self::KIND.name, options.job, None)?;
+        if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
+            let used = granularity;
+            job.warn(Warning::Granularity { asked, used });
+        }
         Ok(Self {
             job,
             node: node.clone(),
@@ -257,14 +420,16 @@ impl Mirror {
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
-            clean: Some(clean),
+            initial: Some(initial),
+            resumed,
+            by,
             bitmap: None,
             claim: Some(claim),
             done_bytes: 0,
             pace: Pace::default(),
             batch_until: Duration::ZERO,
             retry_at: Duration::ZERO,
-            left_at_end: None,
+            at_end: None,
             grace_until: None,
         })
     }
@@ -338,7 +503,7 @@ impl Mirror {
         let asked = self.job.asked(waker);
         if matches!(asked.status, Status::Concluded | Status::Null) {
             // Cancelled before it was started.
-            self.release();
+            self.release(false);
             return Turn::Again;
         }
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
@@ -356,7 +521,7 @@ impl Mirror {
                 self.phase = Phase::InSync(End::Open);
                 return Turn::Again;
             }
-            Stage::Committed => return self.conclude(None),
+            Stage::Committed => return self.conclude(None, true),
             Stage::None | Stage::Near | Stage::Closing | Stage::Prepared(_) => {}
         }
         if self.gave_switch() {

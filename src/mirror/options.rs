@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use crate::copy::{LimitsError, ShapeError, Side, Unmap};
-use crate::job::{JobOptions, JobOptionsError};
+use crate::job::{BitmapMode, JobOptions, JobOptionsError};
+use crate::mirror::ResumeError;
 use crate::units::Granularity;
 
 /// The finest granularity of a mirror.
@@ -42,8 +43,25 @@ pub struct MirrorOptions {
     pub job: JobOptions,
     /// What is copied at first.
     pub sync: MirrorSync,
+    /// The named bitmap of the node that it goes by: with sync full, what is dirty in it is copied at first, for
+    /// the target holds the rest already; with sync top, what the topmost layer holds of that. All that is
+    /// written while the job runs is copied as well. It must exist when the job is made; its bits are taken
+    /// when recording starts, with the guest held. Default none.
+    pub bitmap: Option<String>,
+    /// What becomes of the bitmap; must be told with one. When the job succeeds, it has what was written since
+    /// the instant of its end, but with [`BitmapMode::Never`]: then it keeps what was dirty, and has
+    /// all that was written while the job ran. So it does when the job does not succeed, but with
+    /// [`BitmapMode::Always`]: then it has what the target may lack, and what was written since. A machine
+    /// that is dropped before its end does not succeed. A bitmap that does not record keeps to that, and has
+    /// nothing of what was written. A job that ends before recording has started leaves the bitmap as it is.
+    ///
+    /// With a target that has its clusters [filled](crate::Limits::fills_clusters), what lies in one cluster with
+    /// what is dirty may be damaged there when the job fails. Only [`BitmapMode::Always`] says so; another mirror
+    /// by the same bitmap writes it again in any case.
+    pub bitmap_mode: Option<BitmapMode>,
     /// In what units dirty data is tracked: 512 bytes to 64 MiB. Default: the target's cluster size, but
-    /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none.
+    /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none. With a bitmap its granularity counts, and with a
+    /// checkpoint the finer of both; an [event](crate::Event::Warning) tells if another was asked for.
     pub granularity: Option<Granularity>,
     /// Operations in flight at the same time, 1 to 1024. Default 16.
     pub workers: usize,
@@ -68,6 +86,8 @@ impl Default for MirrorOptions {
         Self {
             job: JobOptions::default(),
             sync: MirrorSync::default(),
+            bitmap: None,
+            bitmap_mode: None,
             granularity: None,
             workers: 16,
             chunk_max: 1 << 20,
@@ -109,6 +129,21 @@ pub enum MirrorError {
     /// Source and target are the same storage.
     #[error("source and target are the same storage")]
     SameStorage,
+    /// A bitmap was named, and not what is to become of it.
+    #[error("a bitmap needs a bitmap mode")]
+    ModeNeeded,
+    /// A bitmap mode without a bitmap.
+    #[error("a bitmap mode needs a bitmap")]
+    ModeWithoutBitmap,
+    /// Sync none copies all that is written, and nothing else that a bitmap could tell.
+    #[error("sync none goes by no bitmap")]
+    NoneWithBitmap,
+    /// The bitmap does not exist.
+    #[error(transparent)]
+    Named(#[from] crate::node::BitmapError),
+    /// The checkpoint is not one to go on from.
+    #[error(transparent)]
+    Resume(#[from] ResumeError),
     /// Not a granularity for a mirror.
     #[error("granularity {0} is not between 512 B and 64 MiB")]
     Granularity(Granularity),

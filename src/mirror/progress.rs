@@ -1,6 +1,5 @@
 //! How far a mirror is: computed from what is dirty and claimed, never stored.
 
-use crate::bitmap::HBitmap;
 use crate::job::Progress;
 use crate::mirror::{Mirror, Phase};
 use crate::sabotage::{Sabotage, is_broken};
@@ -45,27 +44,6 @@ impl Mirror {
             total: self.done_bytes.saturating_add(left),
         };
         self.job.publish(progress, !self.engine.is_idle());
-    }
-
-    /// What the target may lack, from the moment on that the scan is over: what is dirty or claimed.
-    /// For tests.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn left_dirty(&self) -> Option<HBitmap> {
-        match &self.phase {
-            Phase::Created
-            | Phase::Attaching { .. }
-            | Phase::Scanning { .. }
-            | Phase::Ending {
-                was_scanned: false, ..
-            } => None,
-            Phase::Concluded => self.left_at_end.clone(),
-            Phase::Copying { .. } | Phase::InSync(_) | Phase::Ending { .. } => {
-                let mut left = HBitmap::clone(&*self.bitmap.as_ref()?.lock());
-                self.engine.add_claimed(&mut left);
-                Some(left)
-            }
-        }
     }
 
     /// Whether everything that must always hold does. For tests.

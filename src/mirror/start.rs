@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use crate::bitmap::HBitmap;
 use crate::copy::{Content, Extent, OpKind};
 use crate::job::JobError;
 use crate::machine::Step;
 use crate::mirror::copying::Copying;
 use crate::mirror::{Mirror, MirrorSync, Phase, Turn};
+use crate::node::{BitmapError, Locked, QuiesceGuard, SnapshotOf};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -22,10 +24,7 @@ impl Mirror {
     /// Starts to record, with the guest held for that moment.
     pub(super) fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
         if is_broken(Sabotage::AttachWithoutQuiesce) {
-            let clean = self.clean.take().expect("attached once");
-            self.bitmap = self.node.track_unquiesced(clean);
-            self.phase = self.first_look();
-            return Turn::Again;
+            return self.begin(None);
         }
         let until = self.held_until();
         let Phase::Attaching { quiesce, .. } = &mut self.phase else {
@@ -40,18 +39,72 @@ impl Mirror {
             }
             return Turn::Step(Step::Wait { until });
         };
-        let clean = self.clean.take().expect("attached once");
-        match self.node.track_into(&guard, clean) {
-            Ok(bitmap) => self.bitmap = Some(bitmap),
-            Err(error) => self.job.fail(JobError::Track(Arc::new(error))),
+        self.begin(Some(&guard))
+    }
+
+    /// No guest write is in flight.
+    fn begin(&mut self, guard: Option<&QuiesceGuard>) -> Turn {
+        let initial = self.initial.take().expect("begun once");
+        if let Err(error) = self.record(guard, initial) {
+            self.job.fail(error);
         }
         self.phase = self.first_look();
         Turn::Again
     }
 
+    /// Takes the bits of the named bitmap, and has writes recorded. On error nothing has changed.
+    fn record(
+        &mut self,
+        guard: Option<&QuiesceGuard>,
+        mut initial: HBitmap,
+    ) -> Result<(), JobError> {
+        let error = |error: BitmapError| JobError::Bitmap(Arc::new(error));
+        let mut claim = None;
+        let mut wanted = None;
+        if let Some(by) = &self.by {
+            let mut locked = Locked::new([&self.node]);
+            let claimed = locked
+                .claim((&self.node, &by.name), by.claim_for(), None)
+                .map_err(error)?;
+            let is_scanned = self.sync == MirrorSync::Top && self.resumed.is_none();
+            if !is_scanned && !is_broken(Sabotage::ForgetClaimed) {
+                let bits = locked.claimed(&self.node, &claimed);
+                initial.merge_from(bits).expect("it is as long");
+            }
+            drop(locked);
+            if is_scanned {
+                wanted = Some(claimed.snapshot(SnapshotOf::Bitmap).map_err(error)?);
+            }
+            claim = Some(claimed);
+        }
+        if self.resumed.is_some() {
+            self.engine.shape().widen_all(&mut initial);
+        }
+        self.bitmap = match guard {
+            Some(guard) => {
+                let tracked = self.node.track_into(guard, initial);
+                Some(tracked.map_err(|error| JobError::Track(Arc::new(error)))?)
+            }
+            None => self.node.track_unquiesced(initial),
+        };
+        if let Some(by) = &mut self.by {
+            by.claim = claim;
+            by.wanted = wanted;
+        }
+        Ok(())
+    }
+
     pub(super) fn first_look(&mut self) -> Phase {
         let shape = self.engine.shape();
+        let is_known = self.by.is_some() || self.resumed.is_some();
         match self.sync {
+            // Of sync top it is known only where the scan of a checkpoint was.
+            MirrorSync::Top if self.resumed == Some(shape.len) => Phase::Copying { flush: None },
+            MirrorSync::Top => Phase::Scanning {
+                next: self.resumed.unwrap_or(0),
+                asked: None,
+            },
+            MirrorSync::Full if is_known => Phase::Copying { flush: None },
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is.
             MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
@@ -67,10 +120,6 @@ impl Mirror {
                 }
                 Phase::Copying { flush: None }
             }
-            MirrorSync::Top => Phase::Scanning {
-                next: 0,
-                asked: None,
-            },
         }
     }
 
@@ -88,6 +137,10 @@ impl Mirror {
             unreachable!("called in this phase only");
         };
         let len = self.engine.shape().len;
+        let wanted = self.by.as_ref().and_then(|by| by.wanted.as_ref());
+        if let (None, Some(wanted)) = (*asked, wanted) {
+            *next = wanted.next_dirty(*next..len).unwrap_or(len);
+        }
         if *next < len {
             if asked.is_some() || self.engine.planned() > 0 {
                 return Turn::Step(Step::Wait { until: None });
@@ -102,6 +155,9 @@ impl Mirror {
         }
         if self.engine.has_no_claims() {
             self.phase = Phase::Copying { flush: None };
+            if let Some(by) = &mut self.by {
+                by.wanted = None;
+            }
             return Turn::Again;
         }
         Turn::Step(Step::Wait { until: retry })
@@ -151,7 +207,14 @@ impl Mirror {
                 self.engine.plan_zeroes(zeroed);
             }
             None => {
-                dirty.set(area).expect("within the disk");
+                let wanted = self.by.as_ref().and_then(|by| by.wanted.as_ref());
+                let Some(wanted) = wanted else {
+                    dirty.set(area).expect("within the disk");
+                    return;
+                };
+                for run in wanted.runs_in(area, u64::MAX) {
+                    dirty.set(run).expect("within the disk");
+                }
             }
         }
     }

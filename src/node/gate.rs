@@ -269,7 +269,9 @@ impl Gate {
         match self.turned(flags, range) {
             None => Ok(entry),
             Some(turned) => {
-                self.leave(lane);
+                if turned != Turned::Held || self.rules.keeps(GateRule::LeaveWhenHeld) {
+                    self.leave(lane);
+                }
                 Err(turned)
             }
         }
@@ -517,6 +519,10 @@ pub enum GateRule {
     ArmThenLook,
     /// Broken, there is no barrier between the two.
     BarrierAfterArm,
+    /// Broken, a write that is held back stays counted.
+    LeaveWhenHeld,
+    /// Broken, who is held back is woken before his bits are down.
+    ReleaseThenWake,
 }
 
 /// Which of them are kept: all, unless a loom test says otherwise.

@@ -14,13 +14,14 @@
 //!    for a job does not keep the node from being quiesced.
 //! 3. A write that waits is put down under the lock and looks at the bits once more under it. Who takes
 //!    bits down does so first, and takes the lock to wake afterwards.
-//! 4. Nobody waits for a job that is gone: with its [`WriteHold`] all bits count as down.
+//! 4. Nobody waits for a job that is gone: with its [`WriteHold`] all bits count as down. Nor is it remembered
+//!    who waited: when a write comes by again only after the next job has begun, that is told of it.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use std::task::Waker;
 
-use super::gate::WaiterId;
+use super::gate::{GateRule, WaiterId};
 use super::ticket::NotSaved;
 use super::{Inner, Node, QuiesceGuard};
 use crate::bitmap::HBitmap;
@@ -242,11 +243,20 @@ impl WriteHold {
         let Some(map) = self.node.gate.holds.0[self.index].get() else {
             return;
         };
+        let wake = || {
+            let wakers = self.node.gate.with_held(|held| held.wakers_in(range));
+            wakers.into_iter().for_each(Waker::wake);
+        };
+        let is_in_order = self.node.gate.rules.keeps(GateRule::ReleaseThenWake);
+        if !is_in_order {
+            wake();
+        }
         for (word, mask) in map.last().words_of(range) {
             word.fetch_and(!mask, Ordering::AcqRel);
         }
-        let wakers = self.node.gate.with_held(|held| held.wakers_in(range));
-        wakers.into_iter().for_each(Waker::wake);
+        if is_in_order {
+            wake();
+        }
     }
 
     /// Whether a write to `range` would have to wait.

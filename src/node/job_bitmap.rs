@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::Deref;
 use std::task::{Poll, Waker};
 
-use super::bitmaps::{Body, BusyWith, List};
+use super::bitmaps::{BitmapClaim, Body, BusyWith, ClaimEnd, List};
 use super::gate::{GateRule, WaiterId};
 use super::record::{LOG_EXPONENT_MAX, LOG_EXPONENT_MIN};
 use super::{Inner, Node, QuiesceGuard};
@@ -17,13 +17,14 @@ use crate::units::{ByteRange, Granularity};
 ///
 /// It is detached when it is dropped.
 pub struct JobBitmap {
-    node: Arc<Inner>,
+    /// `None` once it is detached.
+    node: Option<Arc<Inner>>,
     id: u64,
     waiter: WaiterId,
 }
 
 /// A [`JobBitmap`] under the node's lock, with everything in it that was written before it was taken; or the
-/// bits of a [`BitmapClaim`](crate::BitmapClaim).
+/// bits of a [`BitmapClaim`].
 ///
 /// Nothing else may be asked of the node on this thread while it lives, but for guest writes.
 pub struct JobBitmapGuard<'a> {
@@ -84,7 +85,7 @@ impl Node {
         Inner::track(self.inner(), bitmap)
     }
 
-    /// As [`track`](Self::track), into a clean bitmap that was made for this node before.
+    /// As [`track`](Self::track), into a bitmap that was made for this node before, and has its memory.
     pub(crate) fn track_into(
         &self,
         guard: &QuiesceGuard,
@@ -128,7 +129,7 @@ impl Inner {
         let id = list.push(Body::Job(bitmap));
         drop(list);
         Ok(JobBitmap {
-            node: Arc::clone(node),
+            node: Some(Arc::clone(node)),
             id,
             waiter: node.gate.new_waiter(),
         })
@@ -139,18 +140,45 @@ impl JobBitmap {
     /// The bitmap as it is now: everything recorded so far is moved into it first.
     #[must_use]
     pub fn lock(&self) -> JobBitmapGuard<'_> {
-        JobBitmapGuard::new(self.node.lock_drained(), self.id)
+        JobBitmapGuard::new(self.node().lock_drained(), self.id)
+    }
+
+    fn node(&self) -> &Arc<Inner> {
+        self.node.as_ref().expect("what detaches it consumes it")
+    }
+
+    /// Stops to record, and ends the claim of a named bitmap at the same moment: no write is between the
+    /// two. `complete` is given what was recorded, to add what else is left; that is what the claimed bitmap
+    /// gets if it [is to](ClaimEnd::Left), and what is returned.
+    pub(crate) fn detach(
+        mut self,
+        claim: Option<(BitmapClaim, ClaimEnd)>,
+        complete: impl FnOnce(&mut HBitmap),
+    ) -> HBitmap {
+        let node = self.node.take().expect("not detached before");
+        node.gate.disarm(self.waiter);
+        let mut list = node.lock_drained();
+        let removed = list.remove(self.id).expect("its owner has it");
+        let Body::Job(mut left) = removed.body else {
+            unreachable!("it has no name");
+        };
+        complete(&mut left);
+        let unused = claim.map(|(claim, end)| claim.end_in(&mut list, end, &left));
+        node.stop_if_unused(&mut list);
+        drop(list);
+        drop(unused);
+        left
     }
 
     /// Has `waker` called by the next write that settles. What settled before must be looked for
     /// afterwards.
     pub(crate) fn wake_at_write(&self, waker: &Waker) {
-        self.node.gate.arm(self.waiter, waker);
+        self.node().gate.arm(self.waiter, waker);
     }
 
     /// Whether something is dirty. If not, `waker` is called when something was written.
     pub fn poll_dirty(&self, waker: &Waker) -> Poll<()> {
-        let gate = &self.node.gate;
+        let gate = &self.node().gate;
         let is_dirty = if gate.rules.keeps(GateRule::ArmThenLook) {
             gate.arm(self.waiter, waker);
             self.is_dirty()
@@ -167,16 +195,19 @@ impl JobBitmap {
     }
 
     fn is_dirty(&self) -> bool {
-        self.node.has_recorded() || !self.lock().is_clean()
+        self.node().has_recorded() || !self.lock().is_clean()
     }
 }
 
 impl Drop for JobBitmap {
     fn drop(&mut self) {
-        self.node.gate.disarm(self.waiter);
-        let mut list = self.node.list.lock();
+        let Some(node) = self.node.take() else {
+            return;
+        };
+        node.gate.disarm(self.waiter);
+        let mut list = node.list.lock();
         let removed = list.remove(self.id);
-        self.node.stop_if_unused(&mut list);
+        node.stop_if_unused(&mut list);
         drop(list);
         drop(removed);
     }

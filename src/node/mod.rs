@@ -53,7 +53,7 @@ use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
 use bitmaps::List;
-pub(crate) use bitmaps::{BitmapArrival, Journal, Locked, Released};
+pub(crate) use bitmaps::{BitmapArrival, ClaimEnd, Journal, Locked, Released};
 pub use bitmaps::{
     BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo, BitmapOptions, BitmapState,
     BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor, DirtyRuns, FrozenBitmap, SnapshotOf,

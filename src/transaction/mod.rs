@@ -193,8 +193,9 @@ impl Transaction {
 
     /// Then starts a job. For a [`Backup`](crate::Backup) that is the instant that is backed up, one for all
     /// that are started by the list; errors of its bitmap are those of [`Bitmaps::claim`](crate::Bitmaps::claim).
-    /// That it may be started is looked at in its turn; it does start with the commit,
-    /// while all guests wait, unless somebody has started or cancelled it by then.
+    /// That it may be started is looked at in its turn; it does start with the commit, while all guests wait,
+    /// unless somebody has cancelled it by then. One that somebody has started by then begins at this instant,
+    /// too.
     pub fn start(&mut self, job: &Job) -> &mut Self {
         self.push(Action::Start(job.clone()))
     }

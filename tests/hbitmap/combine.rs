@@ -1,4 +1,9 @@
 //! Two maps and what becomes of them together.
+#![expect(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    reason = "one of the tests is about time"
+)]
 
 use std::time::{Duration, Instant};
 
@@ -151,7 +156,6 @@ pub(crate) fn subtract_keeps_what_the_other_has_a_part_of() {
 /// word has something, without one at each granule but at each word. The shortest of a few passes is taken, as
 /// others use the machine, too.
 #[test]
-#[expect(clippy::disallowed_methods, reason = "it is about time")]
 fn whole_maps_of_1_tib_take_milliseconds() {
     fn shortest(mut pass: impl FnMut()) -> Duration {
         let passes = (0..5).map(|_| {

@@ -251,7 +251,7 @@ fn qemu_loads_a_stream_that_was_sent_live() {
     bitmap.size = 4 << 30;
     bitmap.granularity = blockjob::Granularity::from_bytes(512).unwrap();
     bitmap.dirty = (0..100)
-        .map(|at| (at * 40 << 20..(at * 40 << 20) + 4096).into())
+        .map(|at| ((at * 40) << 20..((at * 40) << 20) + 4096).into())
         .collect();
     let (source, nodes) = truth.source().unwrap();
     let node = &nodes[0].1;
@@ -268,7 +268,7 @@ fn qemu_loads_a_stream_that_was_sent_live() {
             break;
         }
         for at in 0..5 {
-            let at = (round * 3 + at) * 100 << 20;
+            let at = ((round * 3 + at) * 100) << 20;
             let ticket = node
                 .begin_write((at + 512..at + 1024 + round * 4096).into())
                 .go();

@@ -1,6 +1,6 @@
 //! What disks hold at first, and whether two show the same.
 
-use blockjob::{Content, MirrorSync};
+use blockjob::{Content, HBitmap, MirrorSync};
 
 use super::disk::{BLOCK, Block, Disk};
 use super::rng::Rng;
@@ -49,6 +49,17 @@ pub(crate) fn fill_target(source: &Disk, target: &mut Disk, sync: MirrorSync) {
             content: Content::Data,
             in_top: !shows_below,
         };
+    }
+}
+
+/// What a target holds besides that is a copy of the source but for what is dirty.
+pub(crate) fn fill_copied(source: &Disk, target: &mut Disk, dirty: &HBitmap) {
+    for block in 0..source.blocks.len() {
+        let start = block * BLOCK as usize;
+        let end = (start + BLOCK as usize).min(source.bytes.len());
+        if !dirty.any_dirty_in(start as u64..end as u64) {
+            target.bytes[start..end].copy_from_slice(&source.bytes[start..end]);
+        }
     }
 }
 

@@ -136,6 +136,19 @@ impl Disk {
         (range.start() / BLOCK) as usize..range.end().div_ceil(BLOCK) as usize
     }
 
+    /// Nobody waits for anything any more.
+    pub(super) fn end_of_process(&mut self) {
+        let is_idle = self.requests.values().all(|request| request.is_answered);
+        assert!(is_idle, "a request is still in flight");
+        self.requests.clear();
+        self.settling.clear();
+    }
+
+    /// Whether something may still change it.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.requests.values().any(|request| !request.is_answered)
+    }
+
     /// Blocks that lie in `range` wholly; the last one of the disk may be short.
     fn whole_blocks(&self, range: ByteRange) -> std::ops::Range<usize> {
         let end = if range.end() == self.limits.len {

@@ -97,6 +97,15 @@ impl World {
         self.happenings.remove(&id)
     }
 
+    /// The process is gone, and what it has asked of the disks is over: nothing but they is left.
+    pub(crate) fn end_of_process(&mut self) {
+        self.queue.clear();
+        self.happenings.clear();
+        self.guest_answers.clear();
+        self.queue_answers.clear();
+        self.disks.iter_mut().for_each(Disk::end_of_process);
+    }
+
     pub(crate) fn time(&self) -> Duration {
         Duration::from_micros(self.now)
     }

@@ -341,11 +341,7 @@ pub(crate) fn bits(number: u64, bitmap: u32, map: &HBitmap, range: ByteRange, ou
         out.extend(range.start().to_le_bytes());
         out.extend(range.len().to_le_bytes());
         if form == BYTES {
-            let len = map.serialized_len(range).expect("it is a chunk");
-            let at = out.len();
-            out.resize(at + len, 0);
-            map.serialize_part(range, &mut out[at..])
-                .expect("it is a chunk, and as long");
+            map.append_part(range, out).expect("it is a chunk");
         }
     });
 }

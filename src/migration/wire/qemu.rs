@@ -294,10 +294,9 @@ impl Maker {
         let len = map.serialized_len(range).expect("it is a chunk");
         let padded = len.next_multiple_of(PADDING);
         out.extend((padded as u64).to_be_bytes());
-        let at = out.len();
-        out.resize(at + padded, 0);
-        map.serialize_part(range, &mut out[at..at + len])
-            .expect("it is a chunk, and as long");
+        let end = out.len() + padded;
+        map.append_part(range, out).expect("it is a chunk");
+        out.resize(end, 0);
     }
 
     pub(crate) fn complete(&mut self, names: (&str, &str), out: &mut Vec<u8>) {

@@ -5,7 +5,7 @@ use std::mem;
 
 use super::entry::{Content, Intent, Named, Successor, Usage, unshared};
 use super::journal::fit;
-use super::{BitmapError, Bitmaps, Locked, SnapshotOf};
+use super::{BitmapError, Bitmaps, List, Locked, SnapshotOf};
 use crate::bitmap::HBitmap;
 use crate::node::{Inner, JobBitmapGuard, Node, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
@@ -21,9 +21,14 @@ pub enum ClaimFor {
 }
 
 /// How a claim ends.
-enum End {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ClaimEnd {
+    /// The successor takes the place of the bitmap.
     Abdicate,
+    /// Both become one again.
     Reclaim,
+    /// What an operation has left over becomes the bitmap, and of what was recorded meanwhile nothing else.
+    Left,
 }
 
 /// That the bits of a bitmap belong to an operation, a backup as a rule, while an anonymous *successor*
@@ -116,7 +121,10 @@ impl Locked<'_> {
     /// As [`BitmapClaim::reclaim`].
     pub(crate) fn reclaim(&mut self, node: &Node, mut claim: BitmapClaim) {
         claim.node = None;
-        let _unused = self.list(node).owned_mut(claim.id).end_claim(End::Reclaim);
+        let _unused = self
+            .list(node)
+            .owned_mut(claim.id)
+            .end_claim(ClaimEnd::Reclaim);
     }
 }
 
@@ -124,13 +132,13 @@ impl BitmapClaim {
     /// The successor takes the place of the bitmap, under its name, with its flags and at its place in
     /// the order; the claimed bits are gone. For an operation that has dealt with them.
     pub fn abdicate(mut self) {
-        self.end(End::Abdicate);
+        self.end(ClaimEnd::Abdicate);
     }
 
     /// The bitmap has back its bits and what was recorded meanwhile, and records if its successor did.
     /// Never fails. Dropping the claim does the same.
     pub fn reclaim(mut self) {
-        self.end(End::Reclaim);
+        self.end(ClaimEnd::Reclaim);
     }
 
     /// Has the successor record from now on. It does already if the bitmap did when it was claimed; no
@@ -174,11 +182,54 @@ impl BitmapClaim {
         Ok(JobBitmapGuard::new(list, self.id))
     }
 
+    /// What was recorded until now belongs to the claimed bits: what the successor has from here on was
+    /// written later.
+    pub(crate) fn fold(&self) {
+        let mut list = self.node().lock_drained();
+        let Content::Known { map, usage } = &mut list.owned_mut(self.id).content else {
+            unreachable!("an inconsistent bitmap is not claimed")
+        };
+        let Usage::Claimed(successor) = usage else {
+            unreachable!("it has a successor for as long as it is claimed")
+        };
+        if !successor.map.is_clean() {
+            unshared(map)
+                .merge_from(&successor.map)
+                .expect("it is as long");
+            successor.map.reset_all();
+        }
+    }
+
+    /// Ends it under the lock of its node. Gives back the map that is not needed any more.
+    pub(in crate::node) fn end_in(
+        mut self,
+        list: &mut List,
+        end: ClaimEnd,
+        left: &HBitmap,
+    ) -> HBitmap {
+        self.node = None;
+        let named = list.owned_mut(self.id);
+        // The bits of what is read-only stay: too much is dirty then, never too little.
+        let end = match end {
+            ClaimEnd::Left if named.is_readonly() => ClaimEnd::Reclaim,
+            end => end,
+        };
+        if end == ClaimEnd::Left {
+            let Content::Known { map, .. } = &mut named.content else {
+                unreachable!("an inconsistent bitmap is not claimed")
+            };
+            let map = unshared(map);
+            map.reset_all();
+            map.merge_from(left).expect("it is as long");
+        }
+        named.end_claim(end)
+    }
+
     fn node(&self) -> &Arc<Inner> {
         self.node.as_ref().expect("what ends it consumes it")
     }
 
-    fn end(&mut self, end: End) {
+    fn end(&mut self, end: ClaimEnd) {
         let Some(node) = self.node.take() else {
             return;
         };
@@ -191,7 +242,7 @@ impl BitmapClaim {
 
 impl Drop for BitmapClaim {
     fn drop(&mut self) {
-        self.end(End::Reclaim);
+        self.end(ClaimEnd::Reclaim);
     }
 }
 
@@ -217,7 +268,7 @@ impl Named {
     }
 
     /// Gives back the map that is not needed any more, for the caller to drop outside of the lock.
-    fn end_claim(&mut self, end: End) -> HBitmap {
+    fn end_claim(&mut self, end: ClaimEnd) -> HBitmap {
         let Content::Known { map, usage } = &mut self.content else {
             unreachable!("an inconsistent bitmap is not claimed")
         };
@@ -236,18 +287,19 @@ impl Named {
         };
         let map = unshared(map);
         match end {
-            End::Abdicate => {
+            ClaimEnd::Abdicate => {
                 if is_broken(Sabotage::AbdicateForgetsFlags) {
                     self.stored = self.stored.map(|_| super::entry::Stored::default());
                 }
                 mem::replace(map, successor.map)
             }
-            End::Reclaim => {
+            ClaimEnd::Reclaim => {
                 if !is_broken(Sabotage::ReclaimForgetsSuccessor) {
                     map.merge_from(&successor.map).expect("it is as long");
                 }
                 successor.map
             }
+            ClaimEnd::Left => successor.map,
         }
     }
 }

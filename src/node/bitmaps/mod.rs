@@ -75,6 +75,7 @@ use crate::sync::Arc;
 use crate::units::Granularity;
 
 pub(crate) use arrival::{BitmapArrival, Released};
+pub(crate) use claim::ClaimEnd;
 pub use claim::{BitmapClaim, ClaimFor};
 pub(super) use entry::Body;
 pub use entry::BusyWith;
