@@ -778,7 +778,8 @@ fn options() -> Result<Options> {
 
 fn main() -> ExitCode {
     let result = options().and_then(|options| {
-        let parts: [(&str, fn(&Options) -> Result<()>); 4] = [
+        type Part = fn(&Options) -> Result<()>;
+        let parts: [(&str, Part); 4] = [
             ("full", full),
             ("incremental", incremental),
             ("engine", engine),
