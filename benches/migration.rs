@@ -63,7 +63,7 @@ struct Disk {
 }
 
 fn disks() -> [Disk; 2] {
-    let is_test = std::env::args().any(|arg| arg == "--test");
+    let is_test = table::is_test();
     let shift = if is_test { 6 } else { 0 };
     let disk = |name, len: u64, granularity| Disk {
         name,
