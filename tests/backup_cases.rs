@@ -341,6 +341,7 @@ impl Hand {
             | OpKind::CopyOffloaded(_)
             | OpKind::Save(_)
             | OpKind::CopySaved(_)
+            | OpKind::CopySavedCompressed(_)
             | OpKind::DiscardSaved(_)
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => unreachable!("none of these was asked for"),
