@@ -174,7 +174,8 @@ struct Kept {
     sync: BackupSync,
     on_cbw_error: OnCbwError,
     on_full: OnBufferFull,
-    discards_saved: bool,
+    /// How much of the buffer can be discarded at once, if that can discard what it takes.
+    discard_saved_max: Option<u64>,
     discard_source: bool,
     cbw_timeout: Option<Duration>,
     hold_max: Duration,
@@ -344,9 +345,9 @@ impl Backup {
                 on_full: options
                     .buffer
                     .map_or(OnBufferFull::Wait, |buffer| buffer.on_full),
-                discards_saved: options
+                discard_saved_max: options
                     .buffer
-                    .is_some_and(|buffer| buffer.limits.discard.is_some()),
+                    .and_then(|buffer| buffer.discard_max(cluster)),
                 discard_source: options.discard_source,
                 cbw_timeout: options.cbw_timeout,
                 hold_max: options.hold_max.max(HOLD_MIN),
@@ -598,8 +599,10 @@ impl Backup {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Turn::Step(Step::Op(op));
             }
-            if let (true, Some(op)) = (self.options.discards_saved, self.engine.next_discard()) {
-                return Turn::Step(Step::Op(op));
+            if let Some(max) = self.options.discard_saved_max {
+                if let Some(op) = self.engine.next_discard(&armed.dirty, max) {
+                    return Turn::Step(Step::Op(op));
+                }
             }
             // Nothing is left behind in the buffer, and nothing more comes to a device when the job is over.
             let is_copied = armed.dirty.is_clean()

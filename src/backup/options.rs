@@ -46,7 +46,8 @@ pub enum OnCbwError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BackupBuffer {
-    /// What the device is and can do. Without [`discard`](Limits::discard) its space is never given back.
+    /// What the device is and can do. Without [`discard`](Limits::discard) of single clusters its space is never
+    /// given back.
     pub limits: Limits,
     /// Bytes that may be in use at the same time. Default no limit, but that of the device.
     pub bytes_max: u64,
@@ -90,6 +91,13 @@ impl BackupBuffer {
             });
         }
         Ok(most)
+    }
+
+    /// How much can be discarded at once, in whole clusters.
+    pub(super) fn discard_max(&self, cluster: u64) -> Option<u64> {
+        let discard = self.limits.discard?;
+        let max = discard.max & !(cluster - 1);
+        (u64::from(discard.align) <= cluster && max > 0).then_some(max)
     }
 }
 

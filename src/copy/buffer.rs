@@ -24,6 +24,8 @@ pub(crate) struct Buffer {
     saving: Vec<ByteRange>,
     /// What is in it and not needed any more.
     unneeded: Vec<ByteRange>,
+    /// What may be in it, at least in part, and does not count: putting it in has failed, or was lost.
+    strays: Vec<ByteRange>,
     /// Bytes being discarded.
     discarding: u64,
     /// The longest piece that is put in at once.
@@ -59,6 +61,7 @@ impl Buffer {
             saved,
             saving: Vec::new(),
             unneeded: Vec::new(),
+            strays: Vec::new(),
             discarding: 0,
             piece_max,
             bytes_max,
@@ -134,7 +137,7 @@ impl Buffer {
 
     /// It is in the buffer, and saved where that is still wanted.
     pub(crate) fn put_in(&mut self, range: ByteRange, is_wanted: impl Fn(ByteRange) -> bool) {
-        self.stop(range);
+        self.end_saving(range);
         let cluster = self.saved.granularity().bytes();
         let mut rest = range;
         while !rest.is_empty() {
@@ -148,9 +151,17 @@ impl Buffer {
         }
     }
 
+    /// It is not being put in any more.
+    pub(crate) fn end_saving(&mut self, range: ByteRange) {
+        self.saving.retain(|saving| *saving != range);
+    }
+
     /// It was not put in, or nobody knows.
     pub(crate) fn stop(&mut self, range: ByteRange) {
-        self.saving.retain(|saving| *saving != range);
+        self.end_saving(range);
+        if !self.strays.contains(&range) {
+            self.strays.push(range);
+        }
     }
 
     /// It was not put in, and may be for want of space.
@@ -179,9 +190,18 @@ impl Buffer {
         self.unneeded.push(range);
     }
 
-    /// What is to be discarded next, if the buffer can discard.
-    pub(crate) fn next_unneeded(&mut self) -> Option<ByteRange> {
+    /// What is to be discarded next, at most `max` bytes, if the buffer can discard. `is_over` says that nothing is
+    /// left to be copied.
+    pub(crate) fn next_unneeded(&mut self, max: u64, is_over: bool) -> Option<ByteRange> {
+        if is_over && self.saving.is_empty() {
+            // Not before: the same clusters might be put in once more.
+            self.unneeded.append(&mut self.strays);
+        }
         let range = self.unneeded.pop()?;
+        let (range, rest) = range.split_at(range.start().saturating_add(max));
+        if !rest.is_empty() {
+            self.unneeded.push(rest);
+        }
         self.discarding += range.len();
         Some(range)
     }

@@ -385,12 +385,13 @@ impl Engine {
         self.aside.len() < ASIDE_MAX
     }
 
-    /// The next range of the buffer that can be given back.
-    pub(crate) fn next_discard(&mut self) -> Option<Op> {
+    /// The next range of the buffer that can be given back, of at most `max` bytes.
+    pub(crate) fn next_discard(&mut self, dirty: &HBitmap, max: u64) -> Option<Op> {
         if !self.has_room_aside() {
             return None;
         }
-        let range = self.buffer.as_mut()?.next_unneeded()?;
+        let is_over = dirty.is_clean() && self.claims.is_empty();
+        let range = self.buffer.as_mut()?.next_unneeded(max, is_over)?;
         Some(self.hand_out_aside(OpKind::DiscardSaved(range)))
     }
 
@@ -596,7 +597,7 @@ impl Engine {
                 if let Some(buffer) = &mut self.buffer {
                     match side {
                         Side::Buffer => buffer.failed(range),
-                        Side::Source | Side::Target => buffer.stop(range),
+                        Side::Source | Side::Target => buffer.end_saving(range),
                     }
                 }
                 Done::Failed {
