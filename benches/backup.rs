@@ -35,8 +35,8 @@ use std::time::{Duration, Instant};
 use blockjob::driver::{Clock, Driver};
 use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
 use blockjob::{
-    Backup, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions, ByteRange, Content,
-    Extent, Limits, MirrorSync, Node, OpKind, Outcome, Step, Unmap,
+    Backup, BackupBuffer, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions, ByteRange,
+    Content, Extent, Limits, MirrorSync, Node, OpKind, Outcome, Step, Unmap,
 };
 
 #[path = "support/copying.rs"]
@@ -709,7 +709,7 @@ fn guest(options: &Options) -> Result<()> {
             Ok(())
         })?,
     );
-    let push = |workers: usize, chunk_max: u64| {
+    let push = |workers: usize, chunk_max: u64, with_buffer: bool| {
         our_guest(&files, |node| {
             let clock = TimerClock::new();
             let target = Slow {
@@ -722,11 +722,20 @@ fn guest(options: &Options) -> Result<()> {
             backup.workers = workers;
             backup.chunk_max = chunk_max;
             let source = InPlace::new(files.source()?)?;
-            back_up(node, source, target, backup).map(drop)
+            if !with_buffer {
+                return back_up(node, source, target, backup).map(drop);
+            }
+            let buffer = FileDevice::new(files.create("buffer")?, 1)?;
+            backup.buffer = Some(BackupBuffer::new(buffer.limits()));
+            let mut backup = Backup::new(node, source.limits(), target.limits(), backup)?;
+            let driver = Driver::new(source, target, &clock).with_buffer(buffer);
+            backup.job().start()?;
+            Ok(block_on(driver.run_backup(&mut backup))?)
         })
     };
-    row("blockjob, push", push(16, MIB)?);
-    row("blockjob, push, 1 worker, 64 KiB", push(1, CLUSTER)?);
+    row("blockjob, push", push(16, MIB, false)?);
+    row("blockjob, push, 1 worker, 64 KiB", push(1, CLUSTER, false)?);
+    row("blockjob, push with buffer", push(16, MIB, true)?);
     if is_installed(DAEMON) {
         row(
             "QEMU, no backup, over NBD",
