@@ -344,7 +344,7 @@ impl<'a> Server<'a> {
             }
             3 => self.answer(option, 2, &0_u32.to_be_bytes())?,
             6 | 7 => match text(&mut &data[..]) {
-                Some(name) if name.is_empty() => {
+                Some([]) => {
                     let mut export = 0_u16.to_be_bytes().to_vec();
                     export.extend(LEN.to_be_bytes());
                     export.extend(EXPORT_FLAGS.to_be_bytes());
