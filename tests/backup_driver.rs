@@ -261,6 +261,33 @@ async fn a_buffer_is_filled_and_emptied() {
 }
 
 #[tokio::test]
+async fn a_buffer_that_cannot_discard_does_not_keep_the_backup_from_its_end() {
+    let [source, target, buffer] = [1, 9, 5].map(|seed| Arc::new(Memory::new(seed)));
+    let instant = source.bytes();
+    let disk = GuestDisk::new(Node::new(LEN), Arc::clone(&source));
+    let mut limits = buffer.limits();
+    limits.discard = None;
+    let buffered = options(|options| options.buffer = Some(BackupBuffer::new(limits)));
+    let limits = (source.limits(), target.limits());
+    let mut backup = Backup::new(disk.node(), limits.0, limits.1, buffered).unwrap();
+    let job = backup.job().clone();
+    job.start().unwrap();
+    let driver = Driver::new(Arc::clone(&source), Arc::clone(&target), NoTime);
+    let driver = driver.with_buffer(Arc::clone(&buffer));
+    let both = async { tokio::join!(driver.run_backup(&mut backup), guest(&disk, &job)).0 };
+    let patience = std::time::Duration::from_secs(60);
+    let result = tokio::time::timeout(patience, both).await;
+    result.expect("it comes to an end").unwrap();
+    assert!(target.bytes() == instant && source.bytes() != instant);
+    let (left, peak) = backup.buffer_bytes();
+    assert!(
+        left > 0 && left == peak,
+        "its space is never given back: {left} of {peak}"
+    );
+    assert!(buffer.discarded.lock().is_empty());
+}
+
+#[tokio::test]
 async fn the_source_is_told_what_was_copied() {
     let source = Memory::new(1);
     let target = Arc::new(Memory::new(9));
