@@ -275,7 +275,7 @@ async fn a_buffer_that_cannot_discard_does_not_keep_the_backup_from_its_end() {
     let driver = Driver::new(Arc::clone(&source), Arc::clone(&target), NoTime);
     let driver = driver.with_buffer(Arc::clone(&buffer));
     let both = async { tokio::join!(driver.run_backup(&mut backup), guest(&disk, &job)).0 };
-    let patience = std::time::Duration::from_secs(60);
+    let patience = Duration::from_secs(60);
     let result = tokio::time::timeout(patience, both).await;
     result.expect("it comes to an end").unwrap();
     assert!(target.bytes() == instant && source.bytes() != instant);
