@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use blockjob::{
-    Cancel, JobError, JobKind, JobOptions, JobOptionsError, Jobs, Limits, Mirror, MirrorError,
-    MirrorOptions, Node, OnError, OpKind, Status, Verb, VerbError, capabilities,
+    BackupOptions, Cancel, JobError, JobKind, JobOptions, JobOptionsError, Jobs, Limits, Mirror,
+    MirrorError, MirrorOptions, Node, OnError, OpKind, Status, Verb, VerbError, capabilities,
 };
 
 use machine::{Count, KIB, MS, Machine, Rest, options};
@@ -540,25 +540,39 @@ fn fields(debug: &str) -> Vec<String> {
 
 #[test]
 fn the_capabilities_are_those_of_the_types() {
-    let [mirror] = capabilities().jobs else {
-        panic!("there is one type");
+    let [mirror, backup] = capabilities().jobs else {
+        panic!("there are two types");
     };
-    assert_eq!(mirror.name, "mirror");
+    assert_eq!((mirror.name, backup.name), ("mirror", "backup"));
     assert_eq!(mirror.verbs, Verb::ALL);
+    let without_complete = Verb::ALL.iter().filter(|verb| **verb != Verb::Complete);
+    assert!(backup.verbs.iter().eq(without_complete));
     let common = fields(&format!("{:?}", JobOptions::default()));
     assert_eq!(common, JobKind::COMMON_OPTIONS);
-    let mut own = fields(&format!("{:?}", MirrorOptions::default()));
-    own.retain(|name| name != "job");
-    assert_eq!(own, mirror.options);
+    let own = |options: String| {
+        let mut own = fields(&options);
+        own.retain(|name| name != "job");
+        own
+    };
+    assert_eq!(
+        own(format!("{:?}", MirrorOptions::default())),
+        mirror.options
+    );
+    assert_eq!(
+        own(format!("{:?}", BackupOptions::default())),
+        backup.options
+    );
     let changes = fields(&format!("{:?}", blockjob::Change::default()));
     assert_eq!(changes, mirror.changes);
+    assert_eq!(changes, backup.changes);
     for policy in mirror.policies {
         let mut options = options();
         options.job.on_source_error = *policy;
         let machine = Machine::new(LEN, options);
         assert_eq!(machine.job.query().on_source_error, *policy);
     }
-    assert_eq!(mirror.policies.len(), 4);
+    assert_eq!(mirror.policies.len(), 5);
+    assert_eq!(backup.policies, mirror.policies);
     let machine = Machine::new(LEN, options());
     assert_eq!(machine.job.query().kind, mirror.name);
 }
