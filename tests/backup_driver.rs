@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use blockjob::driver::{Clock, Driver};
+use blockjob::driver::{Clock, Driven, Driver};
 use blockjob::io::{
     AlignedBuf, BlockDevice, BufResult, DynReadAt, DynWriteAt, FrozenDisk, GuestDisk, ReadAt,
     WriteAt,
 };
 use blockjob::{
-    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, ByteRange, Cancel, Content,
-    Extent, JobError, Limits, Node, RangeLimits, Status, Unmap,
+    Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, BitmapOptions, ByteRange, Cancel,
+    Content, Extent, JobError, JobGroup, Limits, Mirror, MirrorOptions, Node, RangeLimits, Status,
+    Unmap,
 };
 
 const LEN: u64 = 40 * (64 << 10) + 5_000;
@@ -364,4 +365,89 @@ async fn a_job_can_read_the_frozen_view_of_another() {
     assert!(view.begin_read((0..512).into()).is_err());
     let read = fleece.read.lock().len();
     assert!(read > 0, "nothing was saved");
+}
+
+/// A disk that moves and another that is backed up end together, or neither does.
+#[tokio::test]
+async fn a_mirror_and_a_backup_of_one_group_end_together() {
+    for is_cancelled in [false, true] {
+        let memories = [1, 2, 9, 9].map(|seed| Arc::new(Memory::new(seed)));
+        let [moved, kept, mirror_target, backup_target] = &memories;
+        let instant = kept.bytes();
+        let disk = GuestDisk::new(Node::new(LEN), Arc::clone(moved));
+        let other = Node::new(LEN);
+        let guard = other.quiesce().await;
+        let bitmaps = other.bitmaps();
+        bitmaps
+            .add(&guard, "daily", BitmapOptions::default())
+            .unwrap();
+        drop(guard);
+        let write = |at| {
+            other
+                .begin_write((at..at + 1).into())
+                .go()
+                .unwrap()
+                .finish(())
+        };
+        write(0);
+
+        let group = JobGroup::new();
+        let mut mirror_options = MirrorOptions::default();
+        mirror_options.job.group = Some(group.clone());
+        let limits = moved.limits();
+        let mut mirror = Mirror::new(disk.node(), limits, limits, mirror_options).unwrap();
+        let incremental = options(|options| {
+            options.job.group = Some(group.clone());
+            options.job.auto_dismiss = false;
+            options.sync = BackupSync::Incremental;
+            options.bitmap = Some("daily".to_owned());
+        });
+        let mut backup = Backup::new(&other, limits, limits, incremental).unwrap();
+        let (mirror_job, backup_job) = (mirror.job().clone(), backup.job().clone());
+        mirror_job.start().unwrap();
+        backup_job.start().unwrap();
+        let mirrors = Driver::new(Arc::clone(moved), Arc::clone(mirror_target), NoTime);
+        let backups = Driver::new(Arc::clone(kept), Arc::clone(backup_target), NoTime);
+
+        let moving = async {
+            match mirrors.run(&mut mirror).await {
+                Driven::Switch(switch) => {
+                    assert!(moved.bytes() == mirror_target.bytes());
+                    let to = Arc::clone(mirror_target);
+                    disk.replace(switch.guard(), to)
+                        .ok()
+                        .expect("it is its node");
+                    switch.commit();
+                    mirrors.run(&mut mirror).await
+                }
+                driven => driven,
+            }
+        };
+        let asking = async {
+            while backup_job.query().status != Status::Waiting {
+                tokio::task::yield_now().await;
+            }
+            // Its own work is done, and it waits for the mirror: neither has succeeded yet.
+            write(1 << 20);
+            while mirror_job.query().status != Status::Ready {
+                tokio::task::yield_now().await;
+            }
+            match is_cancelled {
+                true => mirror_job.cancel(Cancel::Force).unwrap(),
+                false => mirror_job.complete().unwrap(),
+            }
+        };
+        let (driven, backed_up, ()) = tokio::join!(moving, backups.run_backup(&mut backup), asking);
+        let Driven::Done(mirrored) = driven else {
+            panic!("its switch was committed");
+        };
+        assert_eq!(
+            (mirrored.is_err(), backed_up.is_err()),
+            (is_cancelled, is_cancelled)
+        );
+        assert_eq!(backup_target.bytes()[..4096], instant[..4096]);
+        // What came later is dirty, and after a failure what was there at the instant, too.
+        let dirty = bitmaps.query("daily").unwrap().dirty_bytes;
+        assert_eq!(dirty, if is_cancelled { 2 } else { 1 } * 65536);
+    }
 }

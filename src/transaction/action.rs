@@ -124,10 +124,12 @@ impl Action {
     }
 
     pub(super) fn nodes(&self) -> impl Iterator<Item = &Node> {
-        let started = match self {
-            Action::Start(job) => job.at_start().map(|start| start.node()),
-            _ => None,
+        let job = if let Action::Start(job) = self {
+            job.at_start()
+        } else {
+            None
         };
+        let started = job.map(|start| start.node());
         let (first, rest): (_, &[Named]) = match self {
             Action::Add { to: named, .. }
             | Action::Remove(named)
