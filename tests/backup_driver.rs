@@ -387,7 +387,7 @@ async fn a_mirror_and_a_backup_of_one_group_end_together() {
                 .begin_write((at..at + 1).into())
                 .go()
                 .unwrap()
-                .finish(())
+                .finish(());
         };
         write(0);
 
