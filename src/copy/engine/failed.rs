@@ -1,0 +1,154 @@
+//! What failed, what was lost, and what is given up: how it gets dirty again.
+
+use std::time::Duration;
+
+use super::{Engine, make_dirty};
+use crate::bitmap::HBitmap;
+use crate::copy::claims::ClaimState;
+use crate::copy::{Op, OpKind};
+use crate::sabotage::{Sabotage, is_broken};
+use crate::units::ByteRange;
+
+impl Engine {
+    /// Whether ranges wait for the target to settle, and it was not asked to.
+    pub(crate) fn wants_settle(&self) -> bool {
+        !self.is_settling && self.has_lost()
+    }
+
+    /// The request to settle, if ranges wait for one.
+    pub(crate) fn settle(&mut self, dirty: Option<&mut HBitmap>) -> Option<Op> {
+        if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
+            self.settled(dirty);
+        }
+        if !self.wants_settle() {
+            return None;
+        }
+        self.is_settling = true;
+        Some(self.hand_out(OpKind::Settle))
+    }
+
+    /// Ends the waiting of what was to be tried again by `now`.
+    pub(crate) fn unpark(&mut self, now: Duration) {
+        if self.claims.parked() == 0 {
+            return;
+        }
+        let due: Vec<u64> = self
+            .parked()
+            .filter(|&(_, until)| until <= now)
+            .map(|(start, _)| start)
+            .collect();
+        for start in due {
+            self.claims.remove(start);
+        }
+    }
+
+    /// When the first of what is to be tried again is due.
+    pub(crate) fn next_retry(&self) -> Option<Duration> {
+        if self.claims.parked() == 0 {
+            return None;
+        }
+        self.parked().map(|(_, until)| until).min()
+    }
+
+    /// Leaves a failed range alone until then.
+    pub(crate) fn retry_at(&mut self, range: ByteRange, until: Duration) {
+        self.claims
+            .set_state(range.start(), ClaimState::Parked { until });
+    }
+
+    /// Ends the claim of a failed range: it may be tried at once.
+    pub(crate) fn release(&mut self, range: ByteRange) {
+        self.claims.remove(range.start());
+    }
+
+    /// Everything handed out is lost: who worked on it was dropped. Returns what belonged to no claim,
+    /// and must be asked for again.
+    pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
+        let mut unclaimed = Vec::new();
+        self.aside.clear();
+        for (id, kind) in std::mem::take(&mut self.running) {
+            if !self.urgent.remove(&id) {
+                self.buffered_bytes -= kind.buffered_bytes();
+            }
+            match kind {
+                OpKind::Status(range) if self.is_claimed_by(range, id) => {
+                    self.claims.set_state(range.start(), ClaimState::Look);
+                    self.ready.push_front(range.start());
+                }
+                OpKind::Copy(range)
+                | OpKind::CopyCompressed(range)
+                | OpKind::CopyOffloaded(range)
+                | OpKind::Zero(range, _)
+                | OpKind::Discard(range)
+                | OpKind::CopySaved(range)
+                | OpKind::CopySavedCompressed(range) => {
+                    self.claims.set_state(range.start(), ClaimState::Lost);
+                }
+                OpKind::Flush => {
+                    self.has_unflushed = true;
+                    unclaimed.push(kind);
+                }
+                OpKind::Status(_) => unclaimed.push(kind),
+                // Should it still come to the buffer, it is what belongs there: the guest is held back.
+                OpKind::Save(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.stop(range);
+                    }
+                }
+                OpKind::DiscardSaved(range) => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.discard_again(range);
+                    }
+                }
+                OpKind::GiveUp(_) => self.has_lost_discard = true,
+                OpKind::DiscardSource(_) | OpKind::Settle | OpKind::CancelInFlight => {}
+            }
+        }
+        self.is_settling = false;
+        unclaimed
+    }
+
+    /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.
+    pub(crate) fn give_up_planned(&mut self, dirty: &mut HBitmap) {
+        for start in std::mem::take(&mut self.ready) {
+            let claim = self.claims.remove(start);
+            if !is_broken(Sabotage::ForgetPlanned) {
+                make_dirty(dirty, claim.range);
+            }
+        }
+        self.unpark(Duration::MAX);
+    }
+
+    pub(super) fn settled(&mut self, dirty: &mut HBitmap) {
+        self.is_settling = false;
+        self.has_lost_discard = false;
+        let lost: Vec<ByteRange> = self
+            .claims
+            .iter()
+            .filter(|claim| claim.state == ClaimState::Lost)
+            .map(|claim| claim.range)
+            .collect();
+        for range in lost {
+            make_dirty(dirty, range);
+            self.claims.remove(range.start());
+        }
+    }
+
+    pub(super) fn has_lost(&self) -> bool {
+        self.claims.lost() > 0 || self.has_lost_discard
+    }
+
+    pub(super) fn parked(&self) -> impl Iterator<Item = (u64, Duration)> {
+        self.claims.iter().filter_map(|claim| match claim.state {
+            ClaimState::Parked { until } => Some((claim.range.start(), until)),
+            _ => None,
+        })
+    }
+
+    /// Everything that is claimed is added to `dirty`: together, what the target may lack.
+    pub(crate) fn add_claimed(&self, dirty: &mut HBitmap) {
+        for claim in self.claims.iter() {
+            dirty.set(claim.range).expect("within the disk");
+        }
+    }
+}
