@@ -243,8 +243,8 @@ pub use crate::migration::{
     OutgoingMigration, SetupError,
 };
 pub use crate::mirror::{
-    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Mirror, MirrorError,
-    MirrorOptions, MirrorSync, Resume, ResumeError, Switch, SwitchBack,
+    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, CopyMode, Mirror,
+    MirrorError, MirrorOptions, MirrorSync, Resume, ResumeError, Switch, SwitchBack,
 };
 #[cfg(loom)]
 #[doc(hidden)]
@@ -253,8 +253,8 @@ pub use crate::node::{
     Begin, BeginFuture, BitmapClaim, BitmapError, BitmapExport, BitmapHold, BitmapInfo,
     BitmapOptions, BitmapState, BitmapStorage, Bitmaps, BusyWith, CannotPersist, ClaimFor,
     DirtyRuns, FrozenBitmap, Grown, GuestQueue, JobBitmap, JobBitmapGuard, Lane, Node, NotSaved,
-    OwnedTicket, PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, Ticket, TrackError, Way,
-    WriteRefused,
+    OwnedTicket, PendingWrite, Quiesce, QuiesceGuard, Resize, SnapshotOf, TargetWrite, Ticket,
+    TrackError, Way, WriteRefused,
 };
 pub use crate::transaction::{
     ActionError, ActionKind, Prepared, Preparing, Transaction, TransactionError,

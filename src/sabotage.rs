@@ -54,6 +54,14 @@ pub enum Sabotage {
     KeepWritesOfJob,
     /// Mirror 7: what was written since the instant of the end is taken for copied.
     InstantAtEnd,
+    /// Mirror 9: writes are active ones while the source is scanned.
+    ActiveWhileScanning,
+    /// Mirror 9: what active writes have brought to the target counts as flushed.
+    ForgetActiveWrites,
+    /// Mirror 9: what active writes have under way is left out of what is left.
+    LeaveOutActives,
+    /// Mirror 10: the target counts as synced while other writes are under way.
+    TrustTheMode,
     /// Mirror 8: a checkpoint leaves out what is in flight.
     CheckpointForgetsClaims,
     /// Mirror 8: a checkpoint of other disks is gone on from.
@@ -174,6 +182,26 @@ pub enum Sabotage {
     DoNotHold,
     /// Transactions 5: a name that may have to be given back is given to others.
     GiveAwayName,
+    /// Active writes 1: a write does not look for what the job has claimed.
+    WriteOverClaims,
+    /// Active writes 1: the job does not look for active writes.
+    ClaimOverWrites,
+    /// Active writes 1: a write does not look for others.
+    OverlapActives,
+    /// Active writes 1: the claim of a write ends when the source has it.
+    EndClaimEarly,
+    /// Active writes 2: the job wishes for nothing that writes keep from it.
+    WishForNothing,
+    /// Active writes 3: a granule that a write covers in part is clean thereafter.
+    WriteIntoDirty,
+    /// Active writes 4: a write that has failed on the source is not recorded.
+    ForgetFailedSource,
+    /// Active writes 4: a write that has failed on the target is not recorded.
+    ForgetFailedTarget,
+    /// Active writes 5: one that has gone well is recorded nowhere.
+    RecordNoActives,
+    /// Active writes 7: those that wait go on waiting when nobody drives the job.
+    WaitForNobody,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.

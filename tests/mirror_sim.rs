@@ -36,9 +36,9 @@ use blockjob::driver::{Driven, Driver};
 use blockjob::queue::{Answer, Next, Queue, Work};
 use blockjob::{
     BitmapMode, BitmapState, ByteRange, Cancel, Change, ChangedSince, Checkpoint, CheckpointId,
-    Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits, Mirror, MirrorError,
-    MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits, Resume, ResumeError,
-    Side, SnapshotOf, Status, Step, Switch, Unmap,
+    CopyMode, Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits, Mirror,
+    MirrorError, MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits, Resume,
+    ResumeError, Side, SnapshotOf, Status, Step, Switch, Unmap,
 };
 
 use sim::content::{fill_copied, fill_source, fill_target, is_equal};
@@ -60,6 +60,7 @@ enum Asking {
     Release,
     Speed(u64),
     Policy(OnError),
+    Mode(CopyMode),
     Complete,
     SoftCancel,
     ForceCancel,
@@ -119,6 +120,9 @@ struct Report {
     bitmap: Option<(BitmapMode, bool)>,
     resumed: u64,
     refused: u64,
+    /// Writes that went to the target as well.
+    copied: u64,
+    was_synced: bool,
 }
 
 fn limits(rng: &mut Rng, len: u64, align: u64) -> Limits {
@@ -253,6 +257,20 @@ impl Plan {
             }
         }
         self.go_by(rng, bits);
+    }
+
+    /// Has writes go to the target at once, now and then, or for a while.
+    fn add_mode(&mut self, rng: &mut Rng) {
+        if rng.one_in(2) {
+            return;
+        }
+        let modes = [CopyMode::Background, CopyMode::WriteBlocking];
+        self.options.copy_mode = rng.pick(&[CopyMode::WriteBlocking, modes[0]]);
+        let horizon = rng.pick(&[500, 3_000, 20_000]);
+        for _ in 0..rng.pick(&[0, 1, 1, 4]) {
+            let ask = Asking::Mode(rng.pick(&modes));
+            self.asks.push((10 + rng.below(horizon), ask));
+        }
     }
 
     /// Has checkpoints taken, and the process end at some time.
@@ -410,6 +428,11 @@ impl Sim {
             Asking::Policy(policy) => drop(self.job.change(Change {
                 on_source_error: Some(policy),
                 on_target_error: Some(policy),
+                ..Change::default()
+            })),
+            Asking::Mode(mode) => drop(self.job.change(Change {
+                copy_mode: Some(mode),
+                ..Change::default()
             })),
             Asking::Complete => {
                 let status = self.job.query().status;
@@ -513,21 +536,32 @@ impl Sim {
     }
 
     /// Whatever differs is known to differ.
-    fn check_coverage(&self, mirror: &Mirror) {
+    fn check_coverage(&mut self, mirror: &Mirror) {
         mirror.check_invariants();
         if self.guests.current != SOURCE {
             return;
         }
+        let is_synced = mirror.is_actively_synced();
+        self.report.was_synced |= is_synced;
+        assert!(
+            !(is_synced && self.guests.is_writing_alone()),
+            "a write is in flight that the target will not have"
+        );
         let Some(left) = mirror.left_dirty() else {
             return;
         };
         let world = self.world.borrow();
         for block in 0..world.disks[SOURCE].blocks.len() {
             let start = block as u64 * BLOCK;
-            let is_known = self.guests.is_busy(block) || left.any_dirty_in(start..start + BLOCK);
+            let is_busy = self.guests.is_busy(block);
+            let is_known = is_busy || left.any_dirty_in(start..start + BLOCK);
             assert!(
                 is_known || is_equal(&world.disks, block),
                 "block {block} differs and nobody knows: {left:?}"
+            );
+            assert!(
+                !is_synced || is_busy || is_equal(&world.disks, block),
+                "block {block} differs of a target that is synced"
             );
         }
     }
@@ -559,6 +593,7 @@ impl Sim {
         {
             let target = &mut self.world.borrow_mut().disks[TARGET];
             target.is_guests = true;
+            target.is_copied_to = false;
             // The overlay has its real base from here on.
             target.limits.fills_clusters = false;
         }
@@ -766,8 +801,15 @@ fn other_rng(seed: u64) -> Rng {
     Rng::new(seed ^ 0x5eed_0b17_3a95)
 }
 
+fn mode_rng(seed: u64) -> Rng {
+    Rng::new(seed ^ 0xac71_7e0d)
+}
+
 fn run(seed: u64) -> Report {
-    let (mut sim, mirror) = begin(seed, |plan| plan.add_bitmap(&mut other_rng(seed)));
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.add_bitmap(&mut other_rng(seed));
+        plan.add_mode(&mut mode_rng(seed));
+    });
     drive(&mut sim, mirror);
     sim.finish();
     sim.report
@@ -779,6 +821,7 @@ fn run_chain(seed: u64) -> Report {
     let (mut sim, mirror) = begin(seed, |plan| {
         plan.add_bitmap(&mut rng);
         plan.die_at(&mut rng);
+        plan.add_mode(&mut mode_rng(seed));
     });
     drive(&mut sim, mirror);
     while !(sim.report.switched || sim.checkpoints.is_empty()) && sim.report.resumed < 4 {
@@ -943,6 +986,7 @@ fn begin(seed: u64, change: impl FnOnce(&mut Plan)) -> (Sim, Mirror) {
         0
     };
     let world = World::new(rng, vec![source, target]);
+    world.borrow_mut().disks[TARGET].is_copied_to = true;
     let mut sim = Sim::new(world, node, mirror.job().clone(), plan, load);
     sim.start(start_at);
     (sim, mirror)
@@ -954,6 +998,7 @@ impl Sim {
         guests.pause = load.pause;
         guests.len_max = load.len_max;
         guests.until = load.until;
+        guests.copies_to = Some(TARGET);
         Self {
             plan,
             world,
@@ -993,6 +1038,7 @@ impl Sim {
         let world = self.world.borrow();
         self.report.steps = world.steps;
         self.report.writes += self.guests.writes;
+        self.report.copied += self.guests.copied;
         self.report.overlapped = world.disks[TARGET].writes_in_flight_max;
         assert!(
             self.node.quiesce().try_guard().is_ok(),
@@ -1233,7 +1279,8 @@ fn every_seed_keeps_the_promises() {
     let steps: u64 = reports.iter().map(|report| report.steps).sum();
     println!(
         "{steps} steps, {:.0} per second; {} guest writes; {} ready, {} switched, {} cancelled, \
-         {} failed, {} with dropped drivers, {} with guests held, {} paused, {} with writes in parallel",
+         {} failed, {} with dropped drivers, {} with guests held, {} paused, {} with writes in parallel, \
+         {} synced, {} active writes",
         steps as f64 / seconds,
         reports.iter().map(|report| report.writes).sum::<u64>(),
         count_of(|r| r.was_ready),
@@ -1244,6 +1291,8 @@ fn every_seed_keeps_the_promises() {
         count_of(|r| r.waited),
         count_of(|r| r.paused),
         count_of(|r| r.overlapped > 1),
+        count_of(|r| r.was_synced),
+        reports.iter().map(|report| report.copied).sum::<u64>(),
     );
     if count >= 1_000 {
         // A simulation that never comes to a place shows nothing about it.
@@ -1255,6 +1304,8 @@ fn every_seed_keeps_the_promises() {
         assert!(share(|r| r.waited) > 0.02);
         assert!(share(|r| r.paused) > 0.05);
         assert!(share(|r| r.overlapped > 1) > 0.2);
+        assert!(share(|r| r.copied > 0) > 0.1);
+        assert!(share(|r| r.was_synced) > 0.05);
         for mode in MODES {
             for is_good in [false, true] {
                 let end = Some((mode, is_good));
@@ -1323,6 +1374,17 @@ mod sabotage {
         (Sabotage::InstantAtEnd, 400),
         (Sabotage::CleanAfterFailure, 400),
         (Sabotage::ForgetInFlight, 400),
+        (Sabotage::WriteOverClaims, 1000),
+        (Sabotage::ClaimOverWrites, 1000),
+        (Sabotage::EndClaimEarly, 1000),
+        (Sabotage::WriteIntoDirty, 1000),
+        (Sabotage::ForgetFailedSource, 2000),
+        (Sabotage::ForgetFailedTarget, 1000),
+        (Sabotage::RecordNoActives, 1000),
+        (Sabotage::ActiveWhileScanning, 4000),
+        (Sabotage::ForgetActiveWrites, 1000),
+        (Sabotage::LeaveOutActives, 4000),
+        (Sabotage::TrustTheMode, 4000),
     ];
 
     /// The same, by chains of processes.

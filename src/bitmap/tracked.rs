@@ -490,6 +490,13 @@ impl Changes {
         }
     }
 
+    /// As [`HBitmap::set`] of `map`, of which these are the changes, within the disk.
+    pub(crate) fn set(&mut self, map: &mut HBitmap, range: ByteRange) {
+        let granules = map.granularity.outward(range);
+        self.will_set(map, granules.clone());
+        map.set_run(granules);
+    }
+
     /// These granules of `map` are about to be set.
     fn will_set(&mut self, map: &HBitmap, granules: Range<u64>) {
         self.mark_runs(

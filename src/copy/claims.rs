@@ -4,11 +4,13 @@
 //!    when either could land last and the older might win.
 //! 2. A claim is taken only together with the dirty bits in it, in one step under the node's lock.
 //! 3. A claim ends only when its range is on the target, or dirty again.
+//! 4. Where guest writes may be active ones they see every claim, from before its bits are clear to its end.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::copy::{OpId, OpKind};
+use crate::node::{ActiveClaims, ActiveLock};
 use crate::units::ByteRange;
 
 /// What a claimed range is waiting for.
@@ -44,9 +46,26 @@ pub(crate) struct Claims {
     parked: usize,
     /// How many are lost.
     lost: usize,
+    /// Where active writes see them.
+    actives: Option<ActiveClaims>,
 }
 
 impl Claims {
+    /// From now on active writes see the claims, and claims must not meet active writes.
+    pub(crate) fn show_to(&mut self, actives: ActiveClaims) {
+        let mut lock = actives.lock();
+        for claim in self.by_start.values() {
+            lock.claim(claim.range);
+        }
+        drop(lock);
+        self.actives = Some(actives);
+    }
+
+    /// Where active writes see them.
+    pub(crate) fn actives(&self) -> Option<&ActiveClaims> {
+        self.actives.as_ref()
+    }
+
     /// The first claim that overlaps `range`.
     pub(crate) fn first_in(&self, range: ByteRange) -> Option<ByteRange> {
         let before = self.by_start.range(..=range.start()).next_back();
@@ -72,6 +91,22 @@ impl Claims {
     }
 
     pub(crate) fn insert(&mut self, claim: Claim) {
+        if let Some(actives) = &self.actives {
+            actives.lock().claim(claim.range);
+        }
+        self.put(claim);
+    }
+
+    /// As [`insert`](Self::insert), by one who has looked for active writes under that lock.
+    pub(crate) fn insert_under(&mut self, claim: Claim, lock: Option<&mut ActiveLock<'_>>) {
+        if let Some(lock) = lock {
+            lock.claim(claim.range);
+        }
+        self.put(claim);
+    }
+
+    /// Puts in a part of what was [taken](Self::take) out.
+    pub(crate) fn put(&mut self, claim: Claim) {
         assert!(
             self.first_in(claim.range).is_none(),
             "{:?} is claimed already",
@@ -83,10 +118,24 @@ impl Claims {
     }
 
     pub(crate) fn remove(&mut self, start: u64) -> Claim {
+        let claim = self.take(start);
+        self.free(claim.range);
+        claim
+    }
+
+    /// Takes a claim out, to put parts of it back in. What is not put back is to be [freed](Self::free).
+    pub(crate) fn take(&mut self, start: u64) -> Claim {
         let claim = self.by_start.remove(&start).expect("a claim starts there");
         self.bytes -= claim.range.len();
         self.count(claim.state, -1);
         claim
+    }
+
+    /// Active writes may have that range.
+    pub(crate) fn free(&self, range: ByteRange) {
+        if let Some(actives) = &self.actives {
+            actives.lock().release(range);
+        }
     }
 
     pub(crate) fn set_state(&mut self, start: u64, state: ClaimState) {

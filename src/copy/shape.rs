@@ -30,6 +30,8 @@ pub(crate) struct Shape {
     pub(crate) chunk_max: u64,
     /// The longest claim.
     pub(crate) run_max: u64,
+    /// What a write is aligned to that is not to fill a cluster.
+    write_align: u64,
     /// What zero writes are aligned to and how long they may be.
     zeroes: Option<(u64, u64)>,
     /// The same for discards.
@@ -67,10 +69,9 @@ impl Shape {
     ) -> Result<Self, ShapeError> {
         let align = ends.request_align();
         let block = granularity.bytes().max(align);
-        let cluster = ends
-            .target
-            .cluster
-            .filter(|_| ends.target.fills_clusters)
+        let filled = ends.target.cluster.filter(|_| ends.target.fills_clusters);
+        let write_align = align.max(filled.map_or(1, u64::from));
+        let cluster = filled
             .map(|cluster| u64::from(cluster).max(block))
             .filter(|&cluster| cluster > granularity.bytes());
         let most = align_down(ends.max_transfer(), align);
@@ -95,6 +96,7 @@ impl Shape {
         Ok(Self {
             len: ends.target.len,
             granularity,
+            write_align,
             block,
             cluster,
             chunk_max,
@@ -218,6 +220,12 @@ impl Shape {
         };
         let inner = ByteRange::from(start..end);
         (!inner.is_empty()).then_some(inner)
+    }
+
+    /// What a write to the target must be aligned to, if it is not to fill a cluster. Small clusters are filled by
+    /// what the job copies, and not by what a guest writes.
+    pub(crate) fn write_align(&self) -> u64 {
+        self.write_align
     }
 
     /// What discards are aligned to and how long they may be, if the target can discard.

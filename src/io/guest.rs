@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use parking_lot::{Mutex, RwLock};
 
-use crate::copy::{Extent, Limits, Unmap};
-use crate::io::{BlockDevice, BufResult, ReadAt, WriteAt};
-use crate::node::{Node, OwnedTicket, QuiesceGuard, WriteRefused};
+use crate::copy::{Extent, Limits, RangeLimits, Unmap};
+use crate::io::{BlockDevice, BufResult, BufferPool, ReadAt, WriteAt};
+use crate::node::{Lane, Node, OwnedTicket, QuiesceGuard, TargetWrite, WriteRefused};
 use crate::units::ByteRange;
 
 /// A guest's disk: a device behind the gate of a [`Node`], which can be exchanged for another while
@@ -17,6 +17,9 @@ use crate::units::ByteRange;
 /// settled; each picks the device after it was let in, so that one that waited for a switch goes to the
 /// new device only. While the node refuses them they fail with `PermissionDenied`, and nothing is written. Reads and flushes go straight to the device.
 ///
+/// Made [with a pool](Self::with_pool) it can take part in a [write-blocking](crate::CopyMode::WriteBlocking)
+/// mirror: see [`copy_to`](Self::copy_to).
+///
 /// # Cancel safety
 ///
 /// A write whose future is dropped may still reach the device. It counts as in flight until the device
@@ -24,17 +27,85 @@ use crate::units::ByteRange;
 /// then the node cannot be quiesced.
 /// Let the disk [`settle`](WriteAt::settle) before it is dropped: dropping it says that all has settled.
 #[derive(Debug)]
-pub struct GuestDisk<D> {
+pub struct GuestDisk<D, C = NoCopies> {
     node: Node,
     device: RwLock<Arc<D>>,
-    /// Writes whose futures were dropped while the device may still be at work on them.
-    abandoned: Mutex<Vec<OwnedTicket>>,
+    copies: C,
+    /// Writes whose futures were dropped while a device may still be at work on them.
+    abandoned: Mutex<Vec<Unsettled<D>>>,
 }
 
-/// A write in flight; hands its ticket over to the disk when it is dropped half-way.
-struct InFlight<'a, D> {
-    disk: &'a GuestDisk<D>,
-    ticket: Option<OwnedTicket>,
+/// A [`GuestDisk`] that never copies what is written.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCopies;
+
+/// A [`GuestDisk`] that copies what is written to the target of a mirror, if it has one, with buffers of that pool.
+#[derive(Debug)]
+pub struct CopiesTo<D, P> {
+    target: RwLock<Option<Arc<D>>>,
+    pool: P,
+}
+
+/// What a [`GuestDisk`] knows of a mirror's target: [`NoCopies`], or [`CopiesTo`].
+pub trait Copies<D: BlockDevice>: sealed::Sealed {
+    /// The target, if there is one.
+    #[doc(hidden)]
+    fn target(&self) -> Option<Arc<D>>;
+
+    /// A buffer.
+    #[doc(hidden)]
+    fn take(&self, len: usize) -> io::Result<D::Buf>;
+
+    /// Gives it back.
+    #[doc(hidden)]
+    fn put(&self, buf: D::Buf);
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::NoCopies {}
+    impl<D, P> Sealed for super::CopiesTo<D, P> {}
+}
+
+impl<D: BlockDevice> Copies<D> for NoCopies {
+    fn target(&self) -> Option<Arc<D>> {
+        None
+    }
+
+    fn take(&self, _len: usize) -> io::Result<D::Buf> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn put(&self, _buf: D::Buf) {}
+}
+
+impl<D: BlockDevice, P: BufferPool<Buf = D::Buf>> Copies<D> for CopiesTo<D, P> {
+    fn target(&self) -> Option<Arc<D>> {
+        self.target.read().clone()
+    }
+
+    fn take(&self, len: usize) -> io::Result<D::Buf> {
+        self.pool.take(len)
+    }
+
+    fn put(&self, buf: D::Buf) {
+        self.pool.put(buf);
+    }
+}
+
+/// A write that may still change a device.
+#[derive(Debug)]
+enum Unsettled<D> {
+    /// The disk's own.
+    Source(OwnedTicket),
+    /// The target of a mirror.
+    Target(TargetWrite<Arc<Lane>>, Arc<D>),
+}
+
+/// A write in flight; hands over to the disk what is unsettled when it is dropped half-way.
+struct InFlight<'a, D, C> {
+    disk: &'a GuestDisk<D, C>,
+    unsettled: Option<Unsettled<D>>,
 }
 
 impl<D> GuestDisk<D> {
@@ -43,10 +114,43 @@ impl<D> GuestDisk<D> {
         Self {
             node,
             device: RwLock::new(device),
+            copies: NoCopies,
+            abandoned: Mutex::new(Vec::new()),
+        }
+    }
+}
+
+impl<D: BlockDevice, P: BufferPool<Buf = D::Buf>> GuestDisk<D, CopiesTo<D, P>> {
+    /// As [`new`](GuestDisk::new), for a disk that is to take part in write-blocking mirrors. The buffers of `pool`
+    /// must be such as the disk and every target take.
+    pub fn with_pool(node: Node, device: Arc<D>, pool: P) -> Self {
+        Self {
+            node,
+            device: RwLock::new(device),
+            copies: CopiesTo {
+                target: RwLock::new(None),
+                pool,
+            },
             abandoned: Mutex::new(Vec::new()),
         }
     }
 
+    /// Where active writes go as well, as long as the node has a
+    /// [write-blocking](crate::CopyMode::WriteBlocking) mirror. It is that mirror's target, to be told before the mirror
+    /// starts; `None` when it is over. What a write finds no target for, no buffer, or no way to ask the target
+    /// for, the mirror copies later.
+    ///
+    /// Of an active write a copy is taken before it is written anywhere, and both devices are given that: the guest
+    /// may change its memory meanwhile, and they must not differ.
+    ///
+    /// A discard is copied later in any case: what it leaves behind only the disk can tell.
+    pub fn copy_to(&self, target: Option<Arc<D>>) {
+        let before = std::mem::replace(&mut *self.copies.target.write(), target);
+        drop(before);
+    }
+}
+
+impl<D, C> GuestDisk<D, C> {
     /// The node whose gate writes pass.
     #[must_use]
     pub fn node(&self) -> &Node {
@@ -73,14 +177,14 @@ impl<D> GuestDisk<D> {
     }
 }
 
-impl<D: WriteAt> GuestDisk<D> {
+impl<D: WriteAt, C: Copies<D>> GuestDisk<D, C> {
     /// Waits until a write is let in. The device is to be chosen after that.
-    async fn begin(&self, range: ByteRange) -> Result<InFlight<'_, D>, WriteRefused> {
+    async fn begin(&self, range: ByteRange) -> Result<InFlight<'_, D, C>, WriteRefused> {
         self.settle_abandoned().await;
         let ticket = self.node.begin_write_owned(range).await?;
         Ok(InFlight {
             disk: self,
-            ticket: Some(ticket),
+            unsettled: Some(Unsettled::Source(ticket)),
         })
     }
 
@@ -92,42 +196,137 @@ impl<D: WriteAt> GuestDisk<D> {
         // this future is dropped, too, they go back.
         let mut taken = Abandoned {
             disk: self,
-            tickets: std::mem::take(&mut *self.abandoned.lock()),
+            unsettled: std::mem::take(&mut *self.abandoned.lock()),
         };
         self.device().settle().await;
-        taken.tickets.clear();
+        let mut settled: Option<Arc<D>> = None;
+        for unsettled in &taken.unsettled {
+            let Unsettled::Target(_, target) = unsettled else {
+                continue;
+            };
+            // As a rule they are all of one.
+            if !settled
+                .as_ref()
+                .is_some_and(|known| Arc::ptr_eq(known, target))
+            {
+                target.settle().await;
+                settled = Some(Arc::clone(target));
+            }
+        }
+        taken.unsettled.clear();
+    }
+
+    /// An active write: a copy of the data goes to the disk, and then to the target.
+    async fn write_both(
+        &self,
+        mut in_flight: InFlight<'_, D, C>,
+        target: Arc<D>,
+        range: ByteRange,
+        copy: D::Buf,
+    ) -> io::Result<()> {
+        let (result, copy) = self.device().write_at(range.start(), copy).await;
+        let Some(part) = in_flight.source_written(&result, &target) else {
+            self.copies.put(copy);
+            return result;
+        };
+        let data = match part == range {
+            true => Ok(copy),
+            false => {
+                let start = (part.start() - range.start()) as usize;
+                let data = self.copies.take(part.len() as usize).map(|mut data| {
+                    let part = &copy.as_ref()[start..start + part.len() as usize];
+                    data.as_mut().copy_from_slice(part);
+                    data
+                });
+                self.copies.put(copy);
+                data
+            }
+        };
+        let fits = part.len() <= u64::from(target.limits().max_transfer);
+        match data {
+            Ok(data) if fits => {
+                let (at_target, data) = target.write_at(part.start(), data).await;
+                in_flight.target_written(at_target);
+                self.copies.put(data);
+            }
+            Ok(data) => {
+                self.copies.put(data);
+                in_flight.skip_target();
+            }
+            Err(_) => in_flight.skip_target(),
+        }
+        result
     }
 }
 
-impl<D> InFlight<'_, D> {
+/// Whether a device takes a range in one request without data.
+fn takes(limits: Option<RangeLimits>, range: ByteRange, len: u64) -> bool {
+    limits.is_some_and(|limits| {
+        let align = u64::from(limits.align);
+        let ends_well = range.end() % align == 0 || range.end() == len;
+        range.start() % align == 0 && ends_well && range.len() <= limits.max
+    })
+}
+
+impl<D, C> InFlight<'_, D, C> {
     /// The write has settled.
     fn finish<R>(mut self, result: R) -> R {
-        let ticket = self.ticket.take();
-        let ticket = ticket.expect("only dropping takes it otherwise");
-        ticket.finish(result)
+        match self.unsettled.take() {
+            Some(Unsettled::Source(ticket)) => ticket.finish(result),
+            Some(Unsettled::Target(..)) | None => {
+                unreachable!("only dropping takes it otherwise")
+            }
+        }
     }
-}
 
-struct Abandoned<'a, D> {
-    disk: &'a GuestDisk<D>,
-    tickets: Vec<OwnedTicket>,
-}
-
-impl<D> Drop for Abandoned<'_, D> {
-    fn drop(&mut self) {
-        self.disk.abandoned.lock().append(&mut self.tickets);
+    fn is_active(&self) -> bool {
+        matches!(&self.unsettled, Some(Unsettled::Source(ticket)) if ticket.is_active())
     }
-}
 
-impl<D> Drop for InFlight<'_, D> {
-    fn drop(&mut self) {
-        if let Some(ticket) = self.ticket.take() {
-            self.disk.abandoned.lock().push(ticket);
+    /// The write has settled on the disk. What of it the target is to get, if anything.
+    fn source_written(&mut self, result: &io::Result<()>, target: &Arc<D>) -> Option<ByteRange> {
+        let Some(Unsettled::Source(ticket)) = self.unsettled.take() else {
+            return None;
+        };
+        let write = ticket.source_written(result.is_ok())?;
+        let part = write.range();
+        self.unsettled = Some(Unsettled::Target(write, Arc::clone(target)));
+        Some(part)
+    }
+
+    fn target_written(mut self, result: io::Result<()>) {
+        if let Some(Unsettled::Target(write, _)) = self.unsettled.take() {
+            write.finish(result);
+        }
+    }
+
+    fn skip_target(mut self) {
+        if let Some(Unsettled::Target(write, _)) = self.unsettled.take() {
+            write.skip();
         }
     }
 }
 
-impl<D: BlockDevice> BlockDevice for GuestDisk<D> {
+struct Abandoned<'a, D, C> {
+    disk: &'a GuestDisk<D, C>,
+    unsettled: Vec<Unsettled<D>>,
+}
+
+impl<D, C> Drop for Abandoned<'_, D, C> {
+    fn drop(&mut self) {
+        self.disk.abandoned.lock().append(&mut self.unsettled);
+    }
+}
+
+impl<D, C> Drop for InFlight<'_, D, C> {
+    fn drop(&mut self) {
+        if let Some(unsettled) = self.unsettled.take() {
+            self.disk.abandoned.lock().push(unsettled);
+        }
+    }
+}
+
+impl<D: BlockDevice, C> BlockDevice for GuestDisk<D, C> {
     type Buf = D::Buf;
 
     fn limits(&self) -> Limits {
@@ -135,7 +334,7 @@ impl<D: BlockDevice> BlockDevice for GuestDisk<D> {
     }
 }
 
-impl<D: ReadAt> ReadAt for GuestDisk<D> {
+impl<D: ReadAt, C> ReadAt for GuestDisk<D, C> {
     async fn read_at(&self, offset: u64, buf: D::Buf) -> BufResult<D::Buf> {
         self.device().read_at(offset, buf).await
     }
@@ -145,7 +344,7 @@ impl<D: ReadAt> ReadAt for GuestDisk<D> {
     }
 }
 
-impl<D: WriteAt> WriteAt for GuestDisk<D> {
+impl<D: WriteAt, C: Copies<D>> WriteAt for GuestDisk<D, C> {
     async fn write_at(&self, offset: u64, buf: D::Buf) -> BufResult<D::Buf> {
         let len = buf.as_ref().len() as u64;
         let Some(range) = ByteRange::at(offset, len) else {
@@ -156,15 +355,43 @@ impl<D: WriteAt> WriteAt for GuestDisk<D> {
             Ok(in_flight) => in_flight,
             Err(refused) => return (Err(refused.into()), buf),
         };
-        in_flight.finish(self.device().write_at(offset, buf).await)
+        let target = in_flight
+            .is_active()
+            .then(|| self.copies.target())
+            .flatten();
+        let copy =
+            target.and_then(|target| Some((target, self.copies.take(buf.as_ref().len()).ok()?)));
+        let Some((target, mut copy)) = copy else {
+            return in_flight.finish(self.device().write_at(offset, buf).await);
+        };
+        copy.as_mut().copy_from_slice(buf.as_ref());
+        let result = self.write_both(in_flight, target, range, copy).await;
+        (result, buf)
     }
 
     async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
-        let in_flight = self.begin(range).await?;
-        in_flight.finish(self.device().write_zeroes(range, unmap).await)
+        let mut in_flight = self.begin(range).await?;
+        let target = in_flight
+            .is_active()
+            .then(|| self.copies.target())
+            .flatten();
+        let result = self.device().write_zeroes(range, unmap).await;
+        let Some(target) = target else {
+            return in_flight.finish(result);
+        };
+        if let Some(part) = in_flight.source_written(&result, &target) {
+            let limits = target.limits();
+            match takes(limits.write_zeroes, part, limits.len) {
+                true => in_flight.target_written(target.write_zeroes(part, unmap).await),
+                false => in_flight.skip_target(),
+            }
+        }
+        result
     }
 
     async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        // What was discarded may read as anything now, or as zeroes, or as before. The mirror asks the disk
+        // later, and has the target read alike.
         let in_flight = self.begin(range).await?;
         in_flight.finish(self.device().discard(range).await)
     }

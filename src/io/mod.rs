@@ -24,7 +24,7 @@ use crate::units::ByteRange;
 pub use buf::{AlignedBuf, BufferPool, HeapPool};
 pub use dynamic::{DynReadAt, DynWriteAt, LocalBoxFuture};
 pub use frozen::FrozenDisk;
-pub use guest::GuestDisk;
+pub use guest::{Copies, CopiesTo, GuestDisk, NoCopies};
 
 /// What came of a request, and its buffer back.
 pub type BufResult<B> = (io::Result<()>, B);

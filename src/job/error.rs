@@ -75,6 +75,9 @@ pub enum VerbError {
     /// Its end has begun and cannot be stopped.
     #[error("the job is being finalized")]
     Finalizing,
+    /// Jobs of this kind do not have that option.
+    #[error("jobs of this kind have no option {0}")]
+    NoSuchOption(&'static str),
     /// An internal job that an error would stop.
     #[error(transparent)]
     Options(#[from] JobOptionsError),

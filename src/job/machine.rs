@@ -11,6 +11,7 @@ use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
 use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
+use crate::mirror::CopyMode;
 use crate::node::QuiesceGuard;
 
 /// What the machine must know of what was asked.
@@ -24,6 +25,8 @@ pub(crate) struct Asked {
     /// Whether it goes on to its end only from *pending*: it is one of a group, or waits to be told.
     pub(crate) ends_by_finalize: bool,
     pub(crate) speed: u64,
+    /// Of a mirror.
+    pub(crate) copy_mode: CopyMode,
     pub(crate) stage: Stage,
     pub(crate) has_failed: bool,
     /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
@@ -43,6 +46,7 @@ impl Job {
             is_finalizing: state.is_finalizing,
             ends_by_finalize: !self.shared.is_alone || !state.options.auto_finalize,
             speed: state.options.speed,
+            copy_mode: state.copy_mode.unwrap_or_default(),
             stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
@@ -162,6 +166,15 @@ impl Job {
     /// For sabotage: as if there had been no switch.
     pub(crate) fn forget_commit(&self) {
         self.together(|_, _| self.shared.lock().stage = Stage::None);
+    }
+
+    /// It is a mirror.
+    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
+        self.shared.lock().copy_mode = Some(mode);
+    }
+
+    pub(crate) fn set_actively_synced(&self, is_synced: bool) {
+        self.shared.lock().is_actively_synced = is_synced;
     }
 
     pub(crate) fn publish(&self, progress: Progress, is_busy: bool) {

@@ -44,6 +44,8 @@ use std::task::{Poll, Waker};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use crate::mirror::CopyMode;
+
 use after::After;
 pub use bitmap_mode::BitmapMode;
 pub use error::{JobError, VerbError};
@@ -82,6 +84,9 @@ pub struct Change {
     pub on_source_error: Option<OnError>,
     /// What to do when the target fails.
     pub on_target_error: Option<OnError>,
+    /// How what the guest writes comes to the target of a mirror. It counts for each write from its beginning: those
+    /// under way go on as they have begun.
+    pub copy_mode: Option<CopyMode>,
 }
 
 /// A handle to a job: what its users ask of it, and what they learn.
@@ -225,7 +230,8 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// If an internal job would be stopped by errors, or the job is past working.
+    /// If an internal job would be stopped by errors, the job is past working, or is none of the kind that has the
+    /// option.
     pub fn change(&self, change: Change) -> Result<(), VerbError> {
         self.ask(Verb::Change, |state| {
             let source = change
@@ -237,6 +243,11 @@ impl Job {
             if state.options.id.is_none() {
                 check_somebody_resumes([source, target])?;
             }
+            let mode = change.copy_mode.or(state.copy_mode);
+            if mode.is_some() && state.copy_mode.is_none() {
+                return Err(VerbError::NoSuchOption("copy_mode"));
+            }
+            state.copy_mode = mode;
             state.options.on_source_error = source;
             state.options.on_target_error = target;
             state.retry_now = true;
@@ -353,6 +364,8 @@ impl Job {
             is_finalizing: state.is_finalizing || state.stage.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
+            copy_mode: state.copy_mode,
+            is_actively_synced: state.is_actively_synced,
             error: state.error.clone(),
         }
     }

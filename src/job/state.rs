@@ -12,11 +12,15 @@ use crate::job::{
     Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
     VerbError,
 };
+use crate::mirror::CopyMode;
 use crate::node::QuiesceGuard;
 
 pub(super) struct State {
     pub(super) kind: &'static str,
     pub(super) options: JobOptions,
+    /// Of a mirror.
+    pub(super) copy_mode: Option<CopyMode>,
+    pub(super) is_actively_synced: bool,
     pub(super) status: Status,
     pub(super) was_started: bool,
     pub(super) is_user_paused: bool,
@@ -47,6 +51,8 @@ impl State {
         Self {
             kind,
             options,
+            copy_mode: None,
+            is_actively_synced: false,
             status: Status::Created,
             was_started: false,
             is_user_paused: false,

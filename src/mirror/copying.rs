@@ -59,6 +59,7 @@ impl Mirror {
             Copying::Limited => Budget::Claim,
         };
         let bitmap = self.bitmap.as_ref()?;
+        self.engine.hold_guest(copying == Copying::Unlimited);
         let op = self.engine.next(bitmap.lock().bitmap_mut(), budget)?;
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)

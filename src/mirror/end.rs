@@ -213,6 +213,7 @@ impl Mirror {
     }
 
     pub(super) fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
+        self.stop_active_writes();
         if let Some(bitmap) = &self.bitmap {
             self.engine.give_up_planned(bitmap.lock().bitmap_mut());
         }

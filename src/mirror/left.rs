@@ -5,7 +5,7 @@ use crate::bitmap::HBitmap;
 use crate::job::BitmapMode;
 use crate::mirror::checkpoint::{Checkpoint, CheckpointId, CheckpointPhase};
 use crate::mirror::{Mirror, MirrorSync, Phase};
-use crate::node::{BitmapClaim, ClaimEnd, ClaimFor};
+use crate::node::{ActiveWrites, BitmapClaim, ClaimEnd, ClaimFor};
 use crate::sabotage::{Sabotage, is_broken};
 
 /// The named bitmap that a job goes by.
@@ -96,6 +96,9 @@ impl Mirror {
         if !is_broken(Sabotage::CheckpointForgetsClaims) {
             self.engine.add_claimed(&mut left);
         }
+        if let Some(writes) = &self.active.writes {
+            writes.claims().add_to(&mut left);
+        }
         let scanned = self.add_unscanned(&mut left);
         Some(of(left, scanned, self.checkpoint_phase()).encode())
     }
@@ -115,6 +118,9 @@ impl Mirror {
         }
         let mut left = HBitmap::clone(&*self.bitmap.as_ref()?.lock());
         self.engine.add_claimed(&mut left);
+        if let Some(writes) = &self.active.writes {
+            writes.claims().add_to(&mut left);
+        }
         Some(left)
     }
 
@@ -178,8 +184,15 @@ impl Mirror {
                 claim.fold();
             }
         }
+        // Those under way go nowhere any more; what of them is at the target counts as left.
+        let writes = self.active.writes.take();
+        let active = writes.as_ref().map(ActiveWrites::claims);
+        drop(writes);
         let mut scanned = 0;
         let dirty = bitmap.detach(claim, |left| {
+            if let (Some(active), false) = (&active, is_broken(Sabotage::LeaveOutActives)) {
+                active.add_to(left);
+            }
             if !is_broken(Sabotage::ForgetInFlight) {
                 self.engine.add_claimed(left);
             }

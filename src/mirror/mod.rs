@@ -32,7 +32,13 @@
 //!    in which recording stops.
 //! 8. A checkpoint has what is dirty, claimed, and not scanned yet. It is gone on from only with the disks and
 //!    the generation that it was taken of.
+//! 9. Writes are [active](crate::node) ones from the end of the scan on: what is between its question and its
+//!    zeroes would be lost. What they have under way counts as left when the job ends, and what they have written
+//!    as not flushed.
+//! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
+//!    that is not active.
 
+mod active;
 mod checkpoint;
 mod copying;
 mod end;
@@ -57,13 +63,14 @@ use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
+use active::Active;
 pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
 use end::End;
 use left::{ByBitmap, Left};
+pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
-pub use options::{MirrorError, MirrorOptions, MirrorSync};
 use pace::Pace;
 pub use switch::{Switch, SwitchBack};
 
@@ -152,6 +159,7 @@ pub struct Mirror {
     retry_at: Duration,
     /// What the target may have lacked when the job ended, if it did not succeed.
     at_end: Option<Left>,
+    active: Active,
     /// When the time of grace ends for operations in flight.
     grace_until: Option<Duration>,
 }
@@ -202,6 +210,7 @@ impl Mirror {
             "sync",
             "bitmap",
             "bitmap_mode",
+            "copy_mode",
             "granularity",
             "workers",
             "chunk_max",
@@ -210,7 +219,7 @@ impl Mirror {
             "downtime_max",
             "hold_max",
         ],
-        changes: &["on_source_error", "on_target_error"],
+        changes: &["on_source_error", "on_target_error", "copy_mode"],
     };
 
     /// A mirror of `node` from the device that holds it now to another, as told by their limits. It
@@ -406,6 +415,7 @@ impl Mirror {
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(Self::KIND.name, options.job, None)?;
+        job.set_copy_mode(options.copy_mode);
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -430,6 +440,7 @@ impl Mirror {
             batch_until: Duration::ZERO,
             retry_at: Duration::ZERO,
             at_end: None,
+            active: Active::default(),
             grace_until: None,
         })
     }
@@ -453,6 +464,8 @@ impl Mirror {
             let Turn::Step(step) = self.turn(now, waker) else {
                 continue;
             };
+            let step = self.give_way(now, step);
+            self.wake_guests();
             if !matches!(step, Step::Op(_)) {
                 self.publish();
             }
@@ -477,12 +490,14 @@ impl Mirror {
             }) => self.failed(now, side, kind, error),
         }
         self.publish_with(dirty_bytes);
+        self.wake_guests();
     }
 
     /// Says that every operation handed out and not reported is lost, because what worked on them was
     /// dropped. What the target may still be doing is waited for before the same range is written again.
     ///
-    /// A guest that is held for the end of the job goes on, until the job is driven again.
+    /// A guest that is held for the end of the job goes on, until the job is driven again; so do writes that wait for
+    /// something to be copied.
     pub fn ops_lost(&mut self) {
         for kind in self.engine.lose_running() {
             match &mut self.phase {
@@ -492,7 +507,11 @@ impl Mirror {
             }
         }
         self.let_guest_go();
+        if !is_broken(Sabotage::WaitForNobody) {
+            self.stop_active_writes();
+        }
         self.publish();
+        self.wake_guests();
     }
 
     fn turn(&mut self, now: Duration, waker: &Waker) -> Turn {
@@ -506,6 +525,7 @@ impl Mirror {
             self.release(false);
             return Turn::Again;
         }
+        self.steer_active_writes(now, asked.copy_mode, waker);
         // A lost range may still change: nothing goes on before that is cleared up, except around it.
         if let Some(op) = self.settle(now) {
             return Turn::Step(Step::Op(op));

@@ -24,6 +24,24 @@ pub enum MirrorSync {
     None,
 }
 
+/// How what the guest writes while a mirror runs comes to the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CopyMode {
+    /// The job copies it later. The guest waits for nothing.
+    #[default]
+    Background,
+    /// Its own write goes on to the target before the guest is told: so what is left to copy only gets less, however
+    /// much the guest writes. It costs the guest the time of the target's write, and where the job is
+    /// copying just now the time of that. It takes whoever issues the writes:
+    /// [`Ticket::source_written`](crate::node::Ticket::source_written), or a
+    /// [`GuestDisk`](crate::io::GuestDisk) that [knows the target](crate::io::GuestDisk::copy_to). Else what is written is
+    /// copied later.
+    ///
+    /// What the guest flushes is flushed on the source. The target is flushed before the job is ready and at its end.
+    WriteBlocking,
+}
+
 /// How a mirror is made.
 ///
 /// # Examples
@@ -59,6 +77,9 @@ pub struct MirrorOptions {
     /// what is dirty may be damaged there when the job fails. Only [`BitmapMode::Always`] says so; another mirror
     /// by the same bitmap writes it again in any case.
     pub bitmap_mode: Option<BitmapMode>,
+    /// How what the guest writes meanwhile comes to the target. It may be [changed](crate::Job::change) while the job
+    /// runs.
+    pub copy_mode: CopyMode,
     /// In what units dirty data is tracked: 512 bytes to 64 MiB. Default: the target's cluster size, but
     /// at least 4 KiB and at most 64 KiB; 64 KiB if it has none. With a bitmap its granularity counts, and with a
     /// checkpoint the finer of both; an [event](crate::Event::Warning) tells if another was asked for.
@@ -88,6 +109,7 @@ impl Default for MirrorOptions {
             sync: MirrorSync::default(),
             bitmap: None,
             bitmap_mode: None,
+            copy_mode: CopyMode::default(),
             granularity: None,
             workers: 16,
             chunk_max: 1 << 20,

@@ -31,6 +31,7 @@
 use std::collections::BTreeMap;
 use std::task::Waker;
 
+use super::active::{Actives, InTheWay};
 use super::hold::{Held, HoldMaps};
 use super::ticket::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
@@ -44,6 +45,8 @@ const CLOSED: u64 = 1;
 const ARMED: u64 = 2;
 /// Writes are refused: a bitmap could not record them.
 const REFUSED: u64 = 4;
+/// Writes are active ones.
+const ACTIVE: u64 = 8;
 /// In the byte from this bit on: which log writes are recorded in, plus one; 0 for none.
 const LOG_SHIFT: u32 = 8;
 /// In the byte from this bit on: by which map writes are held back, plus one; 0 for none.
@@ -114,6 +117,12 @@ impl Counter {
         finished == self.begun()
     }
 
+    /// How many are inside, or a few more.
+    fn inside(&self) -> u64 {
+        let finished = self.finished.load(Ordering::SeqCst);
+        self.begun() - finished
+    }
+
     fn begun(&self) -> u64 {
         self.begun.load(Ordering::SeqCst) + self.begun_late.load(Ordering::SeqCst)
     }
@@ -171,6 +180,8 @@ pub(super) struct Gate {
     flags: Padded<AtomicU64>,
     /// By what writes are held back, if the flags say so.
     pub(super) holds: HoldMaps,
+    /// Those that go to a mirror's target as well.
+    pub(super) actives: Actives,
     state: Mutex<State>,
     pub(super) rules: Rules,
 }
@@ -186,6 +197,8 @@ pub(super) enum Turned {
     Refused,
     /// A job must do something first.
     Held,
+    /// It is an active write, and something else is under way there.
+    InTheWay,
     /// A job has given up, and the write with it.
     NotSaved(NotSaved),
 }
@@ -195,6 +208,8 @@ pub(super) enum Turned {
 pub(super) struct Entry {
     /// The log to record the write in. A byte, so that a ticket stays small.
     pub(super) log: Option<u8>,
+    /// Whether it is an active write, and has a claim.
+    pub(super) is_active: bool,
 }
 
 impl Gate {
@@ -203,6 +218,7 @@ impl Gate {
             rules,
             flags: Padded(AtomicU64::new(0)),
             holds: HoldMaps::default(),
+            actives: Actives::default(),
             state: Mutex::new(State {
                 lanes: Vec::new(),
                 closers: 0,
@@ -244,12 +260,7 @@ impl Gate {
     /// Lets a write in, unless the gate is closed, or writes are refused, or it is held back.
     #[inline]
     pub(super) fn try_enter(&self, lane: &LaneCounter, range: ByteRange) -> Result<Entry, Turned> {
-        self.enter_by(lane, range, Counter::enter)
-    }
-
-    /// As [`try_enter`](Self::try_enter), for a write that had to wait: on any thread.
-    fn try_enter_late(&self, lane: &LaneCounter, range: ByteRange) -> Result<Entry, Turned> {
-        self.enter_by(lane, range, Counter::enter_late)
+        self.enter_by(lane, range, None, Counter::enter)
     }
 
     #[inline]
@@ -257,18 +268,23 @@ impl Gate {
         &self,
         lane: &LaneCounter,
         range: ByteRange,
+        waiter: Option<(WaiterId, Option<&Waker>)>,
         count: impl FnOnce(&Counter),
     ) -> Result<Entry, Turned> {
         let flags = self.look_after(GateRule::CountThenLook, || count(&lane.0.0));
-        let entry = Entry {
+        let mut entry = Entry {
             log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
+            is_active: false,
         };
-        if flags & (CLOSED | REFUSED | HOLD) == 0 {
+        if flags & (CLOSED | REFUSED | HOLD | ACTIVE) == 0 {
             return Ok(entry);
         }
-        match self.turned(flags, range) {
-            None => Ok(entry),
-            Some(turned) => {
+        match self.turned(flags, range, waiter) {
+            Ok(is_active) => {
+                entry.is_active = is_active;
+                Ok(entry)
+            }
+            Err(turned) => {
                 if turned != Turned::Held || self.rules.keeps(GateRule::LeaveWhenHeld) {
                     self.leave(lane);
                 }
@@ -277,9 +293,26 @@ impl Gate {
         }
     }
 
-    /// Why a write to `range` is not let in, as the flags say it.
+    /// Whether a write to `range`, if it is let in as the flags say it, is an active one.
     #[inline(never)]
-    fn turned(&self, flags: u64, range: ByteRange) -> Option<Turned> {
+    fn turned(
+        &self,
+        flags: u64,
+        range: ByteRange,
+        waiter: Option<(WaiterId, Option<&Waker>)>,
+    ) -> Result<bool, Turned> {
+        match self.hindered(flags, range) {
+            Some(turned) => Err(turned),
+            None if flags & ACTIVE == 0 => Ok(false),
+            None => self
+                .actives
+                .claim(range, waiter)
+                .map_err(|InTheWay| Turned::InTheWay),
+        }
+    }
+
+    /// Why a write to `range` is not let in, as the flags say it.
+    fn hindered(&self, flags: u64, range: ByteRange) -> Option<Turned> {
         if flags & CLOSED != 0 {
             return Some(Turned::Closed);
         }
@@ -320,7 +353,7 @@ impl Gate {
         let flags = self.flags.0.load(Ordering::SeqCst);
         let turned = match state.closers > 0 {
             true => Some(Turned::Closed),
-            false => self.turned(flags, range),
+            false => self.hindered(flags, range),
         };
         if !self.rules.keeps(GateRule::WaitWhileClosed) {
             drop(state);
@@ -337,7 +370,7 @@ impl Gate {
                 let [job, replaced] = state.held.wait(id, range, waker);
                 (job, [replaced, state.writers.remove(id)])
             }
-            Some(Turned::Refused | Turned::NotSaved(_)) | None => {
+            Some(Turned::InTheWay | Turned::Refused | Turned::NotSaved(_)) | None => {
                 let removed = state.held.remove(id);
                 (None, [removed, state.writers.remove(id)])
             }
@@ -348,9 +381,10 @@ impl Gate {
             job.wake();
         }
         if let Some(turned) = turned {
+            self.actives.forget(id);
             return Err(turned);
         }
-        let entry = self.try_enter_late(lane, range);
+        let entry = self.enter_by(lane, range, Some((id, waker)), Counter::enter_late);
         if let (Err(Turned::Closed | Turned::Held), Some(waker)) = (entry, waker) {
             // Closed again in between: the next poll registers.
             waker.wake_by_ref();
@@ -360,8 +394,30 @@ impl Gate {
 
     pub(super) fn forget_writer(&self, id: WaiterId) {
         let mut state = self.state.lock();
-        let _unused = (state.writers.remove(id), state.held.remove(id));
+        let unused = (state.writers.remove(id), state.held.remove(id));
         drop(state);
+        drop(unused);
+        self.actives.forget(id);
+    }
+
+    /// Whether writes that are let in from now on are active ones.
+    pub(super) fn copy_actively(&self, are_active: bool) {
+        let _state = self.state.lock();
+        match are_active {
+            true => self.flags.0.fetch_or(ACTIVE, Ordering::SeqCst),
+            false => self.flags.0.fetch_and(!ACTIVE, Ordering::SeqCst),
+        };
+    }
+
+    /// Whether every write that is inside is an active one. No other has come since writes are, so once it is
+    /// true it stays so, but for those that are told to go as usual ones.
+    pub(super) fn are_all_active(&self) -> bool {
+        let state = self.state.lock();
+        self.rules.fence_for(GateRule::BarrierBeforeSum);
+        // `finished` of each lane is read first, so the sum is never below what is inside. An active write is
+        // inside for as long as it has a claim.
+        let inside = || state.lanes.iter().map(|lane| lane.0.inside()).sum();
+        self.actives.are_all(inside)
     }
 
     /// By which of the maps writes are held back from now on. The gate is closed and quiet. Returns which of
@@ -497,7 +553,8 @@ impl Gate {
     pub(super) fn record_in(&self, log: Option<usize>) {
         let bits = log.map_or(0, |index| index as u64 + 1) << LOG_SHIFT;
         let _state = self.state.lock();
-        let rest = self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED | REFUSED | HOLD);
+        let rest =
+            self.flags.0.load(Ordering::Relaxed) & (CLOSED | ARMED | REFUSED | HOLD | ACTIVE);
         // Every change of the flags is made under the lock, so nothing is lost by a plain store.
         self.flags.0.store(rest | bits, Ordering::SeqCst);
     }

@@ -26,7 +26,8 @@ pub struct JobBitmap {
 /// A [`JobBitmap`] under the node's lock, with everything in it that was written before it was taken; or the
 /// bits of a [`BitmapClaim`].
 ///
-/// Nothing else may be asked of the node on this thread while it lives, but for guest writes.
+/// Nothing else may be asked of the node on this thread while it lives, but for guest writes that do not go to a
+/// mirror's target as well.
 pub struct JobBitmapGuard<'a> {
     list: MutexGuard<'a, List>,
     id: u64,
@@ -141,6 +142,10 @@ impl JobBitmap {
     #[must_use]
     pub fn lock(&self) -> JobBitmapGuard<'_> {
         JobBitmapGuard::new(self.node().lock_drained(), self.id)
+    }
+
+    pub(super) fn id(&self) -> u64 {
+        self.id
     }
 
     fn node(&self) -> &Arc<Inner> {

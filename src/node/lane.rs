@@ -32,6 +32,14 @@ impl Lane {
         })
     }
 
+    /// Counts out a write that was not issued.
+    pub(super) fn give_back(&self, range: ByteRange, entry: Entry) {
+        if entry.is_active {
+            self.node.gate.actives.end(range);
+        }
+        self.node.gate.leave(&self.counter);
+    }
+
     /// Records a write and counts it out.
     #[inline]
     pub(super) fn settle(&self, range: ByteRange, entry: Entry) {
@@ -41,6 +49,9 @@ impl Lane {
         }
         if let Some(log) = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
             self.node.record(log, range);
+        }
+        if entry.is_active {
+            self.node.gate.actives.end(range);
         }
         if !leaves_early {
             self.node.gate.leave(&self.counter);

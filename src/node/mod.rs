@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `gate` | letting writes in, holding them, refusing them |
 //! | `hold` | holding back single writes, until what they would overwrite is saved |
+//! | `active` | writes that go to a mirror's target as well, and what they must not meet |
 //! | `lane`, `ticket`, `quiesce` | what callers have of it |
 //! | `record`, `growing` | from the end of a write to the bitmaps |
 //! | `job_bitmap` | bitmaps of jobs, without a name |
@@ -34,6 +35,7 @@
 //! 5. The length of the disk changes only while the node is quiesced. Bitmaps and the log that is written
 //!    to are as long, or longer.
 
+mod active;
 mod bitmaps;
 mod gate;
 mod growing;
@@ -52,6 +54,7 @@ use std::sync::atomic::AtomicU64;
 use crate::sync::{Arc, Mutex};
 use crate::units::ByteRange;
 
+pub(crate) use active::{ActiveClaims, ActiveLock, ActiveWrites};
 use bitmaps::List;
 pub(crate) use bitmaps::{BitmapArrival, ClaimEnd, Journal, Locked, Released};
 pub use bitmaps::{
@@ -71,7 +74,7 @@ pub use quiesce::{Quiesce, QuiesceGuard};
 use record::LOGS;
 pub use resize::{Grown, Resize};
 pub use ticket::{
-    Begin, BeginFuture, NotSaved, OwnedTicket, PendingWrite, Ticket, Way, WriteRefused,
+    Begin, BeginFuture, NotSaved, OwnedTicket, PendingWrite, TargetWrite, Ticket, Way, WriteRefused,
 };
 
 /// One disk of a virtual machine, as the guest sees it.

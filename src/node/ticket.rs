@@ -19,7 +19,8 @@ use crate::units::ByteRange;
 pub enum Begin<L: Way> {
     /// Write now, and finish the ticket when the write has settled.
     Go(Ticket<L>),
-    /// The node is quiesced, or a backup must save first what would be overwritten: do not write yet.
+    /// The node is quiesced, or a backup must save first what would be overwritten, or a write-blocking mirror
+    /// is copying what is there: do not write yet.
     Wait(PendingWrite<L>),
     /// Do not write. Tell the guest that its write has failed.
     Refused(WriteRefused),
@@ -74,6 +75,20 @@ pub struct Ticket<L: Way> {
     /// `None` once the write has left.
     lane: Option<L>,
     range: ByteRange,
+    entry: Entry,
+}
+
+/// The second half of a write that goes to a mirror's target as well: the source has it.
+///
+/// Dropping it without [`finish`](Self::finish) says that nothing which belongs to the write will change the
+/// target any more, and that the target may not have it: the mirror copies it later.
+#[must_use = "dropping it says that the target does not have the write"]
+pub struct TargetWrite<L: Way> {
+    /// `None` once the write has left.
+    lane: Option<L>,
+    /// Of the whole write.
+    range: ByteRange,
+    part: ByteRange,
     entry: Entry,
 }
 
@@ -139,8 +154,124 @@ impl<L: Way> Ticket<L> {
     /// The write was not issued and will not be: nothing is recorded.
     pub fn cancel(mut self) {
         if let Some(lane) = self.lane.take() {
-            lane.node.gate.leave(&lane.counter);
+            lane.give_back(self.range, self.entry);
         }
+    }
+
+    /// Whether the write is to go to a mirror's target as well, before the guest is told. It is one that began
+    /// while a [write-blocking](crate::CopyMode::WriteBlocking) mirror copies.
+    ///
+    /// Then the data must not change until both have it: if the guest could still do that, take a copy of it
+    /// before the write to the source. Issue that, and then call [`source_written`](Self::source_written). To
+    /// call [`finish`](Self::finish) instead is as good for the data: the mirror copies it later.
+    #[must_use]
+    pub fn is_active(&self) -> bool {
+        self.entry.is_active
+    }
+
+    /// The write has settled on the source, well or not. What of it is to go to the mirror's target now, if
+    /// anything; if nothing, this is [`finish`](Self::finish).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::Node;
+    ///
+    /// # fn write_to_source() -> std::io::Result<()> { Ok(()) }
+    /// # fn write_to_target(_: blockjob::ByteRange) -> std::io::Result<()> { Ok(()) }
+    /// let node = Node::new(1 << 20);
+    /// let ticket = node.begin_write((0..4096).into()).go().expect("nobody quiesces the node");
+    /// let result = write_to_source();
+    /// if let Some(write) = ticket.source_written(result.is_ok()) {
+    ///     let result = write_to_target(write.range()); // the same operation, on that part of it
+    ///     write.finish(result);
+    /// }
+    /// // Now tell the guest `result`: that of the source.
+    /// # assert!(result.is_ok());
+    /// ```
+    #[inline]
+    pub fn source_written(mut self, has_succeeded: bool) -> Option<TargetWrite<L>> {
+        if !self.entry.is_active {
+            self.finish(());
+            return None;
+        }
+        let lane = self.lane.take()?;
+        let (range, entry) = (self.range, self.entry);
+        mem::forget(self);
+        TargetWrite::new(lane, range, entry, has_succeeded)
+    }
+}
+
+impl<L: Way> TargetWrite<L> {
+    #[cold]
+    fn new(lane: L, range: ByteRange, mut entry: Entry, has_succeeded: bool) -> Option<Self> {
+        if is_broken(Sabotage::EndClaimEarly) {
+            lane.node.gate.actives.end(range);
+            entry.is_active = false;
+        }
+        let part = match has_succeeded {
+            true => lane.node.part_for_target(range),
+            false => None,
+        };
+        if !has_succeeded && is_broken(Sabotage::ForgetFailedSource) {
+            lane.give_back(range, entry);
+            return None;
+        }
+        let Some(part) = part else {
+            lane.settle(range, entry);
+            return None;
+        };
+        Some(Self {
+            lane: Some(lane),
+            range,
+            part,
+            entry,
+        })
+    }
+
+    /// What is to be written to the target: the write, or a part of it. The rest is copied later.
+    #[must_use]
+    pub fn range(&self) -> ByteRange {
+        self.part
+    }
+
+    /// The write has settled on the target, well or not. It does not matter to the guest: if it has failed, the
+    /// mirror is told, and does what [its policy](crate::JobOptions::on_target_error) says.
+    pub fn finish(mut self, result: io::Result<()>) {
+        let Some(lane) = self.lane.take() else {
+            return;
+        };
+        let is_good = result.is_ok() || is_broken(Sabotage::ForgetFailedTarget);
+        lane.node.target_done(self.part, Some(result));
+        match is_good {
+            true => {
+                lane.node.record_active(self.range);
+                lane.give_back(self.range, self.entry);
+            }
+            false => lane.settle(self.range, self.entry),
+        }
+    }
+
+    /// The write was not issued to the target and will not be: the mirror copies it later.
+    pub fn skip(self) {
+        drop(self);
+    }
+}
+
+impl<L: Way> Drop for TargetWrite<L> {
+    fn drop(&mut self) {
+        if let Some(lane) = self.lane.take() {
+            lane.node.target_done(self.part, None);
+            lane.settle(self.range, self.entry);
+        }
+    }
+}
+
+impl<L: Way> fmt::Debug for TargetWrite<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TargetWrite")
+            .field("range", &self.part)
+            .finish_non_exhaustive()
     }
 }
 
@@ -179,8 +310,8 @@ impl<L: Way> Begin<L> {
             range,
             id: None,
         };
-        if turned == Turned::Held {
-            // The job that holds it back is to know at once.
+        if matches!(turned, Turned::Held | Turned::InTheWay) {
+            // The job that it waits for is to know at once.
             return match pending.ask(None) {
                 Some(Ok(ticket)) => Begin::Go(ticket),
                 Some(Err(refused)) => Begin::Refused(refused),
@@ -188,7 +319,7 @@ impl<L: Way> Begin<L> {
             };
         }
         match turned {
-            Turned::Closed | Turned::Held => Begin::Wait(pending),
+            Turned::Closed | Turned::Held | Turned::InTheWay => Begin::Wait(pending),
             Turned::Refused => Begin::Refused(WriteRefused::ReadOnly),
             Turned::NotSaved(why) => Begin::Refused(WriteRefused::NotSaved(why)),
         }
@@ -282,7 +413,7 @@ impl<L: Way> PendingWrite<L> {
         let id = *self.id.get_or_insert_with(|| gate.new_waiter());
         match gate.enter_or_wait(&self.lane.counter, id, self.range, waker) {
             Ok(entry) => Some(Ok(Ticket::new(self.lane.clone(), self.range, entry))),
-            Err(Turned::Closed | Turned::Held) => None,
+            Err(Turned::Closed | Turned::Held | Turned::InTheWay) => None,
             Err(Turned::Refused) => Some(Err(WriteRefused::ReadOnly)),
             Err(Turned::NotSaved(why)) => Some(Err(WriteRefused::NotSaved(why))),
         }

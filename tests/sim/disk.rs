@@ -63,6 +63,8 @@ pub(crate) struct Disk {
     pub good_flushes: u64,
     /// No job writes here any more: the guest does.
     pub is_guests: bool,
+    /// What guests write here is the second half of active writes: it counts as the job's.
+    pub is_copied_to: bool,
     pub writes_in_flight_max: usize,
 }
 
@@ -128,6 +130,7 @@ impl Disk {
             flushed: 0,
             good_flushes: 0,
             is_guests: false,
+            is_copied_to: false,
             writes_in_flight_max: 0,
         }
     }
@@ -162,7 +165,7 @@ impl Disk {
 
     /// The job's requests keep to what the disk has said of itself, and never overlap.
     fn check(&self, owner: Owner, range: ByteRange, ask: &Ask) {
-        if matches!(owner, Owner::Guest(_)) {
+        if matches!(owner, Owner::Guest(_)) && !self.is_copied_to {
             return;
         }
         assert!(range.end() <= self.limits.len, "a request past the end");
@@ -422,7 +425,7 @@ impl World {
         request.is_answered = true;
         let waker = request.waker.take();
         let owner = request.owner;
-        if !matches!(owner, Owner::Guest(_)) {
+        if !matches!(owner, Owner::Guest(_)) || target.is_copied_to {
             if request.ask.writes() {
                 target.written += 1;
             }

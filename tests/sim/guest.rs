@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use blockjob::{Begin, ByteRange, Content, GuestQueue, Lane, Node, OwnedTicket, PendingWrite};
+use blockjob::{
+    Begin, ByteRange, Content, GuestQueue, Lane, Node, OwnedTicket, PendingWrite, TargetWrite,
+};
 
 use super::disk::{Ask, BLOCK, Owner};
 use super::world::{Flag, Happening, World};
@@ -21,6 +23,12 @@ enum State {
     Writing {
         ticket: OwnedTicket,
         kind: Kind,
+        disk: usize,
+    },
+    /// The write is on the source, and goes to the target.
+    Copying {
+        write: TargetWrite<Arc<Lane>>,
+        range: ByteRange,
         disk: usize,
     },
 }
@@ -53,6 +61,10 @@ pub(crate) struct Guests {
     pub writes: u64,
     /// Writes that were refused: nothing is changed by one.
     pub refused: u64,
+    /// The target that active writes go to as well.
+    pub copies_to: Option<usize>,
+    /// How many have.
+    pub copied: u64,
     /// Everything that was recorded, in order, until somebody takes it.
     pub recorded: Vec<ByteRange>,
 }
@@ -94,6 +106,8 @@ impl Guests {
             discards: true,
             writes: 0,
             refused: 0,
+            copies_to: None,
+            copied: 0,
             recorded: Vec::new(),
         }
     }
@@ -125,10 +139,14 @@ impl Guests {
             let end = range.end().next_multiple_of(BLOCK).min(len);
             range = (range.start() / BLOCK * BLOCK..end).into();
         }
-        if world.disks[self.current]
-            .blocks_of(range)
-            .any(|block| self.busy[block])
-        {
+        let disk = &world.disks[self.current];
+        let mut blocks = disk.blocks_of(range);
+        if self.copies_to.is_some() && blocks.any(|block| self.undefined[block]) {
+            // What surrounds a write is defined thereafter, here, and an active write says nothing of it.
+            let end = range.end().next_multiple_of(BLOCK).min(len);
+            range = (range.start() / BLOCK * BLOCK..end).into();
+        }
+        if disk.blocks_of(range).any(|block| self.busy[block]) {
             let delay = world.rng.between(self.pause.0, self.pause.1);
             world.after(delay + 1, Happening::Guest(thread));
             return;
@@ -203,8 +221,20 @@ impl Guests {
     pub(crate) fn answered(&mut self, world: &mut World, thread: usize, id: u64) {
         let index = thread - self.base;
         let state = std::mem::replace(&mut self.threads[index].state, State::Idle);
-        let State::Writing { ticket, kind, disk } = state else {
-            panic!("nothing was in flight");
+        let (ticket, kind, disk) = match state {
+            State::Writing { ticket, kind, disk } => (ticket, kind, disk),
+            State::Copying { write, range, disk } => {
+                let request = world.take(disk, id);
+                assert_eq!(request.range, write.range());
+                match world.rng.one_in(10) {
+                    // The VMM has lost the answer.
+                    true => drop(write),
+                    false => write.finish(error_of(request.error)),
+                }
+                self.copied += 1;
+                return self.idle(world, index, range);
+            }
+            State::Idle | State::Waiting(..) => panic!("nothing was in flight"),
         };
         let request = world.take(disk, id);
         let range = request.range;
@@ -233,6 +263,11 @@ impl Guests {
         }
         self.writes += 1;
         self.recorded.push(range);
+        if let (true, Some(target)) = (ticket.is_active(), self.copies_to) {
+            if !world.rng.one_in(20) {
+                return self.copy(world, index, ticket, kind, target, request.error);
+            }
+        }
         if world.rng.one_in(10) {
             // The VMM gives up on the request, which has settled.
             drop(ticket);
@@ -241,6 +276,43 @@ impl Guests {
             assert_eq!(told, request.error, "the result is handed through");
         }
         self.idle(world, index, range);
+    }
+
+    /// The second half of an active write, if there is one.
+    fn copy(
+        &mut self,
+        world: &mut World,
+        index: usize,
+        ticket: OwnedTicket,
+        kind: Kind,
+        disk: usize,
+        error: Option<std::io::ErrorKind>,
+    ) {
+        let range = ticket.range();
+        let Some(write) = ticket.source_written(error.is_none()) else {
+            return self.idle(world, index, range);
+        };
+        let part = write.range();
+        let start = (part.start() - range.start()) as usize;
+        let limits = world.disks[disk].limits;
+        let takes_zeroes = limits.write_zeroes.is_some_and(|zeroes| {
+            let align = u64::from(zeroes.align);
+            let ends_well = part.end() % align == 0 || part.end() == limits.len;
+            part.start() % align == 0 && ends_well && part.len() <= zeroes.max
+        });
+        let ask = match kind {
+            Kind::Write(stamp) if part.len() <= limits.max_transfer.into() => {
+                let data = pattern(stamp, range.len());
+                Ask::Write(data[start..start + part.len() as usize].to_vec())
+            }
+            Kind::Zero if takes_zeroes => Ask::Zero,
+            Kind::Write(_) | Kind::Zero | Kind::Discard => {
+                write.skip();
+                return self.idle(world, index, range);
+            }
+        };
+        world.submit(disk, Owner::Guest(self.base + index), part, ask);
+        self.threads[index].state = State::Copying { write, range, disk };
     }
 
     fn expect(&self, medium: &super::disk::Disk, range: ByteRange, data: &[u8]) {
@@ -264,7 +336,15 @@ impl Guests {
     pub(crate) fn is_writing(&self) -> bool {
         self.threads
             .iter()
-            .any(|thread| matches!(thread.state, State::Writing { .. }))
+            .any(|thread| matches!(thread.state, State::Writing { .. } | State::Copying { .. }))
+    }
+
+    /// Whether a write is in flight that is not to go to the target as well.
+    pub(crate) fn is_writing_alone(&self) -> bool {
+        self.threads.iter().any(|thread| match &thread.state {
+            State::Writing { ticket, .. } => !ticket.is_active(),
+            State::Idle | State::Waiting(..) | State::Copying { .. } => false,
+        })
     }
 
     pub(crate) fn is_waiting(&self) -> bool {
@@ -277,7 +357,7 @@ impl Guests {
     pub(crate) fn waiting(&self) -> impl Iterator<Item = Option<ByteRange>> {
         self.threads.iter().map(|thread| match &thread.state {
             State::Waiting(pending, _) => Some(pending.range()),
-            State::Idle | State::Writing { .. } => None,
+            State::Idle | State::Writing { .. } | State::Copying { .. } => None,
         })
     }
 
@@ -309,6 +389,10 @@ impl Guests {
             );
         }
     }
+}
+
+fn error_of(error: Option<std::io::ErrorKind>) -> std::io::Result<()> {
+    error.map_or(Ok(()), |kind| Err(kind.into()))
 }
 
 fn pattern(stamp: u64, len: u64) -> Vec<u8> {

@@ -4,6 +4,7 @@ use super::{Done, Engine, make_dirty};
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState};
 use crate::copy::{Content, Extent, OpId, OpKind};
+use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -36,8 +37,14 @@ impl Engine {
         if self.claim_saved(dirty) {
             return true;
         }
-        self.claim_in((start_of_search..self.shape.len).into(), dirty)
-            || self.claim_in((0..start_of_search).into(), dirty)
+        self.blocked = None;
+        let found = self.claim_in((start_of_search..self.shape.len).into(), dirty)
+            || self.claim_in((0..start_of_search).into(), dirty);
+        if let (false, Some(actives)) = (found, self.claims.actives()) {
+            // All that is dirty is written to just now. With guests that never pause it would stay dirty.
+            actives.lock().wish_for(self.blocked);
+        }
+        found
     }
 
     /// What is in the buffer goes first, so that there is space for more.
@@ -80,6 +87,8 @@ impl Engine {
         run_max: u64,
         dirty: &mut HBitmap,
     ) -> Option<(ByteRange, ClaimState)> {
+        let actives = self.claims.actives().cloned();
+        let mut lock = actives.as_ref().map(ActiveClaims::lock);
         while let Some(run) = dirty.next_dirty_area(search, run_max) {
             let align = self.shape.claim_align(run, self.filled.as_ref());
             let wish = self.shape.widen(run, align);
@@ -95,7 +104,13 @@ impl Engine {
                 .claims
                 .first_in(compared)
                 .filter(|_| !is_broken(Sabotage::ClaimTwice));
-            let free = match claimed {
+            let active = lock.as_ref();
+            let active = active.and_then(|lock| lock.first_in(wish, !self.is_guest_held));
+            if active.is_some_and(|active| active.overlaps(first_block)) {
+                self.blocked.get_or_insert(first_block);
+            }
+            let taken = claimed.into_iter().chain(active);
+            let free = match taken.min_by_key(|taken| taken.start()) {
                 Some(claimed) => {
                     if claimed.overlaps(first_block) {
                         // Somebody is at it: it stays dirty and is offered later.
@@ -128,11 +143,12 @@ impl Engine {
                     .reset(free)
                     .expect("aligned to the granularity, or ends with the disk");
             }
-            self.claims.insert(Claim {
+            let claim = Claim {
                 range: free,
                 align,
                 state,
-            });
+            };
+            self.claims.insert_under(claim, lock.as_mut());
             return Some((free, state));
         }
         None
@@ -149,7 +165,7 @@ impl Engine {
         if !self.is_claimed_by(range, id) {
             return Done::Status(range, extent);
         }
-        let Claim { align, .. } = self.claims.remove(range.start());
+        let Claim { align, .. } = self.claims.take(range.start());
         let extent = extent.or_data(range);
         let known_end = range.start().saturating_add(extent.len).min(range.end());
         let (skipped, known_end) = self.skippable((range.start()..known_end).into(), align, extent);
@@ -171,6 +187,7 @@ impl Engine {
             let (kept, behind) = range.split_at(range.start().saturating_add(self.shape.run_max));
             if !behind.is_empty() {
                 make_dirty(dirty, behind);
+                self.claims.free(behind);
                 self.cursor = behind.start();
                 (range, known_end) = (kept, known_end.min(kept.end()));
             }
@@ -192,7 +209,7 @@ impl Engine {
         }
         // In front of what was claimed later, so that what is being worked on gets done.
         for (range, state) in pieces.into_iter().rev() {
-            self.claims.insert(Claim {
+            self.claims.put(Claim {
                 range,
                 align,
                 state,
@@ -201,7 +218,10 @@ impl Engine {
         }
         match skipped.is_empty() {
             true => Done::Nothing,
-            false => Done::Skipped(skipped),
+            false => {
+                self.claims.free(skipped);
+                Done::Skipped(skipped)
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{Engine, make_dirty};
 use crate::bitmap::HBitmap;
-use crate::copy::claims::ClaimState;
+use crate::copy::claims::{Claim, ClaimState};
 use crate::copy::{Op, OpKind};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
@@ -134,7 +134,7 @@ impl Engine {
         }
     }
 
-    pub(super) fn has_lost(&self) -> bool {
+    pub(crate) fn has_lost(&self) -> bool {
         self.claims.lost() > 0 || self.has_lost_discard
     }
 
@@ -151,4 +151,27 @@ impl Engine {
             dirty.set(claim.range).expect("within the disk");
         }
     }
+
+    /// Whether something of `range` is claimed, and will not get on by itself: it is neither in flight nor lost.
+    pub(crate) fn has_idle_claim(&self, range: ByteRange) -> bool {
+        self.claims.overlapping(range).any(is_idle)
+    }
+
+    /// Ends the claims in `range` that are [idle](Self::has_idle_claim): it is dirty again.
+    pub(crate) fn give_way(&mut self, dirty: &mut HBitmap, range: ByteRange) {
+        let idle = self
+            .claims
+            .overlapping(range)
+            .filter(|claim| is_idle(claim));
+        let idle: Vec<ByteRange> = idle.map(|claim| claim.range).collect();
+        for claimed in idle {
+            self.ready.retain(|&ready| ready != claimed.start());
+            make_dirty(dirty, claimed);
+            self.claims.remove(claimed.start());
+        }
+    }
+}
+
+fn is_idle(claim: &Claim) -> bool {
+    !matches!(claim.state, ClaimState::Running(_) | ClaimState::Lost)
 }

@@ -34,6 +34,7 @@ use std::io;
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{ClaimState, Claims};
 use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -68,6 +69,10 @@ pub(crate) struct Engine {
     copy_by: CopyBy,
     /// A place for what the guest is about to overwrite, if there is one.
     buffer: Option<Buffer>,
+    /// The first block that could not be claimed for an active write, when a claim was tried last.
+    blocked: Option<ByteRange>,
+    /// Whether the guest is held: then nobody waits whom the job has given way to.
+    is_guest_held: bool,
     /// Whether a request to settle is out.
     is_settling: bool,
     /// Whether a discard of the target was lost, which belongs to no claim and may still land.
@@ -163,6 +168,8 @@ impl Engine {
             filled,
             copy_by: CopyBy::Buffer,
             buffer: None,
+            blocked: None,
+            is_guest_held: false,
             is_settling: false,
             has_lost_discard: false,
             has_unflushed: false,
@@ -178,6 +185,21 @@ impl Engine {
     pub(crate) fn copying_by(mut self, copy_by: CopyBy) -> Self {
         self.copy_by = copy_by;
         self
+    }
+
+    /// Guest writes may be active ones from now on: nothing is claimed that they are writing, and they see what is.
+    pub(crate) fn show_claims(&mut self, actives: ActiveClaims) {
+        self.claims.show_to(actives);
+    }
+
+    /// Whether the guest is held, for what is claimed next.
+    pub(crate) fn hold_guest(&mut self, is_held: bool) {
+        self.is_guest_held = is_held;
+    }
+
+    /// The target was written to by somebody else.
+    pub(crate) fn note_unflushed(&mut self) {
+        self.has_unflushed = true;
     }
 
     /// What is asked for when that is planned.

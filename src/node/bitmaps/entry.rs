@@ -12,7 +12,7 @@ use crate::bitmap::{Changes, HBitmap};
 use crate::log::DirtyWord;
 use crate::node::growing::Record;
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::Granularity;
+use crate::units::{ByteRange, Granularity};
 
 /// A bitmap in the list of its node.
 pub(in crate::node) struct Entry {
@@ -91,6 +91,18 @@ impl Record for Recorder<'_> {
         match self {
             Recorder::Plain(map) => map.set_word(granularity, word),
             Recorder::Tracked(map, changes) => changes.set_word(map, granularity, word),
+        }
+    }
+}
+
+impl Recorder<'_> {
+    /// A write within the disk.
+    pub(super) fn record(&mut self, range: ByteRange) {
+        match self {
+            Recorder::Plain(map) => {
+                map.set(range).expect("within the disk");
+            }
+            Recorder::Tracked(map, changes) => changes.set(map, range),
         }
     }
 }

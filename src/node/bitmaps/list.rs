@@ -6,7 +6,7 @@ use super::options::{BitmapOptions, BitmapStorage};
 use super::{BusyWith, NAME_BYTES_MAX, is_recordable};
 use crate::bitmap::HBitmap;
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::Granularity;
+use crate::units::{ByteRange, Granularity};
 
 /// What a node's lock protects.
 #[derive(Default)]
@@ -136,6 +136,24 @@ impl List {
     pub(in crate::node) fn logs_and_recorders(&mut self) -> (&[usize], Vec<Recorder<'_>>) {
         let recorders = self.entries.iter_mut().filter_map(Entry::recorder);
         (&self.logs, recorders.collect())
+    }
+
+    /// Whether a bitmap records that is not that one.
+    pub(in crate::node) fn records_beside(&self, job: Option<u64>) -> bool {
+        let mut others = self.entries.iter().filter(|entry| Some(entry.id) != job);
+        others.any(|entry| entry.recorded_in().is_some())
+    }
+
+    /// Records a write, in whatever records but in that one.
+    pub(in crate::node) fn record_beside(&mut self, job: Option<u64>, range: ByteRange) {
+        self.found = self.found.wrapping_add(1);
+        let others = self
+            .entries
+            .iter_mut()
+            .filter(|entry| Some(entry.id) != job);
+        for mut recorder in others.filter_map(Entry::recorder) {
+            recorder.record(range);
+        }
     }
 
     /// The finest granularity of those that record.
