@@ -863,6 +863,7 @@ impl Sim {
             Asking::Policy(policy) => drop(job.change(Change {
                 on_source_error: Some(policy),
                 on_target_error: Some(policy),
+                ..Change::default()
             })),
             Asking::Cancel => self.was_cancelled |= job.cancel(Cancel::Force).is_ok(),
             Asking::Finalize => drop(job.finalize()),

@@ -95,6 +95,7 @@ fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
         Verb::Change => job.change(Change {
             on_source_error: Some(OnError::Stop),
             on_target_error: None,
+            ..Change::default()
         }),
         Verb::Complete => job.complete(),
         Verb::Finalize => job.finalize(),
@@ -253,10 +254,12 @@ fn a_job_without_a_name_tells_nothing_and_is_never_stopped_by_an_error() {
             Change {
                 on_source_error: Some(OnError::Ignore),
                 on_target_error: Some(policy),
+                ..Change::default()
             },
             Change {
                 on_source_error: Some(policy),
                 on_target_error: Some(OnError::Ignore),
+                ..Change::default()
             },
         ];
         for change in changes {
@@ -1220,6 +1223,7 @@ fn errors_with_different_actions_are_not_merged() {
         .change(Change {
             on_source_error: None,
             on_target_error: Some(OnError::Stop),
+            ..Change::default()
         })
         .unwrap();
     machine.fail(0, Side::Target, ErrorKind::Other);

@@ -55,6 +55,7 @@ fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
         Verb::Change => job.change(Change {
             on_source_error: Some(OnError::Stop),
             on_target_error: None,
+            ..Change::default()
         }),
         Verb::Complete => job.complete(),
         Verb::Finalize => job.finalize(),

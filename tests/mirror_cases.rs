@@ -1,6 +1,8 @@
 //! The mirror, case by case, driven by hand: orders of events in which mirrors have lost data, stood
 //! still, or gone on when they must not.
 
+#[path = "mirror_cases/active.rs"]
+mod active;
 #[path = "mirror_cases/bitmaps.rs"]
 mod bitmaps;
 #[path = "support/machine.rs"]

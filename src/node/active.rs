@@ -300,6 +300,9 @@ impl Inner {
         let len = dirty.len();
         let granularity = dirty.granularity();
         let range = range.intersection((0..len).into());
+        if range.is_empty() {
+            return None;
+        }
         let up = |offset: u64, align: u64| match offset.checked_next_multiple_of(align) {
             Some(up) => up.min(len),
             None => len,

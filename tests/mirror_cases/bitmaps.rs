@@ -225,6 +225,7 @@ fn after_a_failure_the_bitmap_has_what_its_mode_says() {
                     let change = blockjob::Change {
                         on_source_error: report,
                         on_target_error: report,
+                        ..blockjob::Change::default()
                     };
                     machine.job.change(change).unwrap();
                     let at = machine.find(OpKind::writes_target).unwrap();
