@@ -815,6 +815,25 @@ fn run(seed: u64) -> Report {
     sim.report
 }
 
+/// A guest that writes all the time, and whose writes go to the target as well, at least for a while.
+fn run_active(seed: u64) -> Report {
+    let mut rng = mode_rng(seed);
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.threads = 4;
+        plan.options.granularity = Granularity::from_bytes(rng.pick(&[512, 4096, 8192]));
+        plan.options.copy_mode = CopyMode::WriteBlocking;
+        if rng.one_in(3) {
+            plan.options.copy_mode = CopyMode::Background;
+            let from = 10 + rng.below(2_000);
+            plan.asks
+                .push((from, Asking::Mode(CopyMode::WriteBlocking)));
+        }
+    });
+    drive(&mut sim, mirror);
+    sim.finish();
+    sim.report
+}
+
 /// One process after another, until the job succeeds.
 fn run_chain(seed: u64) -> Report {
     let mut rng = other_rng(seed);
@@ -1319,6 +1338,30 @@ fn every_seed_keeps_the_promises() {
 const MODES: [BitmapMode; 3] = [BitmapMode::Never, BitmapMode::OnSuccess, BitmapMode::Always];
 
 #[test]
+fn every_seed_of_active_writes_keeps_the_promises() {
+    let first = env("BLOCKJOB_SEED").unwrap_or(0);
+    let count = env("BLOCKJOB_SEEDS").map_or(800, |seeds| seeds.div_ceil(4));
+    println!("seeds {first}..{}", first + count);
+    let test = "every_seed_of_active_writes_keeps_the_promises";
+    let run_it = |seed| run_or_explain(seed, run_active, test);
+    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
+    let writes: u64 = reports.iter().map(|report| report.copied).sum();
+    println!(
+        "{writes} active writes; {} synced, {} switched, {} failed, {} with dropped drivers",
+        count_of(|r| r.was_synced),
+        count_of(|r| r.switched),
+        count_of(|r| r.failed),
+        count_of(|r| r.drops > 0),
+    );
+    if count >= 800 {
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        assert!(share(|r| r.copied > 10) > 0.2);
+        assert!(share(|r| r.was_synced) > 0.2);
+    }
+}
+
+#[test]
 fn every_chain_of_processes_keeps_the_promises() {
     let first = env("BLOCKJOB_SEED").unwrap_or(0);
     let count = env("BLOCKJOB_SEEDS").map_or(1_000, |seeds| seeds.div_ceil(4));
@@ -1374,17 +1417,18 @@ mod sabotage {
         (Sabotage::InstantAtEnd, 400),
         (Sabotage::CleanAfterFailure, 400),
         (Sabotage::ForgetInFlight, 400),
-        (Sabotage::WriteOverClaims, 1000),
-        (Sabotage::ClaimOverWrites, 1000),
-        (Sabotage::EndClaimEarly, 1000),
-        (Sabotage::WriteIntoDirty, 1000),
-        (Sabotage::ForgetFailedSource, 2000),
-        (Sabotage::ForgetFailedTarget, 1000),
         (Sabotage::RecordNoActives, 1000),
-        (Sabotage::ActiveWhileScanning, 4000),
-        (Sabotage::ForgetActiveWrites, 1000),
-        (Sabotage::LeaveOutActives, 4000),
-        (Sabotage::TrustTheMode, 4000),
+    ];
+
+    /// The same, with writes that go to the target as well.
+    const BROKEN_WHEN_ACTIVE: &[(Sabotage, u64)] = &[
+        (Sabotage::WriteOverClaims, 100),
+        (Sabotage::ClaimOverWrites, 400),
+        (Sabotage::EndClaimEarly, 1000),
+        (Sabotage::WriteIntoDirty, 200),
+        (Sabotage::ForgetFailedSource, 200),
+        (Sabotage::ForgetFailedTarget, 200),
+        (Sabotage::ForgetActiveWrites, 600),
     ];
 
     /// The same, by chains of processes.
@@ -1419,7 +1463,10 @@ mod sabotage {
         let chains = BROKEN_IN_CHAINS
             .iter()
             .map(|broken| (broken, run_chain as _));
-        for (&(sabotage, seeds), run) in all.chain(chains) {
+        let active = BROKEN_WHEN_ACTIVE
+            .iter()
+            .map(|broken| (broken, run_active as _));
+        for (&(sabotage, seeds), run) in all.chain(active).chain(chains) {
             break_on_this_thread(Some(sabotage));
             let noticed = (0..seeds).find_map(|seed| Some((seed, notices(run, seed)?)));
             break_on_this_thread(None);
