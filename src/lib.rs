@@ -243,8 +243,9 @@ pub use crate::migration::{
     OutgoingMigration, SetupError,
 };
 pub use crate::mirror::{
-    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, CopyMode, Mirror,
-    MirrorError, MirrorOptions, MirrorSync, Resume, ResumeError, Switch, SwitchBack,
+    Adaptive, ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase,
+    Convergence, CopyMode, Mirror, MirrorError, MirrorInfo, MirrorOptions, MirrorSync, Resume,
+    ResumeError, Switch, SwitchBack,
 };
 #[cfg(loom)]
 #[doc(hidden)]

@@ -30,15 +30,16 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use blockjob::bitmap::stored::{self, Label};
 use blockjob::driver::{Driven, Driver};
 use blockjob::queue::{Answer, Next, Queue, Work};
 use blockjob::{
-    BitmapMode, BitmapState, ByteRange, Cancel, Change, ChangedSince, Checkpoint, CheckpointId,
-    CopyMode, Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits, Mirror,
-    MirrorError, MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits, Resume,
-    ResumeError, Side, SnapshotOf, Status, Step, Switch, Unmap,
+    Adaptive, BitmapMode, BitmapState, ByteRange, Cancel, Change, ChangedSince, Checkpoint,
+    CheckpointId, CopyMode, Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits,
+    Mirror, MirrorError, MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits,
+    Resume, ResumeError, Side, SnapshotOf, Status, Step, Switch, Unmap,
 };
 
 use sim::content::{fill_copied, fill_source, fill_target, is_equal};
@@ -190,7 +191,7 @@ impl Plan {
             options.job.speed = rng.between(100_000, 10_000_000);
         }
         if rng.one_in(4) {
-            let grace = std::time::Duration::from_micros(rng.below(2000));
+            let grace = Duration::from_micros(rng.below(2000));
             options.job.cancel_grace = Some(grace);
         }
 
@@ -264,8 +265,16 @@ impl Plan {
         if rng.one_in(2) {
             return;
         }
-        let modes = [CopyMode::Background, CopyMode::WriteBlocking];
-        self.options.copy_mode = rng.pick(&[CopyMode::WriteBlocking, modes[0]]);
+        let mut adaptive = Adaptive::default();
+        adaptive.window = Duration::from_micros(rng.pick(&[1_000, 5_000]));
+        adaptive.latency_max = Duration::from_micros(rng.pick(&[10, 200, 5_000]));
+        adaptive.may_exceed = rng.one_in(2);
+        let modes = [
+            CopyMode::Background,
+            CopyMode::WriteBlocking,
+            CopyMode::Adaptive(adaptive),
+        ];
+        self.options.copy_mode = rng.pick(&modes);
         let horizon = rng.pick(&[500, 3_000, 20_000]);
         for _ in 0..rng.pick(&[0, 1, 1, 4]) {
             let ask = Asking::Mode(rng.pick(&modes));
@@ -942,7 +951,7 @@ fn of_another_target(plan: &Plan, generation: u64) -> Vec<u8> {
     let limits = Limits::new(plan.source.len);
     let mut mirror = Mirror::new(&node, limits, limits, options).unwrap();
     mirror.job().start().unwrap();
-    let now = std::time::Duration::ZERO;
+    let now = Duration::ZERO;
     while let Step::Op(op) = mirror.poll(now, Waker::noop()) {
         let outcome = match op.kind() {
             OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
@@ -1323,8 +1332,8 @@ fn every_seed_keeps_the_promises() {
         assert!(share(|r| r.waited) > 0.02);
         assert!(share(|r| r.paused) > 0.05);
         assert!(share(|r| r.overlapped > 1) > 0.2);
-        assert!(share(|r| r.copied > 0) > 0.1);
-        assert!(share(|r| r.was_synced) > 0.05);
+        assert!(share(|r| r.copied > 0) > 0.05);
+        assert!(share(|r| r.was_synced) > 0.04);
         for mode in MODES {
             for is_good in [false, true] {
                 let end = Some((mode, is_good));
@@ -1356,7 +1365,7 @@ fn every_seed_of_active_writes_keeps_the_promises() {
     );
     if count >= 800 {
         let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
-        assert!(share(|r| r.copied > 10) > 0.2);
+        assert!(share(|r| r.copied > 10) > 0.12);
         assert!(share(|r| r.was_synced) > 0.2);
     }
 }

@@ -6,6 +6,7 @@ use std::task::Waker;
 
 use crate::copy::{OpKind, Side};
 use crate::job::{ErrorAction, JobError, Progress, Status};
+use crate::mirror::Convergence;
 use crate::units::Granularity;
 
 /// Errors nobody has taken yet, of which the oldest are forgotten.
@@ -30,6 +31,10 @@ pub enum Event {
     Error(ErrorEvent),
     /// Something was asked for that is done otherwise.
     Warning(Warning),
+    /// The guest writes more than can be copied, so this [adaptive](crate::CopyMode::Adaptive) mirror would never be
+    /// ready, or falls behind. From now on the guest's writes go to the target at once. A guest that wrote less would
+    /// do as well.
+    Outpaced(Convergence),
     /// It is over, by success or by an error of its own; everything it held is released.
     Completed {
         /// At the end.

@@ -11,7 +11,7 @@ use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
 use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
-use crate::mirror::CopyMode;
+use crate::mirror::{Convergence, CopyMode, MirrorInfo};
 use crate::node::QuiesceGuard;
 
 /// What the machine must know of what was asked.
@@ -46,7 +46,9 @@ impl Job {
             is_finalizing: state.is_finalizing,
             ends_by_finalize: !self.shared.is_alone || !state.options.auto_finalize,
             speed: state.options.speed,
-            copy_mode: state.copy_mode.unwrap_or_default(),
+            copy_mode: state
+                .mirror
+                .map_or(CopyMode::Background, |mirror| mirror.copy_mode),
             stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
@@ -168,13 +170,22 @@ impl Job {
         self.together(|_, _| self.shared.lock().stage = Stage::None);
     }
 
-    /// It is a mirror.
-    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
-        self.shared.lock().copy_mode = Some(mode);
+    pub(crate) fn copy_mode(&self) -> CopyMode {
+        let mirror = self.shared.lock().mirror;
+        mirror.map_or(CopyMode::Background, |mirror| mirror.copy_mode)
     }
 
-    pub(crate) fn set_actively_synced(&self, is_synced: bool) {
-        self.shared.lock().is_actively_synced = is_synced;
+    /// It is a mirror, of which more is to be told.
+    pub(crate) fn set_mirror(&self, info: MirrorInfo) {
+        let mut state = self.shared.lock();
+        // The mode is the user's.
+        let copy_mode = state.mirror.map_or(info.copy_mode, |known| known.copy_mode);
+        state.mirror = Some(MirrorInfo { copy_mode, ..info });
+    }
+
+    /// Tells that a guest writes more than can be copied.
+    pub(crate) fn outpaced(&self, convergence: Convergence) {
+        self.change_state(|state| state.tell(Event::Outpaced(convergence)));
     }
 
     pub(crate) fn publish(&self, progress: Progress, is_busy: bool) {

@@ -243,11 +243,11 @@ impl Job {
             if state.options.id.is_none() {
                 check_somebody_resumes([source, target])?;
             }
-            let mode = change.copy_mode.or(state.copy_mode);
-            if mode.is_some() && state.copy_mode.is_none() {
-                return Err(VerbError::NoSuchOption("copy_mode"));
+            match (&mut state.mirror, change.copy_mode) {
+                (Some(mirror), Some(mode)) => mirror.copy_mode = mode,
+                (None, Some(_)) => return Err(VerbError::NoSuchOption("copy_mode")),
+                (_, None) => {}
             }
-            state.copy_mode = mode;
             state.options.on_source_error = source;
             state.options.on_target_error = target;
             state.retry_now = true;
@@ -364,8 +364,7 @@ impl Job {
             is_finalizing: state.is_finalizing || state.stage.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
-            copy_mode: state.copy_mode,
-            is_actively_synced: state.is_actively_synced,
+            mirror: state.mirror,
             error: state.error.clone(),
         }
     }

@@ -12,15 +12,14 @@ use crate::job::{
     Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
     VerbError,
 };
-use crate::mirror::CopyMode;
+use crate::mirror::MirrorInfo;
 use crate::node::QuiesceGuard;
 
 pub(super) struct State {
     pub(super) kind: &'static str,
     pub(super) options: JobOptions,
-    /// Of a mirror.
-    pub(super) copy_mode: Option<CopyMode>,
-    pub(super) is_actively_synced: bool,
+    /// What only mirrors have.
+    pub(super) mirror: Option<MirrorInfo>,
     pub(super) status: Status,
     pub(super) was_started: bool,
     pub(super) is_user_paused: bool,
@@ -51,8 +50,7 @@ impl State {
         Self {
             kind,
             options,
-            copy_mode: None,
-            is_actively_synced: false,
+            mirror: None,
             status: Status::Created,
             was_started: false,
             is_user_paused: false,

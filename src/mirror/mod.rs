@@ -36,9 +36,10 @@
 //!    zeroes would be lost. What they have under way counts as left when the job ends, and what they have written
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
-//!    that is not active.
+//!     that is not active.
 
 mod active;
+mod adaptive;
 mod checkpoint;
 mod copying;
 mod end;
@@ -64,12 +65,14 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
 use active::Active;
+pub use adaptive::{Adaptive, Convergence};
+
 pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
 use end::End;
 use left::{ByBitmap, Left};
-pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync};
+pub use options::{CopyMode, MirrorError, MirrorInfo, MirrorOptions, MirrorSync};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 use pace::Pace;
 pub use switch::{Switch, SwitchBack};
@@ -415,7 +418,10 @@ impl Mirror {
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(Self::KIND.name, options.job, None)?;
-        job.set_copy_mode(options.copy_mode);
+        job.set_mirror(MirrorInfo {
+            copy_mode: options.copy_mode,
+            ..MirrorInfo::default()
+        });
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -464,7 +470,7 @@ impl Mirror {
             let Turn::Step(step) = self.turn(now, waker) else {
                 continue;
             };
-            let step = self.give_way(now, step);
+            let step = self.give_way(now, self.job.copy_mode(), step);
             self.wake_guests();
             if !matches!(step, Step::Op(_)) {
                 self.publish();

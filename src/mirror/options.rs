@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::copy::{LimitsError, ShapeError, Side, Unmap};
 use crate::job::{BitmapMode, JobOptions, JobOptionsError};
-use crate::mirror::ResumeError;
+use crate::mirror::{Adaptive, Convergence, ResumeError};
 use crate::units::Granularity;
 
 /// The finest granularity of a mirror.
@@ -39,7 +39,29 @@ pub enum CopyMode {
     /// copied later.
     ///
     /// What the guest flushes is flushed on the source. The target is flushed before the job is ready and at its end.
+    ///
+    /// Of what was discarded on the source and is written in part since, the target has that part only: what
+    /// surrounds it is undefined on both.
     WriteBlocking,
+    /// The first, and the second for as long as the guest writes more than can be copied. With that an
+    /// [event](crate::Event::Outpaced) tells that it does, for those who can slow the guest down.
+    Adaptive(Adaptive),
+}
+
+/// What a job says of itself that is a mirror.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MirrorInfo {
+    /// How what the guest writes comes to the target.
+    pub copy_mode: CopyMode,
+    /// Whether the writes that begin now go to the target at once.
+    pub is_write_blocking: bool,
+    /// Whether the target had all that the guest was told to be written, when the job was driven last:
+    /// [`Mirror::is_actively_synced`](crate::Mirror::is_actively_synced).
+    pub is_actively_synced: bool,
+    /// Whether it gains on the guest, by what was seen in the last window: a second, or what an
+    /// [adaptive](CopyMode::Adaptive) mirror was told. `None` until the first is over.
+    pub convergence: Option<Convergence>,
 }
 
 /// How a mirror is made.

@@ -355,13 +355,11 @@ impl Inner {
             Some(Ok(())) => {
                 state.told.copied_bytes = state.told.copied_bytes.saturating_add(part.len());
             }
-            None => {}
-            Some(Err(error)) => {
-                if state.job.is_some() && state.told.errors.len() < ERRORS_MAX {
-                    state.told.errors.push((part, error));
-                    driver = state.driver.clone();
-                }
+            Some(Err(error)) if state.job.is_some() && state.told.errors.len() < ERRORS_MAX => {
+                state.told.errors.push((part, error));
+                driver = state.driver.clone();
             }
+            Some(Err(_)) | None => {}
         }
         drop(state);
         if let Some(driver) = driver {
@@ -482,9 +480,10 @@ impl ActiveWrites {
         }
     }
 
-    /// How many writes are at the target just now.
-    pub(crate) fn at_target(&self) -> u64 {
-        self.lock().at_target
+    /// How many writes are at the target just now, or wait to be let in.
+    pub(crate) fn waits(&self) -> u64 {
+        let state = self.lock();
+        state.at_target + state.waiting.len() as u64
     }
 
     /// Has all look again whom the job has let go on. It may hold no lock.

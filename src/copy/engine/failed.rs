@@ -157,18 +157,42 @@ impl Engine {
         self.claims.overlapping(range).any(is_idle)
     }
 
-    /// Ends the claims in `range` that are [idle](Self::has_idle_claim): it is dirty again.
+    /// Ends the claims in `range` that are [idle](Self::has_idle_claim): it is dirty again. Of a long copy the rest
+    /// stays claimed.
     pub(crate) fn give_way(&mut self, dirty: &mut HBitmap, range: ByteRange) {
         let idle = self
             .claims
             .overlapping(range)
             .filter(|claim| is_idle(claim));
-        let idle: Vec<ByteRange> = idle.map(|claim| claim.range).collect();
-        for claimed in idle {
-            self.ready.retain(|&ready| ready != claimed.start());
-            make_dirty(dirty, claimed);
-            self.claims.remove(claimed.start());
+        let idle: Vec<Claim> = idle.copied().collect();
+        for claim in idle {
+            let all = claim.range;
+            let given = match claim.state {
+                ClaimState::Planned(OpKind::Copy(_)) => {
+                    all.intersection(self.shape.widen(range, claim.align))
+                }
+                _ => all,
+            };
+            self.claims.take(all.start());
+            self.ready.retain(|&ready| ready != all.start());
+            for kept in [all.split_at(given.start()).0, all.split_at(given.end()).1] {
+                if !kept.is_empty() {
+                    self.plan_again(Claim {
+                        range: kept,
+                        state: ClaimState::Planned(OpKind::Copy(kept)),
+                        ..claim
+                    });
+                }
+            }
+            make_dirty(dirty, given);
+            self.claims.free(given);
         }
+    }
+
+    /// A part of what was planned before.
+    fn plan_again(&mut self, claim: Claim) {
+        self.ready.push_back(claim.range.start());
+        self.claims.put(claim);
     }
 }
 

@@ -32,7 +32,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
 use crate::bitmap::HBitmap;
-use crate::copy::claims::{ClaimState, Claims};
+use crate::copy::claims::{Claim, ClaimState, Claims};
 use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
@@ -71,6 +71,8 @@ pub(crate) struct Engine {
     buffer: Option<Buffer>,
     /// The first block that could not be claimed for an active write, when a claim was tried last.
     blocked: Option<ByteRange>,
+    /// Bytes that may be under way to the target, beside one operation, so that others need not wait for long there.
+    narrowed: u64,
     /// Whether the guest is held: then nobody waits whom the job has given way to.
     is_guest_held: bool,
     /// Whether a request to settle is out.
@@ -169,6 +171,7 @@ impl Engine {
             copy_by: CopyBy::Buffer,
             buffer: None,
             blocked: None,
+            narrowed: u64::MAX,
             is_guest_held: false,
             is_settling: false,
             has_lost_discard: false,
@@ -190,6 +193,53 @@ impl Engine {
     /// Guest writes may be active ones from now on: nothing is claimed that they are writing, and they see what is.
     pub(crate) fn show_claims(&mut self, actives: ActiveClaims) {
         self.claims.show_to(actives);
+    }
+
+    /// The most that is under way to the target at once, unless that is narrowed.
+    pub(crate) fn in_flight_max(&self) -> u64 {
+        let workers = u64::try_from(self.workers).unwrap_or(u64::MAX);
+        self.buf_size
+            .min(self.shape.chunk_max.saturating_mul(workers))
+    }
+
+    /// Halves what is under way to the target at once, so often. One operation may be.
+    pub(crate) fn narrow(&mut self, times: u32) {
+        self.narrowed = match times {
+            0 => u64::MAX,
+            _ => self.in_flight_max() >> times.min(63),
+        };
+    }
+
+    /// Whether no more is under way than is to be.
+    pub(crate) fn is_narrow(&self) -> bool {
+        self.buffered_bytes <= self.narrowed.max(self.shape.chunk_max)
+    }
+
+    /// Cuts a copy that is longer than all that may be under way.
+    fn cut(&mut self, start: u64) {
+        let Some(&Claim {
+            range,
+            align,
+            state,
+        }) = self.claims.get(start)
+        else {
+            return;
+        };
+        let most = (self.narrowed / align * align).max(align);
+        if range.len() <= most || !matches!(state, ClaimState::Planned(OpKind::Copy(_))) {
+            return;
+        }
+        let (first, rest) = range.split_at(start + most);
+        let _whole = self.claims.take(start);
+        for range in [first, rest] {
+            let state = ClaimState::Planned(OpKind::Copy(range));
+            self.claims.put(Claim {
+                range,
+                align,
+                state,
+            });
+        }
+        self.ready.insert(1, rest.start());
     }
 
     /// Whether the guest is held, for what is claimed next.
@@ -285,6 +335,7 @@ impl Engine {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
+        self.cut(start);
         let claim = self
             .claims
             .get(start)
@@ -297,7 +348,9 @@ impl Engine {
             }
         };
         let is_free = self.cost(kind) == 0;
-        let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
+        let most = self.buf_size.min(self.narrowed);
+        let is_alone = self.buffered_bytes == 0;
+        let fits = is_alone || self.buffered_bytes + kind.buffered_bytes() <= most;
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
