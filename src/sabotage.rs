@@ -178,6 +178,10 @@ pub enum Sabotage {
     RollBackLog,
     /// Transactions 4: a bitmap goes before it is decided.
     RemoveAtOnce,
+    /// Start 2: what a job has begun stays begun when the list is undone.
+    KeepBegun,
+    /// Start 2: a machine takes what a transaction may still undo.
+    TakeUndecided,
     /// Transactions 5: others may have what was touched.
     DoNotHold,
     /// Transactions 5: a name that may have to be given back is given to others.

@@ -63,7 +63,7 @@ use registry::Registry;
 pub use registry::{Jobs, Shutdown};
 pub(crate) use speed::RateLimit;
 pub(crate) use stage::{Stage, Vote};
-pub(crate) use start::{AtStart, Begun};
+pub(crate) use start::{AtStart, Beginning, Begun, Start, StartError};
 use state::State;
 pub use status::{Status, Verb};
 

@@ -16,7 +16,8 @@
 //! Invariants, beside those of [the copy machinery](crate::copy):
 //!
 //! 1. Recording starts before anything is asked of the source, with no guest write in flight. So each
-//!    write is either on the source before the first look at it, or recorded.
+//!    write is either on the source before the first look at it, or recorded. The machine sees to that, or the
+//!    transaction that starts the job, which undoes it if another of its acts fails.
 //! 2. Ranges are zeroed for the scan only where nothing else is in flight, and copying starts when that
 //!    is over: a guest write after the look is recorded, and copied after the zeroes.
 //! 3. Ready is told once, at a moment when nothing was dirty and nothing in flight, after a flush of
@@ -42,6 +43,7 @@ mod active;
 mod checkpoint;
 mod copying;
 mod end;
+mod instant;
 mod left;
 mod options;
 mod pace;
@@ -49,14 +51,15 @@ mod progress;
 mod start;
 mod switch;
 
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
-    Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Status, Verb,
-    Warning,
+    AtStart, Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage,
+    Start, Status, Verb, Warning,
 };
 use crate::machine::{Machine, Step};
 use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
@@ -68,6 +71,7 @@ pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
 use end::End;
+use instant::{Idle, Instant};
 use left::{ByBitmap, Left};
 pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
@@ -139,9 +143,8 @@ pub struct Mirror {
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
-    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start. Clean, or
-    /// with what a checkpoint says is left.
-    initial: Option<HBitmap>,
+    /// What happens at the instant of the start.
+    start: Arc<Start<Instant>>,
     /// For a job that goes on from a checkpoint: where the scan does.
     resumed: Option<u64>,
     /// The named bitmap that it goes by.
@@ -403,18 +406,24 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
-        let mut initial = HBitmap::new(node.len(), granularity)?;
-        initial.reserve()?;
-        let resumed = checkpoint.map(|checkpoint| {
-            let left = &checkpoint.left;
-            initial.merge_from(left).expect("its length was checked");
-            checkpoint.scanned
-        });
+        let mut empty = HBitmap::new(node.len(), granularity)?;
+        empty.reserve()?;
+        let (resumed, left) = checkpoint
+            .map(|checkpoint| (checkpoint.scanned, checkpoint.left))
+            .unzip();
+        let instant = Instant {
+            node: node.clone(),
+            bitmap: by.as_ref().map(|by| (by.name.clone(), by.claim_for())),
+            is_scanned: options.sync == MirrorSync::Top && resumed.is_none(),
+            shape: shape.clone(),
+        };
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
+        let start = Arc::new(Start::new(instant, Idle { empty, left }));
+        let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
         // The last step that can fail: there is no trace of a job that could not be made.
-        let job = Job::new(Self::KIND.name, options.job, None)?;
+        let job = Job::new(Self::KIND.name, options.job, Some(at_start))?;
         job.set_copy_mode(options.copy_mode);
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
@@ -430,7 +439,7 @@ impl Mirror {
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
-            initial: Some(initial),
+            start,
             resumed,
             by,
             bitmap: None,
@@ -548,6 +557,9 @@ impl Mirror {
             // It was dropped.
             self.phase = Phase::InSync(End::Open);
         }
+        if asked.status != Status::Created {
+            self.take_begun();
+        }
         let must_end = asked.cancel == Some(Cancel::Force) || asked.has_failed;
         if must_end && !matches!(self.phase, Phase::Ending { .. }) {
             self.begin_ending(now, asked.cancel);
@@ -556,6 +568,10 @@ impl Mirror {
             return self.end(now, asked.cancel);
         }
         if asked.status == Status::Created {
+            return Turn::Step(Step::Wait { until: None });
+        }
+        if self.bitmap.is_none() && self.start.is_open() {
+            // It is started by a transaction, and by somebody else before that is decided.
             return Turn::Step(Step::Wait { until: None });
         }
         if asked.is_paused {
