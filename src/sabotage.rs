@@ -102,6 +102,8 @@ pub enum Sabotage {
     LetGoSilently,
     /// Group 7: a job joins a group that has begun to end.
     JoinLate,
+    /// Group 8: what cannot be asked of one member is asked of the others all the same.
+    AskOneByOne,
     /// Manager 1: a name is given to two jobs.
     NameTwice,
     /// Manager 2: jobs without a name are told of.

@@ -290,9 +290,7 @@ impl Job {
                 return Err(VerbError::Finalizing);
             }
             if how == Cancel::Soft && state.status.is_ready() {
-                state.cancel = state.cancel.max(Some(how));
-                state.drop_user_pause();
-                state.retry_now = true;
+                state.cancel_softly();
                 after.wake(&mut state);
                 return Ok(());
             }

@@ -83,6 +83,13 @@ impl State {
         self.io_status = IoStatus::Ok;
     }
 
+    /// It ends with success and without a switch. Nothing keeps it from that.
+    pub(super) fn cancel_softly(&mut self) {
+        self.cancel = self.cancel.max(Some(Cancel::Soft));
+        self.drop_user_pause();
+        self.retry_now = true;
+    }
+
     pub(super) fn go_to(&mut self, next: Status) {
         assert!(
             self.status.may_become(next),
