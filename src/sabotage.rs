@@ -62,6 +62,8 @@ pub enum Sabotage {
     LeaveOutActives,
     /// Mirror 10: the target counts as synced while other writes are under way.
     TrustTheMode,
+    /// Mirror 11: a commit writes where the base shows, too.
+    CommitBelow,
     /// Mirror 8: a checkpoint leaves out what is in flight.
     CheckpointForgetsClaims,
     /// Mirror 8: a checkpoint of other disks is gone on from.

@@ -5,6 +5,8 @@
 mod active;
 #[path = "mirror_cases/bitmaps.rs"]
 mod bitmaps;
+#[path = "mirror_cases/layers.rs"]
+mod layers;
 #[path = "support/machine.rs"]
 mod machine;
 

@@ -54,7 +54,7 @@ pub struct JobInfo {
     pub auto_finalize: bool,
     /// As it was made.
     pub auto_dismiss: bool,
-    /// Of a mirror: how what the guest writes comes to the target.
+    /// Of a mirror: how what the guest writes comes to the target. An active commit has none.
     pub copy_mode: Option<CopyMode>,
     /// Whether, when the job was driven last, the target had all that the guest was told to be written:
     /// [`Mirror::is_actively_synced`](crate::Mirror::is_actively_synced).

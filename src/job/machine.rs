@@ -168,9 +168,11 @@ impl Job {
         self.together(|_, _| self.shared.lock().stage = Stage::None);
     }
 
-    /// It is a mirror.
-    pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
-        self.shared.lock().copy_mode = Some(mode);
+    /// It has a switch. One without a copy mode is an active commit.
+    pub(crate) fn be_mirror(&self, mode: Option<CopyMode>) {
+        let mut state = self.shared.lock();
+        state.has_switch = true;
+        state.copy_mode = mode;
     }
 
     pub(crate) fn set_actively_synced(&self, is_synced: bool) {

@@ -111,7 +111,7 @@ impl Members {
     }
 
     fn mirrors(&self) -> impl Iterator<Item = MutexGuard<'_, State>> {
-        self.states().filter(|state| state.copy_mode.is_some())
+        self.states().filter(|state| state.has_switch)
     }
 
     /// All are told to finalize.

@@ -230,8 +230,8 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// If an internal job would be stopped by errors, the job is past working, or is none of the kind that has the
-    /// option.
+    /// If an internal job would be stopped by errors, the job is past working, is none of the kind that has the
+    /// option, or is one with a single policy for both devices and would have two.
     pub fn change(&self, change: Change) -> Result<(), VerbError> {
         self.ask(Verb::Change, |state| {
             let source = change
@@ -242,6 +242,9 @@ impl Job {
                 .unwrap_or(state.options.on_target_error);
             if state.options.id.is_none() {
                 check_somebody_resumes([source, target])?;
+            }
+            if state.has_one_policy() && source != target {
+                return Err(JobOptionsError::TwoPolicies.into());
             }
             let mode = change.copy_mode.or(state.copy_mode);
             if mode.is_some() && state.copy_mode.is_none() {

@@ -18,7 +18,9 @@ use crate::node::QuiesceGuard;
 pub(super) struct State {
     pub(super) kind: &'static str,
     pub(super) options: JobOptions,
-    /// Of a mirror.
+    /// Whether it may be asked to complete.
+    pub(super) has_switch: bool,
+    /// Of a mirror, but not of an active commit.
     pub(super) copy_mode: Option<CopyMode>,
     pub(super) is_actively_synced: bool,
     pub(super) status: Status,
@@ -51,6 +53,7 @@ impl State {
         Self {
             kind,
             options,
+            has_switch: false,
             copy_mode: None,
             is_actively_synced: false,
             status: Status::Created,
@@ -76,6 +79,11 @@ impl State {
 
     pub(super) fn is_paused(&self) -> bool {
         self.is_user_paused || self.holds > 0
+    }
+
+    /// Whether what it does when a device fails is the same for both: it is an active commit.
+    pub(super) fn has_one_policy(&self) -> bool {
+        self.has_switch && self.copy_mode.is_none()
     }
 
     pub(super) fn drop_user_pause(&mut self) {

@@ -38,9 +38,22 @@
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
 //!    that is not active.
+//! 11. A [commit](Mirror::commit) writes to the base only where a layer above it holds something: what the guest
+//!     reads never changes by it.
+//!
+//! # One target per pass
+//!
+//! A mirror has one target, and a node one job at a time. Several targets from one pass over the source would save
+//! reads of the source, and nothing else: each target needs its own map of what is dirty, its own claims, for a
+//! write to one may be in flight while that to another has failed, its own flushes, errors, policy, and moment at
+//! which it is ready. That is a mirror of its own per target, all but the buffer; and a buffer that several writes
+//! share goes back when the slowest has ended, so that all copy at its speed. What a caller can do: run one mirror
+//! after the other, the second by a [named bitmap](MirrorOptions::bitmap) or from the first target; or give the
+//! mirror a target device that writes to several, and fails when one does.
 
 mod active;
 mod checkpoint;
+mod commit;
 mod copying;
 mod end;
 mod instant;
@@ -64,12 +77,13 @@ use crate::job::{
 use crate::machine::{Machine, Step};
 use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::Granularity;
+use crate::units::{ByteRange, Granularity};
 
 use active::Active;
 pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
+pub use commit::CommitOptions;
 use end::End;
 use instant::{Idle, Instant};
 use left::{ByBitmap, Left};
@@ -190,6 +204,14 @@ enum Phase {
     Concluded,
 }
 
+/// What a machine is made for.
+enum Task {
+    /// A mirror, that goes on from a checkpoint if there is one.
+    Mirror(Option<Checkpoint>),
+    /// An active commit.
+    Commit,
+}
+
 /// What one turn of the machine came to.
 enum Turn {
     /// Something has changed: look again.
@@ -262,7 +284,7 @@ impl Mirror {
         if options.bitmap.is_some() && options.sync == MirrorSync::None {
             return Err(MirrorError::NoneWithBitmap);
         }
-        Self::make(node, source, target, options, None)
+        Self::make(node, source, target, options, Task::Mirror(None))
     }
 
     /// A mirror that goes on where another has stopped, with the same target, in another process as a rule.
@@ -343,7 +365,8 @@ impl Mirror {
         if resume.changed == ChangedSince::InBitmap && options.bitmap.is_none() {
             return Err(ResumeError::BitmapNeeded.into());
         }
-        Self::make(node, source, target, options, Some(resume.checkpoint))
+        let task = Task::Mirror(Some(resume.checkpoint));
+        Self::make(node, source, target, options, task)
     }
 
     fn make(
@@ -351,8 +374,12 @@ impl Mirror {
         source: Limits,
         target: Limits,
         options: MirrorOptions,
-        checkpoint: Option<Checkpoint>,
+        task: Task,
     ) -> Result<Self, MirrorError> {
+        let (kind, checkpoint, copy_mode) = match task {
+            Task::Mirror(checkpoint) => (Self::KIND, checkpoint, Some(options.copy_mode)),
+            Task::Commit => (Self::COMMIT, None, None),
+        };
         let ends = Ends::check(source, target)
             .map_err(|(side, error)| MirrorError::Limits { side, error })?;
         if source.len != node.len() || target.len != node.len() {
@@ -398,7 +425,7 @@ impl Mirror {
         if options.buf_size == 0 {
             return Err(MirrorError::Zero("buf_size"));
         }
-        let shape = Shape::new(
+        let mut shape = Shape::new(
             &ends,
             granularity,
             options.chunk_max,
@@ -406,6 +433,8 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
+        // Where the base shows there is nothing to commit.
+        shape.only_top = copy_mode.is_none() && !is_broken(Sabotage::CommitBelow);
         let mut empty = HBitmap::new(node.len(), granularity)?;
         empty.reserve()?;
         let (resumed, left) = checkpoint
@@ -423,8 +452,8 @@ impl Mirror {
         let start = Arc::new(Start::new(instant, Idle { empty, left }));
         let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
         // The last step that can fail: there is no trace of a job that could not be made.
-        let job = Job::new(Self::KIND.name, options.job, Some(at_start))?;
-        job.set_copy_mode(options.copy_mode);
+        let job = Job::new(kind.name, options.job, Some(at_start))?;
+        job.be_mirror(copy_mode);
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -496,7 +525,10 @@ impl Mirror {
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed {
                 side, kind, error, ..
-            }) => self.failed(now, side, kind, error),
+            }) => {
+                let claimed = self.engine.claimed_range(kind, id);
+                self.failed(now, (side, kind, error), claimed);
+            }
         }
         self.publish_with(dirty_bytes);
         self.wake_guests();
@@ -640,8 +672,12 @@ impl Mirror {
         }
     }
 
-    fn failed(&mut self, now: Duration, side: Side, kind: OpKind, error: std::io::Error) {
-        let claimed = kind.range().filter(|_| kind.writes_target());
+    fn failed(
+        &mut self,
+        now: Duration,
+        (side, kind, error): (Side, OpKind, std::io::Error),
+        claimed: Option<ByteRange>,
+    ) {
         // The guest does not wait for a device that fails.
         match &mut self.phase {
             Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,

@@ -155,7 +155,7 @@ impl Mirror {
             .scan_zeroes()
             .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
         let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => {
+            MirrorSync::Top if !extent.in_top && !is_broken(Sabotage::CommitBelow) => {
                 *next = area.end();
                 return;
             }
