@@ -25,6 +25,6 @@ pub struct Capabilities {
 /// What this build can do. It is the same at each call.
 #[must_use]
 pub fn capabilities() -> Capabilities {
-    const JOBS: &[JobKind] = &[Mirror::KIND, Backup::KIND];
+    const JOBS: &[JobKind] = &[Mirror::KIND, Mirror::COMMIT, Backup::KIND];
     Capabilities { jobs: JOBS }
 }

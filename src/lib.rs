@@ -173,7 +173,8 @@
 //! | in flight | handed to a device and not answered |
 //! | settled | can no longer change the device, whether it succeeded or not |
 //! | extent | a run of bytes of which the same is known: data, zeroes, or undefined |
-//! | in top, allocated | held by the topmost layer of a disk that has several |
+//! | in top, allocated | held by the topmost layer of a disk that has several, or by any above a base |
+//! | base, commit | a layer that others lie on; bringing into it what they hold |
 //! | cluster | the unit in which an image hands out storage |
 //! | sync mode | what a job copies: everything, the top layer, nothing but new writes, or by a bitmap |
 //! | instant, T0 | the moment as of which a backup is: guests are held for it |
@@ -244,8 +245,8 @@ pub use crate::migration::{
 };
 pub use crate::mirror::{
     Adaptive, ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase,
-    Convergence, CopyMode, Mirror, MirrorError, MirrorInfo, MirrorOptions, MirrorSync, Resume,
-    ResumeError, Switch, SwitchBack,
+    CommitOptions, Convergence, CopyMode, Mirror, MirrorError, MirrorInfo, MirrorOptions,
+    MirrorSync, Resume, ResumeError, Switch, SwitchBack,
 };
 #[cfg(loom)]
 #[doc(hidden)]

@@ -62,6 +62,8 @@ pub enum Sabotage {
     LeaveOutActives,
     /// Mirror 10: the target counts as synced while other writes are under way.
     TrustTheMode,
+    /// Mirror 11: a commit writes where the base shows, too.
+    CommitBelow,
     /// Mirror 8: a checkpoint leaves out what is in flight.
     CheckpointForgetsClaims,
     /// Mirror 8: a checkpoint of other disks is gone on from.
@@ -102,6 +104,8 @@ pub enum Sabotage {
     LetGoSilently,
     /// Group 7: a job joins a group that has begun to end.
     JoinLate,
+    /// Group 8: what cannot be asked of one member is asked of the others all the same.
+    AskOneByOne,
     /// Manager 1: a name is given to two jobs.
     NameTwice,
     /// Manager 2: jobs without a name are told of.
@@ -178,6 +182,10 @@ pub enum Sabotage {
     RollBackLog,
     /// Transactions 4: a bitmap goes before it is decided.
     RemoveAtOnce,
+    /// Start 2: what a job has begun stays begun when the list is undone.
+    KeepBegun,
+    /// Start 2: a machine takes what a transaction may still undo.
+    TakeUndecided,
     /// Transactions 5: others may have what was touched.
     DoNotHold,
     /// Transactions 5: a name that may have to be given back is given to others.

@@ -355,6 +355,77 @@ fn a_group_of_soft_cancels_copies_one_instant_and_nobody_switches() {
 }
 
 #[test]
+fn what_is_asked_of_a_group_is_asked_of_all_or_none() {
+    for is_soft in [true, false] {
+        let ask = |all: &Together| match is_soft {
+            true => all.group.cancel(Cancel::Soft),
+            false => all.group.complete(),
+        };
+        let mut all = Together::new(3, LEN, |_, _| {});
+        for member in &mut all.members[..2] {
+            member.machine.job.start().unwrap();
+            let _ = member.machine.drive().wait();
+        }
+        // The first two are ready; a soft cancel of the third alone would be one by force.
+        assert!(matches!(ask(&all), Err(VerbError::NotAllowed { .. })));
+        for index in 0..3 {
+            assert!(all.info(index).cancel.is_none() && !all.info(index).is_completing);
+        }
+        all.members[2].machine.job.start().unwrap();
+        let _ = all.members[2].machine.drive().wait();
+        // One of them is paused: it stands by, and is ready all the same.
+        all.members[1].machine.job.pause().unwrap();
+        all.run();
+        ask(&all).unwrap();
+        ask(&all).expect("asking again has no effect");
+        let expected = is_soft.then_some(Cancel::Soft);
+        assert!((0..3).all(|index| all.info(index).cancel == expected));
+        if !is_soft {
+            all.members[1].machine.job.resume().unwrap();
+        }
+        all.run();
+        all.commit();
+        all.run();
+        for member in &all.members {
+            assert_eq!(member.result.as_ref().map(Result::is_ok), Some(true));
+            assert_eq!(member.guest == On::Source, is_soft);
+            assert!(member.machine.is_equal());
+        }
+        all.group
+            .cancel(Cancel::Force)
+            .expect("nobody is in it any more");
+    }
+}
+
+#[test]
+fn a_group_is_cancelled_by_force_until_its_end_is_decided() {
+    let mut all = two_switches();
+    assert_eq!(all.group.cancel(Cancel::Force), Err(VerbError::Finalizing));
+    assert_eq!(all.group.cancel(Cancel::Soft), Err(VerbError::Finalizing));
+    assert!((0..2).all(|index| all.info(index).cancel.is_none()));
+    all.commit();
+    all.run();
+    all.assert_all_or_none();
+
+    let mut all = two();
+    all.group.complete().unwrap();
+    let late = all.group.cancel(Cancel::Soft);
+    late.expect("it is raised, as a soft cancel of a job that completes is");
+    assert_eq!(all.group.complete(), Err(VerbError::CannotComplete));
+    all.group.cancel(Cancel::Force).unwrap();
+    all.run();
+    all.assert_all_or_none();
+    assert!(is_cancelled(&all.info(0)) && is_cancelled(&all.info(1)));
+
+    let empty = JobGroup::new();
+    empty.cancel(Cancel::Force).unwrap();
+    let mut options = options();
+    options.job.group = Some(empty);
+    let limits = Limits::new(LEN);
+    Mirror::new(&Node::new(LEN), limits, limits, options).expect("nothing has begun to end");
+}
+
+#[test]
 fn a_soft_cancelled_member_commits_with_one_that_switches() {
     let mut all = two();
     all.members[0].machine.job.cancel(Cancel::Soft).unwrap();
@@ -936,6 +1007,10 @@ mod sabotage {
             guests_are_held_together_and_only_when_all_could_be,
         ),
         (Sabotage::JoinLate, nobody_joins_after_one_has_begun_to_end),
+        (
+            Sabotage::AskOneByOne,
+            what_is_asked_of_a_group_is_asked_of_all_or_none,
+        ),
         (
             Sabotage::SwitchAlone,
             a_switch_waits_until_all_guests_are_quiet,

@@ -17,8 +17,9 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use blockjob::{
-    BackupOptions, Cancel, JobError, JobKind, JobOptions, JobOptionsError, Jobs, Limits, Mirror,
-    MirrorError, MirrorOptions, Node, OnError, OpKind, Status, Verb, VerbError, capabilities,
+    BackupOptions, Cancel, CommitOptions, JobError, JobKind, JobOptions, JobOptionsError, Jobs,
+    Limits, Mirror, MirrorError, MirrorOptions, Node, OnError, OpKind, Status, Verb, VerbError,
+    capabilities,
 };
 
 use machine::{Count, KIB, MS, Machine, Rest, options};
@@ -540,11 +541,15 @@ fn fields(debug: &str) -> Vec<String> {
 
 #[test]
 fn the_capabilities_are_those_of_the_types() {
-    let [mirror, backup] = capabilities().jobs else {
-        panic!("there are two types");
+    let [mirror, commit, backup] = capabilities().jobs else {
+        panic!("there are three types");
     };
-    assert_eq!((mirror.name, backup.name), ("mirror", "backup"));
-    assert_eq!(mirror.verbs, Verb::ALL);
+    let names = (mirror.name, commit.name, backup.name);
+    assert_eq!(names, ("mirror", "commit", "backup"));
+    assert_eq!(
+        (mirror.verbs, commit.verbs),
+        (&Verb::ALL[..], &Verb::ALL[..])
+    );
     let without_complete = Verb::ALL.iter().filter(|verb| **verb != Verb::Complete);
     assert!(backup.verbs.iter().eq(without_complete));
     let common = fields(&format!("{:?}", JobOptions::default()));
@@ -559,12 +564,19 @@ fn the_capabilities_are_those_of_the_types() {
         mirror.options
     );
     assert_eq!(
+        own(format!("{:?}", CommitOptions::default())),
+        commit.options
+    );
+    assert_eq!(
         own(format!("{:?}", BackupOptions::default())),
         backup.options
     );
     let changes = fields(&format!("{:?}", blockjob::Change::default()));
     assert_eq!(changes, mirror.changes);
-    assert_eq!(changes, backup.changes);
+    let mut of_others = changes;
+    of_others.retain(|name| name != "copy_mode");
+    assert_eq!(of_others, commit.changes);
+    assert_eq!(of_others, backup.changes);
     for policy in mirror.policies {
         let mut options = options();
         options.job.on_source_error = *policy;

@@ -7,6 +7,8 @@ mod active;
 mod adaptive;
 #[path = "mirror_cases/bitmaps.rs"]
 mod bitmaps;
+#[path = "mirror_cases/layers.rs"]
+mod layers;
 #[path = "support/machine.rs"]
 mod machine;
 

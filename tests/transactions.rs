@@ -6,6 +6,9 @@
     reason = "a test brings the threads"
 )]
 
+#[path = "support/machine.rs"]
+mod machine;
+
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -721,6 +724,383 @@ mod jobs {
         prepared.commit();
         assert_ne!(status(&mirror), Status::Running);
         assert_eq!(names(&node), ["a"]);
+    }
+}
+
+/// Mirrors that a list starts: from when on they record, and what is left of them when all is undone.
+mod mirrors {
+    use super::*;
+    use blockjob::{
+        ByteRange, ChangedSince, Checkpoint, CheckpointId, JobError, MirrorSync, OpKind, Resume,
+    };
+
+    use crate::machine::{Machine, Rest};
+
+    /// A mirror of what is written from its start on, in granules of 64 KiB.
+    fn new_writes(node: &Node) -> Machine {
+        let mut options = MirrorOptions::default();
+        options.sync = MirrorSync::None;
+        machine(node, options)
+    }
+
+    /// A mirror by the bitmap `on`.
+    fn by_bitmap(node: &Node, sync: MirrorSync, mode: BitmapMode) -> Machine {
+        let mut options = MirrorOptions::default();
+        options.sync = sync;
+        options.bitmap = Some("on".to_owned());
+        options.bitmap_mode = Some(mode);
+        machine(node, options)
+    }
+
+    fn machine(node: &Node, options: MirrorOptions) -> Machine {
+        let limits = Limits::new(node.len());
+        let mirror = Mirror::new(node, limits, limits, options).unwrap();
+        Machine::of(node.clone(), mirror, limits)
+    }
+
+    fn status(machine: &Machine) -> Status {
+        machine.job.query().status
+    }
+
+    /// The granules that were copied.
+    fn copied(machine: &Machine) -> Vec<u64> {
+        let mut granules = Vec::new();
+        for kind in &machine.asked {
+            if let OpKind::Copy(range) = kind {
+                granules.extend(range.start() / G..range.end().div_ceil(G));
+            }
+        }
+        granules.sort_unstable();
+        granules
+    }
+
+    fn drive(machine: &mut Machine) {
+        let _ = machine.drive_now().wait();
+        assert_eq!(status(machine), Status::Ready);
+    }
+
+    /// The disk's guest is not held, but where something else has the bitmaps all is as it was.
+    fn assert_untouched(nodes: &[Node; 2], before: &[(BitmapInfo, HBitmap)]) {
+        assert!(!nodes.iter().any(is_held));
+        assert_eq!(picture(nodes), before);
+    }
+
+    #[test]
+    fn they_record_from_one_instant_on_beside_all_else_of_the_list() {
+        let (nodes, _holds) = two_nodes();
+        let third = Node::new(LEN);
+        let mut mirrors = nodes.each_ref().map(new_writes);
+        let limits = Limits::new(LEN);
+        let mut whole = BackupOptions::default();
+        whole.sync = BackupSync::Full;
+        let backup = Backup::new(&third, limits, limits, whole).unwrap();
+        // Still in flight when the list is prepared: it belongs to what was before.
+        let late = nodes[1].begin_write((0..1).into()).go().unwrap();
+        mirrors[1].guest_lands(0..1, 7);
+        let mut list = Transaction::new();
+        list.start(&mirrors[0].job)
+            .add(&nodes[1], "since", options(G))
+            .start(&mirrors[1].job)
+            .start(backup.job())
+            .add(&nodes[0], "since", options(512));
+        let preparing = list.prepare().try_prepared();
+        let preparing = preparing.expect_err("a write is in flight");
+        assert!(nodes.iter().all(is_held) && is_held(&third));
+        late.finish(());
+        let prepared = preparing.try_prepared().expect("it has settled").unwrap();
+        assert!(nodes.iter().all(is_held), "until it is decided");
+        prepared.commit();
+        // Nobody has come by to drive them yet.
+        for (index, machine) in mirrors.iter_mut().enumerate() {
+            assert_eq!(status(machine), Status::Running);
+            let at = (4 + index as u64) * G;
+            machine.guest_write(at..at + 1, 1);
+        }
+        assert!(is_held_back(&third), "the backup has to save it first");
+        for (index, machine) in mirrors.iter_mut().enumerate() {
+            drive(machine);
+            assert_eq!(
+                copied(machine),
+                [4 + index as u64],
+                "what was written since"
+            );
+            assert_eq!(dirty(&nodes[index], "since"), copied(machine));
+        }
+    }
+
+    fn is_held_back(node: &Node) -> bool {
+        matches!(node.begin_write((0..1).into()), Begin::Wait(_))
+    }
+
+    #[test]
+    fn the_bits_of_the_bitmap_are_those_of_the_instant() {
+        for sync in [MirrorSync::Full, MirrorSync::Top] {
+            for mode in [BitmapMode::Never, BitmapMode::OnSuccess, BitmapMode::Always] {
+                let (nodes, _holds) = two_nodes();
+                let mut mirrors = nodes.each_ref().map(|node| by_bitmap(node, sync, mode));
+                let mut list = Transaction::new();
+                // An earlier act changes it.
+                list.clear(&nodes[0], "on")
+                    .start(&mirrors[0].job)
+                    .start(&mirrors[1].job);
+                run(list).unwrap();
+                for machine in &mut mirrors {
+                    machine.guest_write(7 * G..7 * G + 1, 1);
+                    drive(machine);
+                }
+                assert_eq!(copied(&mirrors[0]), [7]);
+                assert_eq!(copied(&mirrors[1]), [3, 5, 7]);
+                for machine in &mut mirrors {
+                    machine.job.cancel(Cancel::Soft).unwrap();
+                    machine.drive_now().done().unwrap();
+                }
+                let expected: [&[u64]; 2] = match mode {
+                    BitmapMode::Never => [&[7], &[3, 5, 7]],
+                    BitmapMode::OnSuccess | BitmapMode::Always => [&[], &[]],
+                };
+                assert_eq!(nodes.each_ref().map(|node| dirty(node, "on")), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn what_fails_leaves_no_recording_and_no_claim() {
+        for is_dropped in [false, true] {
+            let (nodes, _holds) = two_nodes();
+            let before = picture(&nodes);
+            let mut mirrors = [
+                by_bitmap(&nodes[0], MirrorSync::Full, BitmapMode::Always),
+                new_writes(&nodes[1]),
+            ];
+            let list = |is_vain: bool| {
+                let mut list = Transaction::new();
+                list.start(&mirrors[0].job)
+                    .add(&nodes[1], "new", options(512))
+                    .start(&mirrors[1].job);
+                if is_vain {
+                    list.abort();
+                }
+                list
+            };
+            if is_dropped {
+                drop(prepare(list(false)).unwrap());
+            } else {
+                assert_eq!(run(list(true)).unwrap_err().index, 3);
+            }
+            assert_untouched(&nodes, &before);
+            for machine in &mut mirrors {
+                assert_eq!(status(machine), Status::Created);
+                let _ = machine.drive_now().wait();
+                assert!(machine.asked.is_empty());
+            }
+            // Neither is recorded by anybody but the bitmaps there are.
+            nodes.iter().for_each(|node| write(node, 9 * G));
+            // They begin as if it had never been tried, one by itself, and one with another list.
+            mirrors[0].job.start().unwrap();
+            let mut list = Transaction::new();
+            list.start(&mirrors[1].job);
+            run(list).unwrap();
+            mirrors[1].guest_write(11 * G..11 * G + 1, 1);
+            mirrors.iter_mut().for_each(drive);
+            assert_eq!(copied(&mirrors[0]), [3, 5, 9]);
+            assert_eq!(copied(&mirrors[1]), [11]);
+        }
+    }
+
+    #[test]
+    fn one_that_cannot_have_its_bitmap_does_not_begin() {
+        let (nodes, _holds) = two_nodes();
+        let mut mirrors = [
+            new_writes(&nodes[0]),
+            by_bitmap(&nodes[1], MirrorSync::Full, BitmapMode::OnSuccess),
+        ];
+        let taken = nodes[1].bitmaps().hold("on").unwrap();
+        let before = picture(&nodes);
+        let mut list = Transaction::new();
+        list.start(&mirrors[0].job).start(&mirrors[1].job);
+        let error = run(list.clone()).unwrap_err();
+        assert_eq!((error.index, error.kind), (1, ActionKind::Start));
+        let is_busy = matches!(error.why, ActionError::Bitmap(BitmapError::Busy { .. }));
+        assert!(is_busy, "{error}");
+        assert_untouched(&nodes, &before);
+        drop(taken);
+        run(list).unwrap();
+        mirrors.iter_mut().for_each(drive);
+        assert_eq!(copied(&mirrors[1]), [3, 5]);
+    }
+
+    /// Somebody else starts the job while it is not decided whether the list does.
+    #[test]
+    fn what_may_still_be_undone_is_not_worked_with() {
+        for is_committed in [true, false] {
+            let (nodes, _holds) = two_nodes();
+            let mut machine = by_bitmap(&nodes[0], MirrorSync::Full, BitmapMode::OnSuccess);
+            let mut list = Transaction::new();
+            list.clear(&nodes[0], "on").start(&machine.job);
+            let prepared = prepare(list).unwrap();
+            machine.job.start().unwrap();
+            let _ = machine.drive_now().wait();
+            assert!(machine.asked.is_empty(), "it waits for the list");
+            machine.woken.take();
+            match is_committed {
+                true => prepared.commit(),
+                false => drop(prepared),
+            }
+            assert!(machine.woken.take() > 0);
+            machine.guest_write(7 * G..7 * G + 1, 1);
+            drive(&mut machine);
+            match is_committed {
+                true => assert_eq!(copied(&machine), [7]),
+                false => assert_eq!(copied(&machine), [3, 5, 7]),
+            }
+        }
+    }
+
+    /// Whoever goes before the machine has come by: the bitmap has what it had and what was written since.
+    #[test]
+    fn one_that_ends_before_it_is_driven_gives_back_its_bitmap() {
+        #[derive(Clone, Copy, Debug, PartialEq)]
+        enum End {
+            Dropped,
+            Cancelled,
+        }
+        for mode in [BitmapMode::Never, BitmapMode::OnSuccess, BitmapMode::Always] {
+            for end in [End::Dropped, End::Cancelled] {
+                for is_open in [true, false] {
+                    let (nodes, _holds) = two_nodes();
+                    let mut machine = by_bitmap(&nodes[0], MirrorSync::Full, mode);
+                    let mut list = Transaction::new();
+                    list.start(&machine.job);
+                    let mut prepared = Some(prepare(list).unwrap());
+                    let mut commit = |machine: &mut Machine| {
+                        prepared.take().unwrap().commit();
+                        machine.guest_write(9 * G..9 * G + 1, 1);
+                    };
+                    if !is_open {
+                        commit(&mut machine);
+                    }
+                    match end {
+                        End::Dropped => machine.drop_mirror(),
+                        End::Cancelled => machine.job.cancel(Cancel::Force).unwrap(),
+                    }
+                    if is_open {
+                        commit(&mut machine);
+                    }
+                    if end == End::Cancelled {
+                        let result = machine.drive_now().done();
+                        assert!(matches!(result, Err(JobError::Cancelled { .. })));
+                    }
+                    let what = format!("{mode:?}, {end:?}, open: {is_open}");
+                    let info = nodes[0].bitmaps().query("on").unwrap();
+                    assert!(info.is_recording && !info.is_busy(), "{what}");
+                    assert_eq!(dirty(&nodes[0], "on"), [3, 5, 9], "{what}");
+                    nodes[0].bitmaps().check_invariants();
+                    Mirror::new(
+                        &nodes[0],
+                        Limits::new(LEN),
+                        Limits::new(LEN),
+                        MirrorOptions::default(),
+                    )
+                    .expect("the disk is free for another job");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_that_goes_on_from_a_checkpoint_does_so_after_an_undoing_too() {
+        let id = CheckpointId {
+            source: [1; 16],
+            target: [2; 16],
+            generation: 3,
+        };
+        let node = Node::new(LEN);
+        let mut first = new_writes(&node);
+        first.job.start().unwrap();
+        drive(&mut first);
+        for granule in [1, 2] {
+            first.guest_write(granule * G..granule * G + 1, 1);
+        }
+        let bytes = first.mirror().checkpoint(id).expect("it has begun");
+        drop(first);
+
+        let (nodes, _holds) = two_nodes();
+        let mut options = MirrorOptions::default();
+        options.sync = MirrorSync::None;
+        options.bitmap = Some("on".to_owned());
+        options.bitmap_mode = Some(BitmapMode::Always);
+        let resume = Resume {
+            checkpoint: Checkpoint::decode(&bytes, 1 << 20).unwrap(),
+            id,
+            changed: ChangedSince::InBitmap,
+        };
+        let limits = Limits::new(LEN);
+        let mirror = Mirror::resume(&nodes[0], limits, limits, options, resume).unwrap();
+        let mut machine = Machine::of(nodes[0].clone(), mirror, limits);
+        let mut list = Transaction::new();
+        list.start(&machine.job);
+        drop(prepare(list.clone()).unwrap());
+        // What the bitmap had when it was tried is not what it has when it begins.
+        nodes[0].bitmaps().clear("on").unwrap();
+        write(&nodes[0], 6 * G);
+        run(list).unwrap();
+        drive(&mut machine);
+        assert_eq!(copied(&machine), [1, 2, 6]);
+    }
+
+    /// A machine that wants to begin while a list has its guest held for it: one of the two does.
+    #[test]
+    fn the_machine_and_a_list_do_not_both_begin_it() {
+        let (nodes, _holds) = two_nodes();
+        let mut machine = by_bitmap(&nodes[0], MirrorSync::Full, BitmapMode::OnSuccess);
+        let ticket = nodes[0].begin_write((0..1).into()).go().unwrap();
+        let mut list = Transaction::new();
+        list.start(&machine.job);
+        let preparing = list
+            .prepare()
+            .try_prepared()
+            .expect_err("a write is in flight");
+        machine.job.start().unwrap();
+        let rest = machine.drive_now();
+        assert!(
+            matches!(rest, Rest::Wait(Some(_))),
+            "it holds the guest, too"
+        );
+        ticket.finish(());
+        let error = preparing.try_prepared().expect("settled").unwrap_err();
+        assert!(matches!(error.why, ActionError::Job(_)), "{error}");
+        drive(&mut machine);
+        assert_eq!(copied(&machine), [0, 3, 5]);
+        let all = ByteRange::from(0..LEN);
+        assert!(
+            machine
+                .asked
+                .iter()
+                .all(|op| op.range().is_none_or(|range| all.overlaps(range)))
+        );
+    }
+
+    #[cfg(debug_assertions)]
+    #[test]
+    fn every_broken_invariant_is_noticed() {
+        use blockjob::sabotage::{Sabotage, break_on_this_thread};
+        let broken: [(Sabotage, fn()); 2] = [
+            (
+                Sabotage::KeepBegun,
+                what_fails_leaves_no_recording_and_no_claim,
+            ),
+            (
+                Sabotage::TakeUndecided,
+                what_may_still_be_undone_is_not_worked_with,
+            ),
+        ];
+        for (sabotage, test) in broken {
+            break_on_this_thread(Some(sabotage));
+            let is_noticed = machine::fails(test);
+            break_on_this_thread(None);
+            assert!(is_noticed, "{sabotage:?}");
+            test();
+        }
     }
 }
 

@@ -114,7 +114,7 @@ impl Backup {
             if !is_broken(Sabotage::ForgetInFlight) {
                 self.engine.add_claimed(&mut dirty);
             }
-            if let (Some(claim), Some(mode)) = (claim, self.start.mode()) {
+            if let (Some(claim), Some(mode)) = (claim, self.start.beginning().mode()) {
                 end_bitmap(claim, mode, is_success, &dirty);
             }
             if let Some(view) = &self.view {

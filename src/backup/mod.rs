@@ -53,8 +53,8 @@ use crate::copy::{
     Shape, ShapeError, Side,
 };
 use crate::job::{
-    AtStart, Backoff, Begun, ErrorAction, Job, JobError, JobKind, OnError, Progress, RateLimit,
-    Stage, Status, Verb,
+    AtStart, Backoff, Begun, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Start,
+    Status, Verb,
 };
 use crate::machine::{Machine, Step};
 use crate::node::{JobClaim, Locked, Node, Quiesce};
@@ -63,7 +63,7 @@ use crate::units::{ByteRange, Granularity};
 
 use guest::Waiting;
 pub use options::{BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError};
-use start::{Armed, Start};
+use start::{Armed, Instant};
 pub use view::{FrozenRead, FrozenView, ViewError};
 
 /// The shortest that the guest may be held: with none at all the instant would be tried for ever.
@@ -140,7 +140,7 @@ pub struct Backup {
     job: Job,
     node: Node,
     options: Kept,
-    start: Arc<Start>,
+    start: Arc<Start<Instant>>,
     engine: Engine,
     /// What began at the instant; `None` before it, and when the job is over.
     armed: Option<Armed>,
@@ -332,7 +332,8 @@ impl Backup {
             .copying_by(copy_by);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
-        let start = Arc::new(Start::new(node, options.sync, bitmap, empty));
+        let instant = Instant::new(node, options.sync, bitmap);
+        let start = Arc::new(Start::new(instant, empty));
         let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(Self::KIND.name, options.job, Some(at_start))?;
@@ -580,7 +581,7 @@ impl Backup {
             // Somebody else may have begun it at this instant, and may undo it.
             Ok(Begun::Here) => self.start.commit(),
             Ok(Begun::Before) => {}
-            Err(error) => self.job.fail(JobError::Bitmap(Arc::new(error))),
+            Err(error) => self.job.fail(error.into()),
         }
         drop(guard);
         Turn::Again

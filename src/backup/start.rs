@@ -1,43 +1,23 @@
 //! The instant that is backed up: what is to be copied is fixed, and the guest's writes are held back.
 //!
-//! ```text
-//!          arm            commit             the machine comes by
-//!  Idle ────────▶ Armed ──────────▶ Committed ──────────────────────▶ Taken
-//!    ▲               │                 │
-//!    └──── disarm ───┴─────────────────┘
-//! ```
-//!
-//! 1. Arming happens while the guest is held, by a transaction or by the machine: the bitmap is claimed, what
-//!    is to be copied is complete, and only then can a guest write see that it is held back.
-//! 2. What arming has done is undone by disarming, in full, and by nobody once the machine has it. The machine
-//!    does not take what a transaction may still undo.
+//! The bitmap is claimed, what is to be copied is complete, and only then can a guest write see that it is held
+//! back. How it comes to that, and is undone, is [common to jobs](crate::job).
 
 use std::sync::Arc;
 
-use parking_lot::Mutex;
-
 use crate::backup::BackupSync;
 use crate::bitmap::HBitmap;
-use crate::job::{AtStart, Begun, BitmapMode};
+use crate::job::{Beginning, BitmapMode, StartError};
 use crate::node::{
     BitmapClaim, BitmapError, ClaimFor, HoldError, Locked, Node, QuiesceGuard, WriteHold,
 };
 use crate::sabotage::{Sabotage, is_broken};
 
 /// What a backup is to begin with.
-pub(super) struct Start {
+pub(super) struct Instant {
     node: Node,
     sync: BackupSync,
     bitmap: Option<(String, BitmapMode)>,
-    state: Mutex<State>,
-}
-
-enum State {
-    /// With the map of what is to be copied, empty as yet.
-    Idle(HBitmap),
-    Armed(Armed),
-    Committed(Armed),
-    Taken,
 }
 
 /// What has begun.
@@ -49,60 +29,20 @@ pub(super) struct Armed {
     pub(super) hold: Option<Arc<WriteHold>>,
 }
 
-impl Start {
-    pub(super) fn new(
-        node: &Node,
-        sync: BackupSync,
-        bitmap: Option<(String, BitmapMode)>,
-        empty: HBitmap,
-    ) -> Self {
+impl Instant {
+    pub(super) fn new(node: &Node, sync: BackupSync, bitmap: Option<(String, BitmapMode)>) -> Self {
         Self {
             node: node.clone(),
             sync,
             bitmap,
-            state: Mutex::new(State::Idle(empty)),
         }
-    }
-
-    /// What was begun with, if it was. Nobody undoes it any more.
-    pub(super) fn take(&self) -> Option<Armed> {
-        let mut state = self.state.lock();
-        match std::mem::replace(&mut *state, State::Taken) {
-            State::Committed(armed) => Some(armed),
-            other => {
-                *state = other;
-                None
-            }
-        }
-    }
-
-    /// As [`take`](Self::take), for a machine that is dropped: whoever would undo it finds nothing. What a
-    /// transaction may still undo is undone: the job has not begun.
-    pub(super) fn take_at_drop(&self) -> Option<Armed> {
-        let state = std::mem::replace(&mut *self.state.lock(), State::Taken);
-        match state {
-            State::Committed(armed) => Some(armed),
-            State::Armed(Armed { claim, hold, .. }) => {
-                if let Some(claim) = claim {
-                    claim.reclaim();
-                }
-                drop(hold);
-                None
-            }
-            State::Idle(_) | State::Taken => None,
-        }
-    }
-
-    /// Whether a transaction has begun it that may still undo it.
-    pub(super) fn is_open(&self) -> bool {
-        matches!(*self.state.lock(), State::Armed(_))
     }
 
     pub(super) fn mode(&self) -> Option<BitmapMode> {
         self.bitmap.as_ref().map(|&(_, mode)| mode)
     }
 
-    fn begin(
+    fn hold_back(
         &self,
         locked: &mut Locked<'_>,
         guard: &QuiesceGuard,
@@ -154,73 +94,47 @@ impl Start {
     }
 }
 
-impl AtStart for Start {
+impl Beginning for Instant {
+    /// The map of what is to be copied, empty as yet.
+    type Idle = HBitmap;
+    type Armed = Armed;
+
     fn node(&self) -> &Node {
         &self.node
     }
 
-    fn spare(&self) -> Option<HBitmap> {
-        let (name, _) = self.bitmap.as_ref()?;
-        self.node.spare_for(name)
+    fn bitmap(&self) -> Option<&str> {
+        self.bitmap.as_ref().map(|(name, _)| &**name)
     }
 
-    fn arm(
+    fn begin(
         &self,
         locked: &mut Locked<'_>,
         guard: &QuiesceGuard,
         spare: Option<HBitmap>,
-    ) -> Result<Begun, BitmapError> {
-        let mut state = self.state.lock();
-        let mut dirty = match std::mem::replace(&mut *state, State::Taken) {
-            State::Idle(dirty) => dirty,
-            other => {
-                // Somebody was faster, at an instant at which the guest was held as well.
-                *state = other;
-                return Ok(Begun::Before);
-            }
-        };
-        match self.begin(locked, guard, spare, &mut dirty) {
-            Ok((claim, hold)) => {
-                *state = State::Armed(Armed {
-                    dirty,
-                    claim,
-                    hold: Some(Arc::new(hold)),
-                });
-                Ok(Begun::Here)
-            }
-            Err(error) => {
-                *state = State::Idle(dirty);
-                Err(error)
-            }
+        mut dirty: HBitmap,
+    ) -> Result<Armed, (StartError, HBitmap)> {
+        match self.hold_back(locked, guard, spare, &mut dirty) {
+            Ok((claim, hold)) => Ok(Armed {
+                dirty,
+                claim,
+                hold: Some(Arc::new(hold)),
+            }),
+            Err(error) => Err((StartError::Bitmap(error), dirty)),
         }
     }
 
-    fn commit(&self) {
-        let mut state = self.state.lock();
-        *state = match std::mem::replace(&mut *state, State::Taken) {
-            State::Armed(armed) => State::Committed(armed),
-            other => other,
-        };
-    }
-
-    fn disarm(&self, locked: &mut Locked<'_>) {
-        let mut state = self.state.lock();
-        match std::mem::replace(&mut *state, State::Taken) {
-            State::Armed(armed) | State::Committed(armed) => {
-                let Armed {
-                    mut dirty,
-                    claim,
-                    hold,
-                } = armed;
-                dirty.reset_all();
-                *state = State::Idle(dirty);
-                if let Some(claim) = claim {
-                    locked.reclaim(&self.node, claim);
-                }
-                drop(state);
-                drop(hold);
-            }
-            other => *state = other,
+    fn undo(&self, locked: &mut Locked<'_>, armed: Armed) -> HBitmap {
+        let Armed {
+            mut dirty,
+            claim,
+            hold,
+        } = armed;
+        dirty.reset_all();
+        if let Some(claim) = claim {
+            locked.reclaim(&self.node, claim);
         }
+        drop(hold);
+        dirty
     }
 }

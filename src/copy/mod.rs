@@ -71,7 +71,8 @@ pub struct Extent {
     pub len: u64,
     /// What reading gives there, through all layers of the disk.
     pub content: Content,
-    /// Whether the topmost layer holds it. For a disk of one layer: `true`.
+    /// Whether the topmost layer holds it; or, if only the chain [above a base](crate::MirrorSync::Top) is copied,
+    /// any layer above that. For a disk of one layer: `true`.
     pub in_top: bool,
 }
 

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use crate::copy::{OpKind, Side};
-use crate::job::{JobOptionsError, Status, Verb};
+use crate::job::{JobOptionsError, StartError, Status, Verb};
 use crate::node::NotSaved;
 use crate::units::ByteRange;
 
@@ -47,6 +47,15 @@ pub enum JobError {
     /// The guest's writes could not be recorded.
     #[error(transparent)]
     Track(#[from] Arc<crate::node::TrackError>),
+}
+
+impl From<StartError> for JobError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Bitmap(error) => JobError::Bitmap(Arc::new(error)),
+            StartError::Track(error) => JobError::Track(Arc::new(error)),
+        }
+    }
 }
 
 /// Why a verb was refused. Nothing has changed.

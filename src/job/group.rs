@@ -30,6 +30,7 @@
 //!    its caller was handed [`SwitchBack`](crate::SwitchBack).
 //! 6. A machine withdraws its stage before it lets its guest go. Then every other member lets go, too.
 //! 7. Nobody joins after the first member has begun to end.
+//! 8. What is asked of the group is asked of all its members, under its lock, or of none.
 //!
 //! Locks: that of the [manager](crate::Jobs), then that of a group, then that of one of its jobs; never
 //! two of a kind. What every operation needs is behind the lock of its job alone. Foreign code (wakers,
@@ -41,7 +42,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, MutexGuard};
 
+use crate::job::after::After;
 use crate::job::members::Members;
+use crate::job::{Cancel, VerbError};
 
 /// Jobs that end together: all with success and at one instant, or none.
 ///
@@ -141,6 +144,67 @@ impl JobGroup {
     #[must_use]
     pub fn id(&self) -> u64 {
         self.shared.id
+    }
+
+    /// Asks all mirrors of the group to come to their end with a switch, or none of them. Members of other types
+    /// end by themselves. Asking again has no effect.
+    ///
+    /// # Errors
+    ///
+    /// If one of them is not ready, or was cancelled. Then nothing was asked of any.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use blockjob::{Cancel, JobGroup, Limits, Mirror, MirrorOptions, Node, Status, VerbError};
+    ///
+    /// let (node, group, limits) = (Node::new(1 << 20), JobGroup::new(), Limits::new(1 << 20));
+    /// let mut options = MirrorOptions::default();
+    /// options.job.group = Some(group.clone());
+    /// let mirror = Mirror::new(&node, limits, limits, options)?;
+    /// mirror.job().start()?;
+    ///
+    /// // It is not ready yet: neither a switch nor a copy of one instant can be had.
+    /// assert!(matches!(group.complete(), Err(VerbError::NotAllowed { .. })));
+    /// assert!(matches!(group.cancel(Cancel::Soft), Err(VerbError::NotAllowed { .. })));
+    /// assert_eq!(mirror.job().query().cancel, None, "a soft cancel of the job alone would be one by force");
+    /// group.cancel(Cancel::Force)?;
+    /// assert_eq!(mirror.job().query().cancel, Some(Cancel::Force));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn complete(&self) -> Result<(), VerbError> {
+        self.ask(Members::complete)
+    }
+
+    /// Cancels all members, or none of them.
+    ///
+    /// Softly: the mirrors come to their end together, none switches, and their targets are copies of one instant,
+    /// at which all guests are held. Other than [`Job::cancel`](crate::Job::cancel) this is never one by force
+    /// instead. Members of other types end by themselves, with success.
+    ///
+    /// # Errors
+    ///
+    /// Softly, if a mirror is not ready; by force, [`VerbError::Finalizing`] once the end cannot be stopped.
+    /// Then nothing was asked of any.
+    ///
+    /// # Examples
+    ///
+    /// See [`complete`](Self::complete).
+    pub fn cancel(&self, how: Cancel) -> Result<(), VerbError> {
+        self.ask(|members, after| match how {
+            Cancel::Soft => members.cancel_softly(after),
+            Cancel::Force => members.cancel_unless_decided(after),
+        })
+    }
+
+    fn ask(
+        &self,
+        act: impl FnOnce(&mut Members, &mut After) -> Result<(), VerbError>,
+    ) -> Result<(), VerbError> {
+        let mut after = After::default();
+        let result = act(&mut self.lock(), &mut after);
+        after.run();
+        result
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Members> {

@@ -54,7 +54,7 @@ pub struct JobInfo {
     pub auto_finalize: bool,
     /// As it was made.
     pub auto_dismiss: bool,
-    /// What only mirrors have.
+    /// What only mirrors have, but for an active commit.
     pub mirror: Option<MirrorInfo>,
     /// What it failed with. `None` in [`Status::Concluded`] means success.
     pub error: Option<JobError>,

@@ -175,12 +175,22 @@ impl Job {
         mirror.map_or(CopyMode::Background, |mirror| mirror.copy_mode)
     }
 
-    /// It is a mirror, of which more is to be told.
-    pub(crate) fn set_mirror(&self, info: MirrorInfo) {
+    /// It has a switch. One without a copy mode is an active commit.
+    pub(crate) fn be_mirror(&self, mode: Option<CopyMode>) {
         let mut state = self.shared.lock();
-        // The mode is the user's.
-        let copy_mode = state.mirror.map_or(info.copy_mode, |known| known.copy_mode);
-        state.mirror = Some(MirrorInfo { copy_mode, ..info });
+        state.has_switch = true;
+        state.mirror = mode.map(|copy_mode| MirrorInfo {
+            copy_mode,
+            ..MirrorInfo::default()
+        });
+    }
+
+    /// What more is to be told of a mirror. The mode is the user's.
+    pub(crate) fn tell_of_mirror(&self, info: MirrorInfo) {
+        if let Some(mirror) = &mut self.shared.lock().mirror {
+            let copy_mode = mirror.copy_mode;
+            *mirror = MirrorInfo { copy_mode, ..info };
+        }
     }
 
     /// Tells that a guest writes more than can be copied.

@@ -8,7 +8,7 @@ use parking_lot::MutexGuard;
 use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
-use crate::job::{Cancel, Event, JobError, Shared, Status};
+use crate::job::{Cancel, Event, JobError, Shared, Status, Verb, VerbError};
 use crate::node::QuiesceGuard;
 use crate::sabotage::{Sabotage, is_broken};
 
@@ -58,6 +58,60 @@ impl Members {
             state.is_finalizing = is_auto;
             after.wake(&mut state);
         }
+    }
+
+    /// All mirrors are asked to complete, or none.
+    pub(super) fn complete(&mut self, after: &mut After) -> Result<(), VerbError> {
+        self.check_mirrors(|state| match (state.cancel, state.is_completing) {
+            (Some(_), _) => Err(VerbError::CannotComplete),
+            (None, true) => Ok(()),
+            (None, false) if state.status.is_ready() => Ok(()),
+            (None, false) => Err(state.not_allowed(Verb::Complete)),
+        })?;
+        for mut state in self.mirrors() {
+            state.is_completing = true;
+            after.wake(&mut state);
+        }
+        Ok(())
+    }
+
+    /// All mirrors are cancelled softly, or none.
+    pub(super) fn cancel_softly(&mut self, after: &mut After) -> Result<(), VerbError> {
+        self.check_mirrors(|state| match state.stage.is_decided() {
+            true => Err(VerbError::Finalizing),
+            false if state.status.is_ready() => Ok(()),
+            false => Err(state.not_allowed(Verb::Cancel)),
+        })?;
+        for mut state in self.mirrors() {
+            state.cancel_softly();
+            after.wake(&mut state);
+        }
+        Ok(())
+    }
+
+    /// All are cancelled by force, unless the end cannot be stopped.
+    pub(super) fn cancel_unless_decided(&mut self, after: &mut After) -> Result<(), VerbError> {
+        if !self.all(|state| !state.stage.is_decided()) {
+            return Err(VerbError::Finalizing);
+        }
+        if !self.jobs.is_empty() {
+            self.cancel(after);
+        }
+        Ok(())
+    }
+
+    fn check_mirrors(
+        &self,
+        check: impl Fn(&State) -> Result<(), VerbError>,
+    ) -> Result<(), VerbError> {
+        match is_broken(Sabotage::AskOneByOne) {
+            true => Ok(()),
+            false => self.mirrors().try_for_each(|state| check(&state)),
+        }
+    }
+
+    fn mirrors(&self) -> impl Iterator<Item = MutexGuard<'_, State>> {
+        self.states().filter(|state| state.has_switch)
     }
 
     /// All are told to finalize.

@@ -63,7 +63,7 @@ use registry::Registry;
 pub use registry::{Jobs, Shutdown};
 pub(crate) use speed::RateLimit;
 pub(crate) use stage::{Stage, Vote};
-pub(crate) use start::{AtStart, Begun};
+pub(crate) use start::{AtStart, Beginning, Begun, Start, StartError};
 use state::State;
 pub use status::{Status, Verb};
 
@@ -230,8 +230,8 @@ impl Job {
     ///
     /// # Errors
     ///
-    /// If an internal job would be stopped by errors, the job is past working, or is none of the kind that has the
-    /// option.
+    /// If an internal job would be stopped by errors, the job is past working, is none of the kind that has the
+    /// option, or is one with a single policy for both devices and would have two.
     pub fn change(&self, change: Change) -> Result<(), VerbError> {
         self.ask(Verb::Change, |state| {
             let source = change
@@ -242,6 +242,9 @@ impl Job {
                 .unwrap_or(state.options.on_target_error);
             if state.options.id.is_none() {
                 check_somebody_resumes([source, target])?;
+            }
+            if state.has_one_policy() && source != target {
+                return Err(JobOptionsError::TwoPolicies.into());
             }
             match (&mut state.mirror, change.copy_mode) {
                 (Some(mirror), Some(mode)) => mirror.copy_mode = mode,
@@ -290,9 +293,7 @@ impl Job {
                 return Err(VerbError::Finalizing);
             }
             if how == Cancel::Soft && state.status.is_ready() {
-                state.cancel = state.cancel.max(Some(how));
-                state.drop_user_pause();
-                state.retry_now = true;
+                state.cancel_softly();
                 after.wake(&mut state);
                 return Ok(());
             }

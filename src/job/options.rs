@@ -71,6 +71,9 @@ pub enum JobOptionsError {
     /// An internal job that an error would stop.
     #[error("a job without an id must not be stopped by an error: nobody would resume it")]
     NobodyResumes,
+    /// The job has one policy for both devices, and was given two.
+    #[error("a commit has one error policy for both devices")]
+    TwoPolicies,
     /// Another job of the same manager has that name. One that is over has it until it is dismissed.
     #[error("there is a job {0:?} already")]
     IdInUse(String),

@@ -18,7 +18,9 @@ use crate::node::QuiesceGuard;
 pub(super) struct State {
     pub(super) kind: &'static str,
     pub(super) options: JobOptions,
-    /// What only mirrors have.
+    /// Whether it may be asked to complete.
+    pub(super) has_switch: bool,
+    /// What only mirrors have, but for an active commit.
     pub(super) mirror: Option<MirrorInfo>,
     pub(super) status: Status,
     pub(super) was_started: bool,
@@ -50,6 +52,7 @@ impl State {
         Self {
             kind,
             options,
+            has_switch: false,
             mirror: None,
             status: Status::Created,
             was_started: false,
@@ -76,9 +79,21 @@ impl State {
         self.is_user_paused || self.holds > 0
     }
 
+    /// Whether what it does when a device fails is the same for both: it is an active commit.
+    pub(super) fn has_one_policy(&self) -> bool {
+        self.has_switch && self.mirror.is_none()
+    }
+
     pub(super) fn drop_user_pause(&mut self) {
         self.is_user_paused = false;
         self.io_status = IoStatus::Ok;
+    }
+
+    /// It ends with success and without a switch. Nothing keeps it from that.
+    pub(super) fn cancel_softly(&mut self) {
+        self.cancel = self.cancel.max(Some(Cancel::Soft));
+        self.drop_user_pause();
+        self.retry_now = true;
     }
 
     pub(super) fn go_to(&mut self, next: Status) {

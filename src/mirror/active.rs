@@ -147,7 +147,7 @@ impl Mirror {
                 active.is_synced = active.writes.as_ref().is_some_and(ActiveWrites::are_all);
             }
         }
-        self.job.set_mirror(MirrorInfo {
+        self.job.tell_of_mirror(MirrorInfo {
             copy_mode: mode,
             is_write_blocking: self.active.is_on,
             is_actively_synced: self.active.is_synced,

@@ -35,7 +35,8 @@ const HEADER: usize = 40;
 /// the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CheckpointId {
-    /// Tells the source from other disks: a UUID, or what else fits.
+    /// Tells the source from other disks: a UUID, or what else fits. With [sync top](crate::MirrorSync::Top) above a
+    /// base of the caller's choice, the base is part of it: above another base it is another source.
     pub source: [u8; 16],
     /// Tells the target from other disks.
     pub target: [u8; 16],

@@ -5,7 +5,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use crate::copy::OpKind;
-use crate::job::{Asked, Cancel, Stage, Vote};
+use crate::job::{Asked, Cancel, Stage, Status, Vote};
 use crate::machine::Step;
 use crate::mirror::copying::Copying;
 use crate::mirror::{Mirror, Phase, Switch, SwitchBack, Turn};
@@ -263,10 +263,13 @@ impl Mirror {
     /// Gives back everything that is held: the bitmap, then the guest.
     pub(super) fn release(&mut self, is_success: bool) {
         self.publish();
+        if let Some(armed) = self.start.take_at_drop() {
+            // Cancelled just as it was started.
+            self.start.undo(armed);
+        }
         self.stop_recording(is_success);
         // A guest that was held goes on with this.
         self.phase = Phase::Concluded;
-        self.initial = None;
         self.by = None;
         self.claim = None;
         let _ = self.engine.lose_running();
@@ -282,7 +285,14 @@ impl Drop for Mirror {
         if matches!(self.phase, Phase::Concluded) {
             return;
         }
-        let is_success = self.job.asked(Waker::noop()).stage == Stage::Committed;
+        let asked = self.job.asked(Waker::noop());
+        let is_success = asked.stage == Stage::Committed;
+        if !matches!(
+            asked.status,
+            Status::Created | Status::Concluded | Status::Null
+        ) {
+            self.take_begun();
+        }
         self.let_guest_go();
         self.release(is_success);
         self.job.machine_dropped();

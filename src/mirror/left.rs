@@ -63,7 +63,8 @@ impl Mirror {
     /// be on the target at this moment left out, and what is in flight not. It may be asked while the job runs
     /// and when it has failed or was cancelled, until this is dropped.
     ///
-    /// `None` before recording has started, for then nothing is done yet, and when the job has succeeded.
+    /// `None` before recording has started, for then nothing is done yet, and when the job has succeeded. A
+    /// [commit](Self::commit) has none.
     ///
     /// # What the caller must see to
     ///
@@ -78,6 +79,9 @@ impl Mirror {
     /// granules has both dirty and clean ones, a few bytes when few have.
     #[must_use]
     pub fn checkpoint(&self, id: CheckpointId) -> Option<Vec<u8>> {
+        if self.engine.shape().only_top {
+            return None;
+        }
         let of = |left: HBitmap, scanned, phase| Checkpoint {
             id,
             sync: self.sync,

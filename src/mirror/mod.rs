@@ -16,7 +16,8 @@
 //! Invariants, beside those of [the copy machinery](crate::copy):
 //!
 //! 1. Recording starts before anything is asked of the source, with no guest write in flight. So each
-//!    write is either on the source before the first look at it, or recorded.
+//!    write is either on the source before the first look at it, or recorded. The machine sees to that, or the
+//!    transaction that starts the job, which undoes it if another of its acts fails.
 //! 2. Ranges are zeroed for the scan only where nothing else is in flight, and copying starts when that
 //!    is over: a guest write after the look is recorded, and copied after the zeroes.
 //! 3. Ready is told once, at a moment when nothing was dirty and nothing in flight, after a flush of
@@ -37,12 +38,26 @@
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
 //!     that is not active.
+//! 11. A [commit](Mirror::commit) writes to the base only where a layer above it holds something: what the guest
+//!     reads never changes by it.
+//!
+//! # One target per pass
+//!
+//! A mirror has one target, and a node one job at a time. Several targets from one pass over the source would save
+//! reads of the source, and nothing else: each target needs its own map of what is dirty, its own claims, for a
+//! write to one may be in flight while that to another has failed, its own flushes, errors, policy, and moment at
+//! which it is ready. That is a mirror of its own per target, all but the buffer; and a buffer that several writes
+//! share goes back when the slowest has ended, so that all copy at its speed. What a caller can do: run one mirror
+//! after the other, the second by a [named bitmap](MirrorOptions::bitmap) or from the first target; or give the
+//! mirror a target device that writes to several, and fails when one does.
 
 mod active;
 mod adaptive;
 mod checkpoint;
+mod commit;
 mod copying;
 mod end;
+mod instant;
 mod left;
 mod options;
 mod pace;
@@ -50,19 +65,20 @@ mod progress;
 mod start;
 mod switch;
 
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
 use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::job::{
-    Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Status, Verb,
-    Warning,
+    AtStart, Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage,
+    Start, Status, Verb, Warning,
 };
 use crate::machine::{Machine, Step};
 use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
-use crate::units::Granularity;
+use crate::units::{ByteRange, Granularity};
 
 use active::Active;
 pub use adaptive::{Adaptive, Convergence};
@@ -70,7 +86,9 @@ pub use adaptive::{Adaptive, Convergence};
 pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
+pub use commit::CommitOptions;
 use end::End;
+use instant::{Idle, Instant};
 use left::{ByBitmap, Left};
 pub use options::{CopyMode, MirrorError, MirrorInfo, MirrorOptions, MirrorSync};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
@@ -142,9 +160,8 @@ pub struct Mirror {
     rate: RateLimit,
     backoff: Backoff,
     phase: Phase,
-    /// What becomes the bitmap, made beforehand, so that want of memory comes up before the start. Clean, or
-    /// with what a checkpoint says is left.
-    initial: Option<HBitmap>,
+    /// What happens at the instant of the start.
+    start: Arc<Start<Instant>>,
     /// For a job that goes on from a checkpoint: where the scan does.
     resumed: Option<u64>,
     /// The named bitmap that it goes by.
@@ -188,6 +205,14 @@ enum Phase {
     },
     /// Over.
     Concluded,
+}
+
+/// What a machine is made for.
+enum Task {
+    /// A mirror, that goes on from a checkpoint if there is one.
+    Mirror(Option<Checkpoint>),
+    /// An active commit.
+    Commit,
 }
 
 /// What one turn of the machine came to.
@@ -262,7 +287,7 @@ impl Mirror {
         if options.bitmap.is_some() && options.sync == MirrorSync::None {
             return Err(MirrorError::NoneWithBitmap);
         }
-        Self::make(node, source, target, options, None)
+        Self::make(node, source, target, options, Task::Mirror(None))
     }
 
     /// A mirror that goes on where another has stopped, with the same target, in another process as a rule.
@@ -343,7 +368,8 @@ impl Mirror {
         if resume.changed == ChangedSince::InBitmap && options.bitmap.is_none() {
             return Err(ResumeError::BitmapNeeded.into());
         }
-        Self::make(node, source, target, options, Some(resume.checkpoint))
+        let task = Task::Mirror(Some(resume.checkpoint));
+        Self::make(node, source, target, options, task)
     }
 
     fn make(
@@ -351,8 +377,12 @@ impl Mirror {
         source: Limits,
         target: Limits,
         options: MirrorOptions,
-        checkpoint: Option<Checkpoint>,
+        task: Task,
     ) -> Result<Self, MirrorError> {
+        let (kind, checkpoint, copy_mode) = match task {
+            Task::Mirror(checkpoint) => (Self::KIND, checkpoint, Some(options.copy_mode)),
+            Task::Commit => (Self::COMMIT, None, None),
+        };
         let ends = Ends::check(source, target)
             .map_err(|(side, error)| MirrorError::Limits { side, error })?;
         if source.len != node.len() || target.len != node.len() {
@@ -398,7 +428,7 @@ impl Mirror {
         if options.buf_size == 0 {
             return Err(MirrorError::Zero("buf_size"));
         }
-        let shape = Shape::new(
+        let mut shape = Shape::new(
             &ends,
             granularity,
             options.chunk_max,
@@ -406,22 +436,27 @@ impl Mirror {
             options.workers,
             options.unmap,
         )?;
-        let mut initial = HBitmap::new(node.len(), granularity)?;
-        initial.reserve()?;
-        let resumed = checkpoint.map(|checkpoint| {
-            let left = &checkpoint.left;
-            initial.merge_from(left).expect("its length was checked");
-            checkpoint.scanned
-        });
+        // Where the base shows there is nothing to commit.
+        shape.only_top = copy_mode.is_none() && !is_broken(Sabotage::CommitBelow);
+        let mut empty = HBitmap::new(node.len(), granularity)?;
+        empty.reserve()?;
+        let (resumed, left) = checkpoint
+            .map(|checkpoint| (checkpoint.scanned, checkpoint.left))
+            .unzip();
+        let instant = Instant {
+            node: node.clone(),
+            bitmap: by.as_ref().map(|by| (by.name.clone(), by.claim_for())),
+            is_scanned: options.sync == MirrorSync::Top && resumed.is_none(),
+            shape: shape.clone(),
+        };
         let engine = Engine::new(shape, options.workers, options.buf_size)?;
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
+        let start = Arc::new(Start::new(instant, Idle { empty, left }));
+        let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
         // The last step that can fail: there is no trace of a job that could not be made.
-        let job = Job::new(Self::KIND.name, options.job, None)?;
-        job.set_mirror(MirrorInfo {
-            copy_mode: options.copy_mode,
-            ..MirrorInfo::default()
-        });
+        let job = Job::new(kind.name, options.job, Some(at_start))?;
+        job.be_mirror(copy_mode);
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -436,7 +471,7 @@ impl Mirror {
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
             phase: Phase::Created,
-            initial: Some(initial),
+            start,
             resumed,
             by,
             bitmap: None,
@@ -493,7 +528,10 @@ impl Mirror {
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed {
                 side, kind, error, ..
-            }) => self.failed(now, side, kind, error),
+            }) => {
+                let claimed = self.engine.claimed_range(kind, id);
+                self.failed(now, (side, kind, error), claimed);
+            }
         }
         self.publish_with(dirty_bytes);
         self.wake_guests();
@@ -554,6 +592,9 @@ impl Mirror {
             // It was dropped.
             self.phase = Phase::InSync(End::Open);
         }
+        if asked.status != Status::Created {
+            self.take_begun();
+        }
         let must_end = asked.cancel == Some(Cancel::Force) || asked.has_failed;
         if must_end && !matches!(self.phase, Phase::Ending { .. }) {
             self.begin_ending(now, asked.cancel);
@@ -562,6 +603,10 @@ impl Mirror {
             return self.end(now, asked.cancel);
         }
         if asked.status == Status::Created {
+            return Turn::Step(Step::Wait { until: None });
+        }
+        if self.bitmap.is_none() && self.start.is_open() {
+            // It is started by a transaction, and by somebody else before that is decided.
             return Turn::Step(Step::Wait { until: None });
         }
         if asked.is_paused {
@@ -630,8 +675,12 @@ impl Mirror {
         }
     }
 
-    fn failed(&mut self, now: Duration, side: Side, kind: OpKind, error: std::io::Error) {
-        let claimed = kind.range().filter(|_| kind.writes_target());
+    fn failed(
+        &mut self,
+        now: Duration,
+        (side, kind, error): (Side, OpKind, std::io::Error),
+        claimed: Option<ByteRange>,
+    ) {
         // The guest does not wait for a device that fails.
         match &mut self.phase {
             Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,

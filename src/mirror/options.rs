@@ -13,12 +13,42 @@ pub(super) const GRANULARITY_MIN: u64 = 512;
 pub(super) const GRANULARITY_MAX: u64 = 64 << 20;
 
 /// What a mirror copies at first.
+///
+/// # Examples
+///
+/// A source of three layers that is mirrored above its base: it says of each range which layers hold it.
+///
+/// ```
+/// use blockjob::{ByteRange, Content, Extent};
+///
+/// /// From the top down, what each layer holds.
+/// const LAYERS: [&[(u64, u64)]; 3] = [&[(0, 4096)], &[(4096, 8192)], &[(0, 65536)]];
+/// /// How many of them are above the base.
+/// const ABOVE: usize = 2;
+///
+/// fn block_status(range: ByteRange) -> Extent {
+///     let holds = |layer: &[(u64, u64)], at| layer.iter().any(|&(start, end)| (start..end).contains(&at));
+///     let in_top = |at| LAYERS[..ABOVE].iter().any(|layer| holds(layer, at));
+///     let is_so = in_top(range.start());
+///     let len = (range.start()..range.end()).take_while(|&at| in_top(at) == is_so).count() as u64;
+///     Extent { len, content: Content::Data, in_top: is_so }
+/// }
+///
+/// // Sync top copies what the two upper ones hold, in one step; the target lies on the base.
+/// let extent = block_status((0..65536).into());
+/// assert!(extent.in_top && extent.len == 8192);
+/// assert!(!block_status((8192..65536).into()).in_top);
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum MirrorSync {
     /// The whole disk, through all its layers. What the target held before does not matter.
     #[default]
     Full,
     /// What the topmost layer holds. The target shows the layers below by itself.
+    ///
+    /// Which layers that are is for the source to say, by [`Extent::in_top`](crate::Extent::in_top): one that answers
+    /// it with "held by any layer above the base" has the chain above the base copied in one step, onto a target
+    /// that lies on the base. Reads give all layers together in either case.
     Top,
     /// Nothing: only what is written from now on.
     None,

@@ -1,17 +1,15 @@
 //! How a mirror starts: records what the guest writes, and asks what the source holds.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use crate::bitmap::HBitmap;
 use crate::copy::{Content, Extent, OpKind};
-use crate::job::JobError;
+use crate::job::{AtStart, Begun};
 use crate::machine::Step;
 use crate::mirror::copying::Copying;
 use crate::mirror::{Mirror, MirrorSync, Phase, Turn};
-use crate::node::{BitmapError, Locked, QuiesceGuard, SnapshotOf};
+use crate::node::{Locked, Node, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -24,7 +22,8 @@ impl Mirror {
     /// Starts to record, with the guest held for that moment.
     pub(super) fn attach(&mut self, now: Duration, waker: &Waker) -> Turn {
         if is_broken(Sabotage::AttachWithoutQuiesce) {
-            return self.begin(None);
+            let other = Node::new(0).quiesce().try_guard();
+            return self.begin(&other.expect("nobody writes to it"));
         }
         let until = self.held_until();
         let Phase::Attaching { quiesce, .. } = &mut self.phase else {
@@ -39,62 +38,41 @@ impl Mirror {
             }
             return Turn::Step(Step::Wait { until });
         };
-        self.begin(Some(&guard))
+        self.begin(&guard)
     }
 
     /// No guest write is in flight.
-    fn begin(&mut self, guard: Option<&QuiesceGuard>) -> Turn {
-        let initial = self.initial.take().expect("begun once");
-        if let Err(error) = self.record(guard, initial) {
-            self.job.fail(error);
+    fn begin(&mut self, guard: &QuiesceGuard) -> Turn {
+        let spare = self.start.spare();
+        let armed = self.start.arm(&mut Locked::new([&self.node]), guard, spare);
+        self.phase = Phase::Created;
+        match armed {
+            // Somebody else may have begun it at this instant, and may undo it.
+            Ok(Begun::Here) => self.start.commit(),
+            Ok(Begun::Before) => {}
+            Err(error) => self.job.fail(error.into()),
         }
-        self.phase = self.first_look();
         Turn::Again
     }
 
-    /// Takes the bits of the named bitmap, and has writes recorded. On error nothing has changed.
-    fn record(
-        &mut self,
-        guard: Option<&QuiesceGuard>,
-        mut initial: HBitmap,
-    ) -> Result<(), JobError> {
-        let error = |error: BitmapError| JobError::Bitmap(Arc::new(error));
-        let mut claim = None;
-        let mut wanted = None;
-        if let Some(by) = &self.by {
-            let mut locked = Locked::new([&self.node]);
-            let claimed = locked
-                .claim((&self.node, &by.name), by.claim_for(), None)
-                .map_err(error)?;
-            let is_scanned = self.sync == MirrorSync::Top && self.resumed.is_none();
-            if !is_scanned && !is_broken(Sabotage::ForgetClaimed) {
-                let bits = locked.claimed(&self.node, &claimed);
-                initial.merge_from(bits).expect("it is as long");
-            }
-            drop(locked);
-            if is_scanned {
-                wanted = Some(claimed.snapshot(SnapshotOf::Bitmap).map_err(error)?);
-            }
-            claim = Some(claimed);
+    /// Goes on with what was begun at the instant of the start, once nobody may undo it.
+    pub(super) fn take_begun(&mut self) {
+        if self.bitmap.is_some() {
+            return;
         }
-        if self.resumed.is_some() {
-            self.engine.shape().widen_all(&mut initial);
-        }
-        self.bitmap = match guard {
-            Some(guard) => {
-                let tracked = self.node.track_into(guard, initial);
-                Some(tracked.map_err(|error| JobError::Track(Arc::new(error)))?)
-            }
-            None => self.node.track_unquiesced(initial),
+        let Some(armed) = self.start.take() else {
+            return;
         };
+        self.bitmap = Some(armed.bitmap);
         if let Some(by) = &mut self.by {
-            by.claim = claim;
-            by.wanted = wanted;
+            by.claim = armed.claim;
+            by.wanted = armed.wanted;
         }
-        Ok(())
+        // A quiesce of our own goes with the phase.
+        self.phase = self.first_look();
     }
 
-    pub(super) fn first_look(&mut self) -> Phase {
+    fn first_look(&mut self) -> Phase {
         let shape = self.engine.shape();
         let is_known = self.by.is_some() || self.resumed.is_some();
         match self.sync {
@@ -177,7 +155,7 @@ impl Mirror {
             .scan_zeroes()
             .map_or(0, |(_, max)| max.saturating_mul(SCAN_ZEROES));
         let zeroed = match self.sync {
-            MirrorSync::Top if !extent.in_top => {
+            MirrorSync::Top if !extent.in_top && !is_broken(Sabotage::CommitBelow) => {
                 *next = area.end();
                 return;
             }

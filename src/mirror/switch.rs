@@ -13,6 +13,49 @@ use crate::node::QuiesceGuard;
 /// [`commit`](Self::commit). If that does not work out, point it back and drop this: the guest goes on with
 /// the source, the job stays in step with it, and may be completed again. Nothing is lost either way.
 ///
+/// # What is exchanged
+///
+/// That is the caller's: the crate knows the node, whose guest it holds, and neither paths nor graphs. As a rule the
+/// source's place is taken by the target; it may as well be that of a filter above the source, or of any object that
+/// reads the same, or something may be put between. What guests reach in other ways than through this node is not
+/// held by it. If such a way has a node of its own, quiesce that *before* the job is told to
+/// [complete](crate::Job::complete), and let go after the commit: a write on its way from there to here would wait
+/// here for the switch, and that node would never be quiet. If what was to be exchanged is not there any more, drop
+/// the switch.
+///
+/// A filter with a node above the source, which the target takes the place of:
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use blockjob::{Limits, Mirror, MirrorOptions, MirrorSync, Node, Step};
+///
+/// let (guest, source) = (Node::new(1 << 20), Node::new(1 << 20));
+/// let mut path = "guest, filter, source";
+/// let limits = Limits::new(1 << 20);
+/// let mut options = MirrorOptions::default();
+/// options.sync = MirrorSync::None; // nothing is to be copied here
+/// let mut mirror = Mirror::new(&source, limits, limits, options)?;
+/// mirror.job().start()?;
+/// let mut next = |mirror: &mut Mirror| loop {
+///     match mirror.poll(Duration::ZERO, Waker::noop()) {
+///         Step::Op(op) => mirror.op_done(Duration::ZERO, op, blockjob::Outcome::Done),
+///         step => break step,
+///     }
+/// };
+/// assert!(matches!(next(&mut mirror), Step::Wait { .. }));
+///
+/// let above = guest.quiesce().try_guard().expect("no write is in flight");
+/// mirror.job().complete()?;
+/// let Step::Switch(switch) = next(&mut mirror) else { panic!("both are quiet") };
+/// assert!(guest.begin_write((0..1).into()).go().is_none());
+/// path = "guest, target"; // the filter goes
+/// switch.commit();
+/// drop(above);
+/// assert!(guest.begin_write((0..1).into()).go().is_some() && path == "guest, target");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
 /// # In a group
 ///
 /// Each member of a [`JobGroup`](crate::JobGroup) hands out its own switch, while the guests of all are

@@ -4,12 +4,13 @@ use std::fmt;
 use std::ops::Deref;
 use std::task::{Poll, Waker};
 
-use super::bitmaps::{BitmapClaim, Body, BusyWith, ClaimEnd, List};
+use super::bitmaps::{BitmapClaim, Body, BusyWith, ClaimEnd, List, Locked};
 use super::gate::{GateRule, WaiterId};
 use super::record::{LOG_EXPONENT_MAX, LOG_EXPONENT_MIN};
 use super::{Inner, Node, QuiesceGuard};
 use crate::bitmap::{CreateError, HBitmap, MergeError, RangeError};
 use crate::log::DirtyLogError;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::sync::{Arc, MutexGuard};
 use crate::units::{ByteRange, Granularity};
 
@@ -40,7 +41,7 @@ pub(crate) struct JobClaim {
 }
 
 /// Why recording could not start.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TrackError {
     /// The guard quiesces another node.
@@ -83,27 +84,9 @@ impl Node {
         let mut bitmap = HBitmap::new(self.len(), granularity)?;
         // A guest write must not be lost for want of memory.
         bitmap.reserve()?;
-        Inner::track(self.inner(), bitmap)
-    }
-
-    /// As [`track`](Self::track), into a bitmap that was made for this node before, and has its memory.
-    pub(crate) fn track_into(
-        &self,
-        guard: &QuiesceGuard,
-        bitmap: HBitmap,
-    ) -> Result<JobBitmap, TrackError> {
-        assert!(guard.is_of(self), "a job quiesces its own node");
-        let exponent = bitmap.granularity().exponent();
-        assert!(
-            (LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&exponent),
-            "a job has checked its granularity"
-        );
-        Inner::track(self.inner(), bitmap)
-    }
-
-    /// For sabotage: records from now on, whatever is in flight.
-    pub(crate) fn track_unquiesced(&self, bitmap: HBitmap) -> Option<JobBitmap> {
-        Inner::track(self.inner(), bitmap).ok()
+        // What is in a log now was written before: it is not for the new bitmap.
+        let mut list = self.inner().lock_drained();
+        Inner::track(self.inner(), &mut list, bitmap).map_err(|(error, _)| error)
     }
 
     /// Takes the node for a job, unless another has it.
@@ -120,20 +103,57 @@ impl Node {
 }
 
 impl Inner {
-    fn track(node: &Arc<Self>, bitmap: HBitmap) -> Result<JobBitmap, TrackError> {
-        // What is in a log now was written before: it is not for the new bitmap.
-        let mut list = node.lock_drained();
+    /// The node is quiesced and drained. On error nothing has changed, and the bitmap is given back.
+    fn track(
+        node: &Arc<Self>,
+        list: &mut List,
+        bitmap: HBitmap,
+    ) -> Result<JobBitmap, (TrackError, HBitmap)> {
         if list.check_not_resizing().is_err() || bitmap.len() != node.len() {
-            return Err(TrackError::Resized);
+            return Err((TrackError::Resized, bitmap));
         }
-        node.record_in(&mut list, bitmap.granularity())?;
+        if let Err(error) = node.record_in(list, bitmap.granularity()) {
+            return Err((error.into(), bitmap));
+        }
         let id = list.push(Body::Job(bitmap));
-        drop(list);
         Ok(JobBitmap {
             node: Some(Arc::clone(node)),
             id,
             waiter: node.gate.new_waiter(),
         })
+    }
+}
+
+impl Locked<'_> {
+    /// As [`Node::track`], into a bitmap that was made for this node before, and has its memory. On error
+    /// nothing has changed, and it is given back.
+    pub(crate) fn track(
+        &mut self,
+        node: &Node,
+        guard: &QuiesceGuard,
+        bitmap: HBitmap,
+    ) -> Result<JobBitmap, (TrackError, HBitmap)> {
+        let is_quiesced = guard.is_of(node) || is_broken(Sabotage::AttachWithoutQuiesce);
+        assert!(is_quiesced, "a job quiesces its own node");
+        let exponent = bitmap.granularity().exponent();
+        assert!(
+            (LOG_EXPONENT_MIN..=LOG_EXPONENT_MAX).contains(&exponent),
+            "a job has checked its granularity"
+        );
+        Inner::track(node.inner(), self.list(node), bitmap)
+    }
+
+    /// As if it had never recorded. The bitmap is given back.
+    pub(crate) fn untrack(&mut self, node: &Node, mut tracked: JobBitmap) -> HBitmap {
+        let inner = tracked.node.take().expect("not detached before");
+        inner.gate.disarm(tracked.waiter);
+        let list = self.list(node);
+        let removed = list.remove(tracked.id).expect("its owner has it");
+        inner.stop_if_unused(list);
+        let Body::Job(bitmap) = removed.body else {
+            unreachable!("it has no name");
+        };
+        bitmap
     }
 }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use crate::bitmap::HBitmap;
-use crate::job::{Begun, Job, VerbError};
-use crate::node::{BitmapError, BitmapOptions, Journal, Locked, Node, QuiesceGuard};
+use crate::job::{Begun, Job, StartError, VerbError};
+use crate::node::{BitmapError, BitmapOptions, Journal, Locked, Node, QuiesceGuard, TrackError};
 
 #[derive(Clone, Debug)]
 pub(super) enum Action {
@@ -86,6 +86,9 @@ pub enum ActionError {
     /// The job cannot be started.
     #[error(transparent)]
     Job(#[from] VerbError),
+    /// A mirror that is to start cannot record what its guest writes.
+    #[error(transparent)]
+    Track(#[from] TrackError),
     /// An earlier action of the list starts the job, or another transaction that is not decided: its instant is
     /// not that of this one.
     #[error("the job is started by an earlier action, or by another transaction")]
@@ -93,6 +96,15 @@ pub enum ActionError {
     /// It is there to fail.
     #[error("aborted on request")]
     Aborted,
+}
+
+impl From<StartError> for ActionError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Bitmap(error) => ActionError::Bitmap(error),
+            StartError::Track(error) => ActionError::Track(error),
+        }
+    }
 }
 
 impl Named {

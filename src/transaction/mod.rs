@@ -191,11 +191,38 @@ impl Transaction {
         })
     }
 
-    /// Then starts a job. For a [`Backup`](crate::Backup) that is the instant that is backed up, one for all
-    /// that are started by the list; errors of its bitmap are those of [`Bitmaps::claim`](crate::Bitmaps::claim).
+    /// Then starts a job, at one instant with all that are started by the list. For a [`Backup`](crate::Backup)
+    /// that is the instant that is backed up; for a [`Mirror`](crate::Mirror) the one from which on it records, and
+    /// at which the bits of its bitmap are taken. Errors of the bitmap are those of
+    /// [`Bitmaps::claim`](crate::Bitmaps::claim).
     /// That it may be started is looked at in its turn; it does start with the commit, while all guests wait,
     /// unless somebody has cancelled it by then. One that somebody has started by then begins at this instant,
     /// too.
+    ///
+    /// # Examples
+    ///
+    /// Two disks are mirrored from one instant on, and bitmaps have what was written since then.
+    ///
+    /// ```
+    /// use blockjob::{BitmapOptions, Limits, Mirror, MirrorOptions, Node, Status, Transaction};
+    ///
+    /// let (disks, limits) = ([Node::new(1 << 20), Node::new(1 << 20)], Limits::new(1 << 20));
+    /// let mirrors = [0, 1].map(|index| {
+    ///     Mirror::new(&disks[index], limits, limits, MirrorOptions::default()).expect("good options")
+    /// });
+    /// let mut list = Transaction::new();
+    /// for (disk, mirror) in disks.iter().zip(&mirrors) {
+    ///     list.add(disk, "since", BitmapOptions::default()).start(mirror.job());
+    /// }
+    /// let mut vain = list.clone();
+    /// vain.abort();
+    /// assert!(vain.prepare().try_prepared().expect("no write is in flight").is_err());
+    /// assert_eq!(mirrors[0].job().query().status, Status::Created, "as if it had never been tried");
+    ///
+    /// list.prepare().try_prepared().expect("no write is in flight")?.commit();
+    /// assert!(mirrors.iter().all(|mirror| mirror.job().query().status == Status::Running));
+    /// # Ok::<(), blockjob::TransactionError>(())
+    /// ```
     pub fn start(&mut self, job: &Job) -> &mut Self {
         self.push(Action::Start(job.clone()))
     }

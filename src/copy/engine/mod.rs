@@ -557,7 +557,7 @@ impl Engine {
     }
 
     /// The range that is claimed for an operation.
-    fn claimed_range(&self, kind: OpKind, id: OpId) -> Option<ByteRange> {
+    pub(crate) fn claimed_range(&self, kind: OpKind, id: OpId) -> Option<ByteRange> {
         let range = kind.range()?;
         (kind.writes_target() || self.is_claimed_by(range, id)).then_some(range)
     }

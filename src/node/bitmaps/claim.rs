@@ -118,6 +118,16 @@ impl Locked<'_> {
         self.list(node).job_map(claim.id)
     }
 
+    /// An independent copy of them.
+    pub(crate) fn copy_of_claimed(
+        &mut self,
+        node: &Node,
+        claim: &BitmapClaim,
+    ) -> Result<HBitmap, BitmapError> {
+        let named = self.list(node).owned(claim.id);
+        named.snapshot(SnapshotOf::Bitmap)
+    }
+
     /// As [`BitmapClaim::reclaim`].
     pub(crate) fn reclaim(&mut self, node: &Node, mut claim: BitmapClaim) {
         claim.node = None;

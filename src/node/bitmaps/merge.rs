@@ -31,7 +31,7 @@ impl<'a> Locked<'a> {
     }
 
     /// The list of a node that was named.
-    pub(super) fn list(&mut self, node: &Node) -> &mut List {
+    pub(in crate::node) fn list(&mut self, node: &Node) -> &mut List {
         let index = self.index_of(node);
         &mut self.nodes[index].1
     }
