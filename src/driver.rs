@@ -9,7 +9,8 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
 use crate::backup::Backup;
-use crate::copy::{Op, OpKind, Outcome, Side};
+use crate::bytes::is_zero;
+use crate::copy::{IfZero, Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
@@ -247,6 +248,7 @@ where
     async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
         let outcome = match op.kind() {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
@@ -304,6 +306,18 @@ where
             // The target was told to give up what it has: it gets nothing more.
             self.pool.put(buf);
             return done(to, Err(std::io::ErrorKind::Interrupted.into()));
+        }
+        if let OpKind::CopyDetecting(_, if_zero) = kind {
+            if is_zero(buf.as_ref()) {
+                self.pool.put(buf);
+                return match if_zero {
+                    IfZero::Leave => Outcome::Zeroes,
+                    IfZero::Write(unmap) => match self.target.write_zeroes(range, unmap).await {
+                        Ok(()) => Outcome::Zeroes,
+                        Err(error) => done(to, Err(error)),
+                    },
+                };
+            }
         }
         let (written, buf) = match (to, kind) {
             (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,

@@ -18,7 +18,8 @@ use std::io;
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
+use crate::bytes::is_zero;
+use crate::copy::{Extent, IfZero, Op, OpKind, Outcome, Side, Unmap};
 use crate::io::BufferPool;
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
@@ -135,10 +136,15 @@ struct Out {
 enum OutStep {
     Read,
     Write,
+    /// What was read is zeroes, and is written as such.
+    Zeroes,
     Other,
 }
 
-impl<P: BufferPool, M: Machine> Queue<P, M> {
+impl<P: BufferPool, M: Machine> Queue<P, M>
+where
+    P::Buf: AsRef<[u8]>,
+{
     /// Runs `machine` with buffers from `pool`.
     pub fn new(machine: M, pool: P) -> Self {
         Self {
@@ -207,7 +213,20 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
                 failed(io::ErrorKind::Interrupted.into())
             }
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
-                self.second_half(op, buf);
+                match op.kind() {
+                    OpKind::CopyDetecting(range, if_zero) if is_zero(buf.as_ref()) => {
+                        self.pool.put(buf);
+                        match if_zero {
+                            IfZero::Leave => self.machine.op_done(now, op, Outcome::Zeroes),
+                            IfZero::Write(unmap) => {
+                                let work = Work::WriteZeroes(range, unmap);
+                                let request = self.put_out(op, OutStep::Zeroes, to, work);
+                                self.halves.push_back(request);
+                            }
+                        }
+                    }
+                    _ => self.second_half(op, buf),
+                }
                 return;
             }
             (OutStep::Read, Answer::Transfer(Err(error), buf)) => {
@@ -218,18 +237,19 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
                 self.pool.put(buf);
                 result.map_or_else(failed, |()| Outcome::Done)
             }
+            (OutStep::Zeroes, Answer::Plain(Ok(()))) => Outcome::Zeroes,
+            (OutStep::Zeroes, Answer::Plain(Err(error))) => failed(error),
             (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
             (OutStep::Other, Answer::Plain(Ok(()))) => Outcome::Done,
             (OutStep::Other, Answer::Status(Err(error)) | Answer::Plain(Err(error))) => {
                 failed(error)
             }
-            (OutStep::Other, Answer::Transfer(_, buf)) => {
+            (OutStep::Other | OutStep::Zeroes, Answer::Transfer(_, buf)) => {
                 self.pool.put(buf);
                 failed(mismatch())
             }
-            (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
-                failed(mismatch())
-            }
+            (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_))
+            | (OutStep::Zeroes, Answer::Status(_)) => failed(mismatch()),
         };
         self.machine.op_done(now, op, outcome);
     }
@@ -250,6 +270,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
         let [from, to] = op.kind().sides();
         let (side, work) = match op.kind() {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
@@ -293,10 +314,14 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn give_up(&mut self, now: Duration) {
         self.gives_up = true;
         for half in std::mem::take(&mut self.halves) {
-            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
-                let answer = Answer::Transfer(Err(io::ErrorKind::Interrupted.into()), buf);
-                self.completed(now, half.id, answer);
-            }
+            let error = Err(io::ErrorKind::Interrupted.into());
+            let answer = match half.work {
+                Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } => {
+                    Answer::Transfer(error, buf)
+                }
+                _ => Answer::Plain(error),
+            };
+            self.completed(now, half.id, answer);
         }
     }
 
@@ -335,7 +360,10 @@ fn mismatch() -> io::Error {
     )
 }
 
-impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M> {
+impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M>
+where
+    P::Buf: AsRef<[u8]>,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
             .field("machine", &self.machine)

@@ -192,6 +192,7 @@ impl World {
             }
             OpKind::CopyCompressed(_)
             | OpKind::CopySavedCompressed(_)
+            | OpKind::CopyDetecting(..)
             | OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)
             | OpKind::Discard(_)

@@ -7,6 +7,8 @@ mod active;
 mod bitmaps;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mirror_cases/zeroes.rs"]
+mod zeroes;
 
 use std::io::ErrorKind;
 use std::task::{Poll, Waker};

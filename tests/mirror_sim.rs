@@ -38,7 +38,7 @@ use blockjob::{
     BitmapMode, BitmapState, ByteRange, Cancel, Change, ChangedSince, Checkpoint, CheckpointId,
     CopyMode, Event, Extent, Granularity, HBitmap, Hold, Job, JobError, Limits, Mirror,
     MirrorError, MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome, RangeLimits, Resume,
-    ResumeError, Side, SnapshotOf, Status, Step, Switch, Unmap,
+    ResumeError, Side, SnapshotOf, Status, Step, Switch, TargetHolds, Unmap,
 };
 
 use sim::content::{fill_copied, fill_source, fill_target, is_equal};
@@ -92,6 +92,8 @@ struct Plan {
     bits: Option<HBitmap>,
     /// Whether checkpoints are stored, and so what was written since.
     stores: bool,
+    /// Whether the guest writes zeroes often, to a target for which they are not cheap and fail often.
+    zeroes_often: bool,
 }
 
 /// The bitmap that a job goes by is called so.
@@ -239,6 +241,7 @@ impl Plan {
             may_fail: false,
             bits: None,
             stores: false,
+            zeroes_often: false,
         }
     }
 
@@ -271,6 +274,28 @@ impl Plan {
             let ask = Asking::Mode(rng.pick(&modes));
             self.asks.push((10 + rng.below(horizon), ask));
         }
+    }
+
+    /// Has zeroes looked for, or known, now and then.
+    fn add_zeroes(&mut self, rng: &mut Rng) {
+        self.options.detect_zeroes = rng.one_in(3);
+        if rng.one_in(3) {
+            self.zero_often();
+        }
+        let starts_anew = self.options.sync == MirrorSync::Full && self.bits.is_none();
+        if starts_anew && rng.one_in(3) {
+            self.options.target_holds = TargetHolds::Zeroes;
+        }
+    }
+
+    fn zero_often(&mut self) {
+        self.zeroes_often = true;
+        let any = RangeLimits {
+            align: 512,
+            max: 1 << 40,
+        };
+        self.target.write_zeroes.get_or_insert(any);
+        self.target.cheap_zeroes = false;
     }
 
     /// Has checkpoints taken, and the process end at some time.
@@ -809,6 +834,7 @@ fn run(seed: u64) -> Report {
     let (mut sim, mirror) = begin(seed, |plan| {
         plan.add_bitmap(&mut other_rng(seed));
         plan.add_mode(&mut mode_rng(seed));
+        plan.add_zeroes(&mut Rng::new(seed ^ 0x0_2e20));
     });
     drive(&mut sim, mirror);
     sim.finish();
@@ -834,6 +860,21 @@ fn run_active(seed: u64) -> Report {
     sim.report
 }
 
+/// With many zeroes, to a target that fails often.
+#[cfg(debug_assertions)]
+fn run_zeroes(seed: u64) -> Report {
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.zero_often();
+        plan.options.sync = MirrorSync::Full;
+        plan.options.job.on_target_error = OnError::Ignore;
+        plan.add_mode(&mut mode_rng(seed));
+        plan.may_fail = true;
+    });
+    drive(&mut sim, mirror);
+    sim.finish();
+    sim.report
+}
+
 /// One process after another, until the job succeeds.
 fn run_chain(seed: u64) -> Report {
     let mut rng = other_rng(seed);
@@ -841,6 +882,7 @@ fn run_chain(seed: u64) -> Report {
         plan.add_bitmap(&mut rng);
         plan.die_at(&mut rng);
         plan.add_mode(&mut mode_rng(seed));
+        plan.add_zeroes(&mut Rng::new(seed ^ 0x0_2e20));
     });
     drive(&mut sim, mirror);
     while !(sim.report.switched || sim.checkpoints.is_empty()) && sim.report.resumed < 4 {
@@ -885,6 +927,7 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
     world.borrow_mut().end_of_process();
 
     let mut plan = plan;
+    plan.options.target_holds = TargetHolds::Anything;
     let since = stored::decode(&since, 1 << 20).unwrap();
     let generation = since.header.label().generation;
     plan.go_by(rng, since.bitmap);
@@ -985,6 +1028,15 @@ fn begin(seed: u64, change: impl FnOnce(&mut Plan)) -> (Sim, Mirror) {
     fill_source(&mut source, &mut rng);
     fill_target(&source, &mut target, plan.options.sync);
     change(&mut plan);
+    target.limits = plan.target;
+    if plan.zeroes_often && plan.may_fail {
+        target.faults.zero = 4;
+        target.faults.write = 4;
+        target.faults.until = PEACE / 2;
+    }
+    if plan.options.target_holds == TargetHolds::Zeroes {
+        target.bytes.fill(0);
+    }
     if let Some(bits) = &plan.bits {
         fill_copied(&source, &mut target, bits);
     }
@@ -1018,6 +1070,9 @@ impl Sim {
         guests.len_max = load.len_max;
         guests.until = load.until;
         guests.copies_to = Some(TARGET);
+        if plan.zeroes_often {
+            guests.zeroes = 5;
+        }
         Self {
             plan,
             world,
@@ -1386,6 +1441,58 @@ fn every_chain_of_processes_keeps_the_promises() {
     }
 }
 
+/// Both ways of driving look at the data, and neither mistakes any for zeroes.
+#[test]
+fn zero_data_goes_as_zeroes_by_futures_and_by_requests() {
+    for uses_queue in [false, true] {
+        let (mut sim, mirror) = begin(12, |plan| {
+            plan.target = Limits::new(plan.source.len);
+            plan.zero_often();
+            plan.threads = 0;
+            plan.asks = vec![(PEACE, Asking::MakePeace)];
+            plan.end = Asking::Complete;
+            plan.may_fail = false;
+            plan.uses_queue = uses_queue;
+            plan.options = MirrorOptions::default();
+            plan.options.job.id = Some("sim".to_owned());
+            plan.options.granularity = Granularity::from_bytes(4096);
+            plan.options.chunk_max = 4096;
+            plan.options.detect_zeroes = true;
+        });
+        {
+            let mut world = sim.world.borrow_mut();
+            for disk in &mut world.disks {
+                disk.faults = Faults::default();
+            }
+            let source = &mut world.disks[SOURCE];
+            source.bytes.fill(0);
+            for block in &mut source.blocks {
+                block.content = blockjob::Content::Data;
+            }
+            source.bytes[5000] = 1;
+            sim.guests.model = source.bytes.clone();
+            sim.guests.undefined.fill(false);
+        }
+        drive(&mut sim, mirror);
+        sim.finish();
+        let world = sim.world.borrow();
+        let target = &world.disks[TARGET];
+        let is_zero = |block: usize| target.blocks[block].content == blockjob::Content::Zero;
+        assert!(target.blocks.len() > 16);
+        for granule in 0..target.blocks.len() / 8 {
+            // In the midst of a block a request may land in two parts.
+            let zeroed = (8 * granule..8 * granule + 8).filter(|&block| is_zero(block));
+            let expected = if granule == 1 { 0..=0 } else { 7..=8 };
+            let zeroed = zeroed.count();
+            assert!(
+                expected.contains(&zeroed),
+                "granule {granule}: {zeroed}, queue: {uses_queue}"
+            );
+        }
+        assert_eq!(target.bytes[5000], 1);
+    }
+}
+
 /// Breaks each invariant on purpose: the simulation must notice, within so many seeds.
 #[cfg(debug_assertions)]
 mod sabotage {
@@ -1431,6 +1538,14 @@ mod sabotage {
         (Sabotage::ForgetActiveWrites, 600),
     ];
 
+    /// The same, with many zeroes.
+    const BROKEN_WITH_ZEROES: &[(Sabotage, u64)] = &[
+        (Sabotage::KeepZeroes, 100),
+        (Sabotage::KeepZeroesOfFailed, 500),
+        (Sabotage::TrustZeroesAtOnce, 200),
+        (Sabotage::IgnoreActiveWrites, 200),
+    ];
+
     /// The same, by chains of processes.
     const BROKEN_IN_CHAINS: &[(Sabotage, u64)] = &[
         (Sabotage::CheckpointForgetsClaims, 400),
@@ -1466,7 +1581,11 @@ mod sabotage {
         let active = BROKEN_WHEN_ACTIVE
             .iter()
             .map(|broken| (broken, run_active as _));
-        for (&(sabotage, seeds), run) in all.chain(active).chain(chains) {
+        let zeroes = BROKEN_WITH_ZEROES
+            .iter()
+            .map(|broken| (broken, run_zeroes as _));
+        let all = all.chain(active).chain(chains).chain(zeroes);
+        for (&(sabotage, seeds), run) in all {
             break_on_this_thread(Some(sabotage));
             let noticed = (0..seeds).find_map(|seed| Some((seed, notices(run, seed)?)));
             break_on_this_thread(None);
@@ -1475,7 +1594,10 @@ mod sabotage {
                     let how: String = how.lines().next().unwrap_or("").chars().take(90).collect();
                     println!("{sabotage:?}: noticed by seed {seed}: {how}");
                 }
-                None => missed.push(sabotage),
+                None => {
+                    println!("{sabotage:?}: not noticed");
+                    missed.push(sabotage);
+                }
             }
         }
         assert!(missed.is_empty(), "not noticed: {missed:?}");

@@ -8,6 +8,7 @@ mod claims;
 mod engine;
 mod limits;
 mod shape;
+mod zeroes;
 
 use std::fmt;
 use std::io;
@@ -21,6 +22,7 @@ pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
 pub use shape::ShapeError;
+pub(crate) use zeroes::Zeroes;
 
 /// The devices of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,6 +52,66 @@ pub enum Unmap {
     Allowed,
     /// The storage stays, or is made.
     Forbidden,
+}
+
+/// What is to be done with data that turns out to be nothing but zeroes.
+///
+/// # Examples
+///
+/// A mirror with [`detect_zeroes`](crate::MirrorOptions::detect_zeroes), by hand. The source says that all of it
+/// is data, and most of it is zeroes.
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use blockjob::{Content, Extent, IfZero, Limits, Mirror, MirrorOptions, Node, OpKind, Outcome, RangeLimits};
+/// use blockjob::{Status, Step};
+///
+/// let mut source = vec![0u8; 256 << 10];
+/// source[70_000] = 1;
+/// let mut target = vec![9u8; 256 << 10];
+/// let mut limits = Limits::new(256 << 10);
+/// limits.write_zeroes = Some(RangeLimits { align: 4096, max: 1 << 30 });
+/// let mut options = MirrorOptions::default();
+/// options.detect_zeroes = true;
+/// options.chunk_max = 64 << 10;
+/// let mut mirror = Mirror::new(&Node::new(256 << 10), Limits::new(256 << 10), limits, options)?;
+/// mirror.job().start()?;
+///
+/// let (mut written, mut zeroed) = (0, 0);
+/// while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+///     let outcome = match op.kind() {
+///         OpKind::CopyDetecting(range, if_zero) => {
+///             let bytes = range.start() as usize..range.end() as usize;
+///             let data = &source[bytes.clone()];
+///             if data.iter().all(|&byte| byte == 0) {
+///                 if let IfZero::Write(_) = if_zero {
+///                     target[bytes].fill(0); // without any data on the way
+///                     zeroed += range.len();
+///                 }
+///                 Outcome::Zeroes
+///             } else {
+///                 target[bytes].copy_from_slice(data);
+///                 written += range.len();
+///                 Outcome::Done
+///             }
+///         }
+///         OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
+///         _ => Outcome::Done,
+///     };
+///     mirror.op_done(Duration::ZERO, op, outcome);
+/// }
+/// assert_eq!(mirror.job().query().status, Status::Ready);
+/// assert_eq!((written, zeroed), (64 << 10, 192 << 10));
+/// assert!(target == source);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IfZero {
+    /// Make the target read as zeroes, as [`OpKind::Zero`] does.
+    Write(Unmap),
+    /// Nothing: the target reads as zeroes there already.
+    Leave,
 }
 
 /// What is known of the content of a range.
@@ -111,6 +173,9 @@ pub struct Op {
 pub enum OpKind {
     /// Read the range from the source and write it to the target.
     Copy(ByteRange),
+    /// Read the range from the source. If all bytes are 0, do that and report [`Outcome::Zeroes`]; else write
+    /// it to the target. Either is legal for the target: the range is one for zeroes, too.
+    CopyDetecting(ByteRange, IfZero),
     /// As [`Copy`](Self::Copy), compressed.
     CopyCompressed(ByteRange),
     /// Have the target copy the range from the source by itself.
@@ -146,6 +211,8 @@ pub enum OpKind {
 pub enum Outcome {
     /// It is done.
     Done,
+    /// [`OpKind::CopyDetecting`] has read nothing but zeroes, and the target reads so, too.
+    Zeroes,
     /// The answer to [`OpKind::Status`].
     Status(Extent),
     /// It failed, or was done in part.
@@ -187,6 +254,7 @@ impl OpKind {
     pub fn range(self) -> Option<ByteRange> {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::CopyOffloaded(range)
             | OpKind::Zero(range, _)
@@ -205,7 +273,9 @@ impl OpKind {
     /// What it reads, and what it writes or asks.
     pub(crate) fn sides(self) -> [Side; 2] {
         match self {
-            OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
+            OpKind::Copy(_) | OpKind::CopyDetecting(..) | OpKind::CopyCompressed(_) => {
+                [Side::Source, Side::Target]
+            }
             OpKind::Save(_) => [Side::Source, Side::Buffer],
             OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
             OpKind::DiscardSaved(_) => [Side::Buffer; 2],
@@ -226,6 +296,7 @@ impl OpKind {
         matches!(
             self,
             OpKind::Copy(_)
+                | OpKind::CopyDetecting(..)
                 | OpKind::CopyCompressed(_)
                 | OpKind::CopyOffloaded(_)
                 | OpKind::Zero(..)
@@ -239,6 +310,7 @@ impl OpKind {
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::CopySaved(range)
             | OpKind::CopySavedCompressed(range) => range.len(),

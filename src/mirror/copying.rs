@@ -98,16 +98,12 @@ impl Mirror {
         })
     }
 
-    pub(super) fn range_done(&mut self, now: Duration, kind: OpKind, range: ByteRange) {
+    pub(super) fn range_done(&mut self, range: ByteRange) {
         self.backoff.reset();
         if matches!(self.phase, Phase::Scanning { .. }) {
             return;
         }
         self.done_bytes = self.done_bytes.saturating_add(range.len());
-        // Zeroes go much faster, and say nothing of how long data takes.
-        if let OpKind::Copy(_) = kind {
-            self.pace.add(now, range.len());
-        }
     }
 
     /// When the first of what failed is tried again, if that is not now.

@@ -53,7 +53,7 @@ use std::task::Waker;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
-use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
 use crate::job::{
     Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Status, Verb,
     Warning,
@@ -69,7 +69,7 @@ pub use checkpoint::{
 };
 use end::End;
 use left::{ByBitmap, Left};
-pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync};
+pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync, TargetHolds};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 use pace::Pace;
 pub use switch::{Switch, SwitchBack};
@@ -133,6 +133,7 @@ pub struct Mirror {
     job: Job,
     node: Node,
     sync: MirrorSync,
+    target_holds: TargetHolds,
     downtime_max: Duration,
     hold_max: Duration,
     engine: Engine,
@@ -216,6 +217,8 @@ impl Mirror {
             "chunk_max",
             "buf_size",
             "unmap",
+            "target_holds",
+            "detect_zeroes",
             "downtime_max",
             "hold_max",
         ],
@@ -373,6 +376,10 @@ impl Mirror {
                 wanted: None,
             }),
         };
+        let starts_anew = by.is_none() && checkpoint.is_none() && options.sync == MirrorSync::Full;
+        if options.target_holds != TargetHolds::Anything && !starts_anew {
+            return Err(MirrorError::TargetHolds);
+        }
         let of_bitmap = match &by {
             Some(by) => Some(node.bitmaps().query(&by.name)?.granularity),
             None => None,
@@ -410,7 +417,14 @@ impl Mirror {
             initial.merge_from(left).expect("its length was checked");
             checkpoint.scanned
         });
-        let engine = Engine::new(shape, options.workers, options.buf_size)?;
+        let is_zero = options.target_holds == TargetHolds::Zeroes;
+        let can_learn = shape.can_zero() && !shape.cheap_zeroes;
+        let zeroes = (is_zero || can_learn)
+            .then(|| Zeroes::new(node.len(), granularity, is_zero))
+            .transpose()?;
+        let engine = Engine::new(shape, options.workers, options.buf_size)?
+            .with_zeroes(zeroes)?
+            .detecting_zeroes(options.detect_zeroes);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
@@ -424,6 +438,7 @@ impl Mirror {
             job,
             node: node.clone(),
             sync: options.sync,
+            target_holds: options.target_holds,
             downtime_max: options.downtime_max,
             hold_max: options.hold_max.max(HOLD_MIN),
             engine,
@@ -476,13 +491,24 @@ impl Mirror {
     /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
+        let is_data = matches!(outcome, Outcome::Done) && kind.buffered_bytes() > 0;
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         let map = dirty.as_mut().map(JobBitmapGuard::bitmap_mut);
         let done = self.engine.done(op, outcome, map);
         let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
-            None | Some(Done::Nothing | Done::Skipped(_) | Done::Saved(_)) => {}
-            Some(Done::Range(range)) => self.range_done(now, kind, range),
+            None | Some(Done::Nothing | Done::Saved(_)) => {}
+            // It was dirty, and the target holds it already.
+            Some(Done::Skipped(range)) => {
+                self.done_bytes = self.done_bytes.saturating_add(range.len());
+            }
+            Some(Done::Range(range)) => {
+                self.range_done(range);
+                // Zeroes go much faster, and say nothing of how long data takes.
+                if is_data && !matches!(self.phase, Phase::Scanning { .. }) {
+                    self.pace.add(now, range.len());
+                }
+            }
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed {

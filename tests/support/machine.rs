@@ -11,7 +11,7 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
-    Begin, ByteRange, Content, Event, Extent, Job, JobError, JobOptions, Limits, Mirror,
+    Begin, ByteRange, Content, Event, Extent, IfZero, Job, JobError, JobOptions, Limits, Mirror,
     MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
 };
 
@@ -437,6 +437,22 @@ impl Machine {
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
+            OpKind::CopyDetecting(range, if_zero) => {
+                let data = data.unwrap_or_else(|| self.source[bytes(range)].to_vec());
+                self.fill_clusters(range);
+                self.copied += range.len();
+                let is_zero = data.iter().all(|&byte| byte == 0);
+                if let (true, IfZero::Leave) = (is_zero, if_zero) {
+                    let target = &self.target[bytes(range)];
+                    assert!(target.iter().all(|&byte| byte == 0), "{range} is not zero");
+                    return Outcome::Zeroes;
+                }
+                self.target[bytes(range)].copy_from_slice(&data);
+                self.is_unflushed = true;
+                if is_zero {
+                    return Outcome::Zeroes;
+                }
+            }
             OpKind::CopyCompressed(_)
             | OpKind::CopyOffloaded(_)
             | OpKind::Save(_)
@@ -545,7 +561,7 @@ pub(crate) fn is_final(event: &Event) -> bool {
 
 pub(crate) fn buffered(kind: OpKind) -> u64 {
     match kind {
-        OpKind::Copy(range) => range.len(),
+        OpKind::Copy(range) | OpKind::CopyDetecting(range, _) => range.len(),
         _ => 0,
     }
 }

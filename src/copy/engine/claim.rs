@@ -235,7 +235,7 @@ impl Engine {
     ) -> (ByteRange, u64) {
         let none = (known.start()..known.start()).into();
         if !self.shape.only_top || extent.in_top {
-            return (none, known.end());
+            return self.zero_already(known, align, extent.content);
         }
         let whole = self.shape.whole_blocks(known, align);
         match whole.start() > known.start() {

@@ -76,6 +76,7 @@ impl Engine {
                     self.ready.push_front(range.start());
                 }
                 OpKind::Copy(range)
+                | OpKind::CopyDetecting(range, _)
                 | OpKind::CopyCompressed(range)
                 | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _)

@@ -27,13 +27,14 @@
 mod claim;
 mod failed;
 mod urgent;
+mod zeroes;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{ClaimState, Claims};
-use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Buffer, Extent, IfZero, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
 use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
@@ -67,6 +68,12 @@ pub(crate) struct Engine {
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
     copy_by: CopyBy,
+    /// What is known to read as zeroes on the target, where zeroes are not cheap.
+    zeroes: Option<Zeroes>,
+    /// To note in what active writes have written to, until there are any, if something depends on that.
+    written: Option<HBitmap>,
+    /// Whether data that is read is looked at for being zeroes.
+    detects_zeroes: bool,
     /// A place for what the guest is about to overwrite, if there is one.
     buffer: Option<Buffer>,
     /// The first block that could not be claimed for an active write, when a claim was tried last.
@@ -167,6 +174,9 @@ impl Engine {
             cursor: 0,
             filled,
             copy_by: CopyBy::Buffer,
+            zeroes: None,
+            written: None,
+            detects_zeroes: false,
             buffer: None,
             blocked: None,
             is_guest_held: false,
@@ -189,7 +199,7 @@ impl Engine {
 
     /// Guest writes may be active ones from now on: nothing is claimed that they are writing, and they see what is.
     pub(crate) fn show_claims(&mut self, actives: ActiveClaims) {
-        self.claims.show_to(actives);
+        self.claims.show_to(actives, self.written.take());
     }
 
     /// Whether the guest is held, for what is claimed next.
@@ -208,6 +218,7 @@ impl Engine {
             (OpKind::Copy(range), CopyBy::Compressing) => OpKind::CopyCompressed(range),
             (OpKind::CopySaved(range), CopyBy::Compressing) => OpKind::CopySavedCompressed(range),
             (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
+            (OpKind::Copy(range), CopyBy::Buffer) if self.detects_zeroes => self.detecting(range),
             _ => kind,
         }
     }
@@ -268,6 +279,7 @@ impl Engine {
             // What is written from here on is not covered by it.
             self.has_unflushed = false;
         }
+        self.note_zeroes(kind);
         let op = Op::new(kind);
         self.running.insert(op.id(), kind);
         self.buffered_bytes += kind.buffered_bytes();
@@ -279,6 +291,7 @@ impl Engine {
         if !self.has_free_worker() {
             return None;
         }
+        self.hear_of_writes();
         let may_claim =
             budget == Budget::Claim && self.claims.parked() < PARKED_MAX && !self.looks_far_ahead();
         if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
@@ -333,9 +346,10 @@ impl Engine {
     /// What an operation counts against the speed limit.
     pub(crate) fn cost(&self, kind: OpKind) -> u64 {
         match kind {
-            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopyOffloaded(range) => {
-                range.len()
-            }
+            OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopyOffloaded(range) => range.len(),
             OpKind::CopySaved(range) | OpKind::CopySavedCompressed(range) | OpKind::Save(range) => {
                 range.len()
             }
@@ -360,6 +374,7 @@ impl Engine {
         mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
+        self.hear_of_writes();
         let is_urgent = self.urgent.remove(&op.id());
         self.aside.remove(&op.id());
         if !is_urgent {
@@ -371,14 +386,17 @@ impl Engine {
             (OpKind::Status(range), Outcome::Status(extent)) => {
                 self.looked(range, extent, op.id(), dirty)
             }
-            (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
+            (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done | Outcome::Zeroes)
                 if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
             {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id(), dirty)
             }
-            (OpKind::CopyOffloaded(range), Outcome::Failed { .. } | Outcome::Status(_)) => {
+            (
+                OpKind::CopyOffloaded(range),
+                Outcome::Failed { .. } | Outcome::Status(_) | Outcome::Zeroes,
+            ) => {
                 // The target may hold anything there now; it is written again.
                 self.copy_by = CopyBy::Buffer;
                 self.claims
@@ -388,16 +406,25 @@ impl Engine {
             }
             (
                 OpKind::Copy(range)
+                | OpKind::CopyDetecting(range, _)
                 | OpKind::CopyCompressed(range)
                 | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _),
                 Outcome::Done,
             ) => {
                 self.fill(range);
+                self.note_written(kind);
                 if is_broken(Sabotage::ClearAfterCopy) {
                     let dirty = dirty.as_mut().expect("there is a bitmap");
                     make_clean(dirty, self.shape.granularity, kind);
                 }
+                self.landed(range, dirty)
+            }
+            (OpKind::CopyDetecting(range, if_zero), Outcome::Zeroes) => {
+                if let IfZero::Write(_) = if_zero {
+                    self.fill(range);
+                }
+                self.note_zeroed(range);
                 self.landed(range, dirty)
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range, dirty),
@@ -424,7 +451,9 @@ impl Engine {
             (OpKind::Save(range), outcome) => {
                 let (side, error) = match outcome {
                     Outcome::Failed { side, error } => (side, error),
-                    Outcome::Done | Outcome::Status(_) => (Side::Buffer, wrong_answer()),
+                    Outcome::Done | Outcome::Zeroes | Outcome::Status(_) => {
+                        (Side::Buffer, wrong_answer())
+                    }
                 };
                 if let Some(buffer) = &mut self.buffer {
                     match side {
@@ -462,7 +491,7 @@ impl Engine {
                     kind,
                     error: match outcome {
                         Outcome::Failed { error, .. } => error,
-                        Outcome::Done | Outcome::Status(_) => wrong_answer(),
+                        Outcome::Done | Outcome::Zeroes | Outcome::Status(_) => wrong_answer(),
                     },
                     is_urgent,
                 }
@@ -482,7 +511,7 @@ impl Engine {
                     is_urgent,
                 }
             }
-            (kind, Outcome::Status(_) | Outcome::Done) => {
+            (kind, Outcome::Status(_) | Outcome::Done | Outcome::Zeroes) => {
                 // An answer to another question. It may not have been done.
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let Some(range) = self.claimed_range(kind, op.id()) {
