@@ -9,8 +9,8 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
 use crate::backup::Backup;
-use crate::bytes::is_zero;
-use crate::copy::{IfZero, Op, OpKind, Outcome, Side};
+use crate::bytes::{differing, is_zero};
+use crate::copy::{CompareBy, IfZero, Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
@@ -276,6 +276,7 @@ where
                 self.target.cancel_in_flight();
                 Outcome::Done
             }
+            OpKind::Compare(range, by) => self.compare(range, by).await,
             OpKind::Status(range) => match self.source.block_status(range).await {
                 Ok(extent) => Outcome::Status(extent),
                 Err(error) => Outcome::Failed {
@@ -285,6 +286,49 @@ where
             },
         };
         (op, outcome)
+    }
+
+    async fn compare(&self, range: ByteRange, by: CompareBy) -> Outcome {
+        let len = usize::try_from(range.len()).expect("no longer than a buffer");
+        let taken = match by {
+            CompareBy::Reading => self.pool.take(len).map(Some),
+            CompareBy::Device => Ok(None),
+        };
+        let second = match taken {
+            Ok(second) => second,
+            Err(error) => return done(Side::Target, Err(error)),
+        };
+        let buf = match self.pool.take(len) {
+            Ok(buf) => buf,
+            Err(error) => {
+                second.into_iter().for_each(|second| self.pool.put(second));
+                return done(Side::Target, Err(error));
+            }
+        };
+        let (read, buf) = self.source.read_at(range.start(), buf).await;
+        if read.is_err() {
+            second.into_iter().for_each(|second| self.pool.put(second));
+            self.pool.put(buf);
+            return done(Side::Source, read);
+        }
+        let compared = match second {
+            Some(second) => {
+                let (read, second) = self.target.read_back(range.start(), second).await;
+                let differing = differing(buf.as_ref(), second.as_ref(), range.start());
+                self.pool.put(second);
+                self.pool.put(buf);
+                read.map(|()| differing)
+            }
+            None => {
+                let (compared, buf) = self.target.compare_at(range.start(), buf).await;
+                self.pool.put(buf);
+                compared
+            }
+        };
+        match compared {
+            Ok(differing) => Outcome::Compared(differing),
+            Err(error) => done(Side::Target, Err(error)),
+        }
     }
 
     async fn copy(&self, kind: OpKind, range: ByteRange, gives_up: &AtomicBool) -> Outcome {

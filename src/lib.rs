@@ -228,13 +228,13 @@ pub use crate::backup::{
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{
-    Content, Extent, IfZero, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits, ShapeError,
-    Side, Unmap,
+    CompareBy, Content, Extent, IfZero, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits,
+    ShapeError, Side, Unmap,
 };
 pub use crate::job::{
-    BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
-    JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
-    Status, Verb, VerbError, Warning,
+    BitmapMode, Cancel, Change, Difference, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job,
+    JobError, JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress,
+    Shutdown, Status, Verb, VerbError, Verification, Verified, Warning,
 };
 #[cfg(loom)]
 #[doc(hidden)]

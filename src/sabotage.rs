@@ -30,6 +30,14 @@ pub enum Sabotage {
     IgnoreActiveWrites,
     /// Zeroes 2: what is about to be zeroed reads so already.
     TrustZeroesAtOnce,
+    /// Doubts 1: what could not be compared is taken for equal.
+    ForgetDoubt,
+    /// Doubts 2: what a guest write has changed meanwhile is told to differ.
+    TellRaces,
+    /// Doubts 3: what differs is told and not copied.
+    TellOnly,
+    /// Mirror 11: ready is told while something is doubtful.
+    ReadyInDoubt,
     /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
     LimitUrgent,
     /// Backup 1: writes are let through before what is to be copied is complete.

@@ -343,6 +343,7 @@ impl Hand {
             | OpKind::CopySaved(_)
             | OpKind::CopySavedCompressed(_)
             | OpKind::CopyDetecting(..)
+            | OpKind::Compare(..)
             | OpKind::DiscardSaved(_)
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => unreachable!("none of these was asked for"),

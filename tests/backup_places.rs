@@ -193,6 +193,7 @@ impl World {
             OpKind::CopyCompressed(_)
             | OpKind::CopySavedCompressed(_)
             | OpKind::CopyDetecting(..)
+            | OpKind::Compare(..)
             | OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)
             | OpKind::Discard(_)

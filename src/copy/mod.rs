@@ -5,6 +5,7 @@
 
 mod buffer;
 mod claims;
+mod doubts;
 mod engine;
 mod limits;
 mod shape;
@@ -114,6 +115,17 @@ pub enum IfZero {
     Leave,
 }
 
+/// How a target is compared with the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CompareBy {
+    /// Both are read: the target by [`read_back`](crate::io::WriteAt::read_back).
+    Reading,
+    /// The target is given what the source holds, and finds out by itself:
+    /// [`compare_at`](crate::io::WriteAt::compare_at). So a target that is far away, and whose host can make
+    /// hashes, sends these instead of its data.
+    Device,
+}
+
 /// What is known of the content of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Content {
@@ -196,6 +208,8 @@ pub enum OpKind {
     DiscardSource(ByteRange),
     /// Discard the range of the buffer.
     DiscardSaved(ByteRange),
+    /// Read the range from the source, and tell what of it the target does not hold: [`Outcome::Compared`].
+    Compare(ByteRange, CompareBy),
     /// Tell what the source has at the start of the range.
     Status(ByteRange),
     /// Make durable what was written to the target.
@@ -215,6 +229,9 @@ pub enum Outcome {
     Zeroes,
     /// The answer to [`OpKind::Status`].
     Status(Extent),
+    /// The answer to [`OpKind::Compare`]: what differs, as finely as it is known. None: all is equal. What lies
+    /// outside of the range is ignored.
+    Compared(Vec<ByteRange>),
     /// It failed, or was done in part.
     Failed {
         /// The device that failed. For a copy: the one that was read, or the one that was written.
@@ -265,6 +282,7 @@ impl OpKind {
             | OpKind::DiscardSaved(range)
             | OpKind::GiveUp(range)
             | OpKind::DiscardSource(range)
+            | OpKind::Compare(range, _)
             | OpKind::Status(range) => Some(range),
             OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
         }
@@ -273,9 +291,10 @@ impl OpKind {
     /// What it reads, and what it writes or asks.
     pub(crate) fn sides(self) -> [Side; 2] {
         match self {
-            OpKind::Copy(_) | OpKind::CopyDetecting(..) | OpKind::CopyCompressed(_) => {
-                [Side::Source, Side::Target]
-            }
+            OpKind::Copy(_)
+            | OpKind::CopyDetecting(..)
+            | OpKind::CopyCompressed(_)
+            | OpKind::Compare(..) => [Side::Source, Side::Target],
             OpKind::Save(_) => [Side::Source, Side::Buffer],
             OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
             OpKind::DiscardSaved(_) => [Side::Buffer; 2],
@@ -314,6 +333,8 @@ impl OpKind {
             | OpKind::CopyCompressed(range)
             | OpKind::CopySaved(range)
             | OpKind::CopySavedCompressed(range) => range.len(),
+            OpKind::Compare(range, CompareBy::Reading) => range.len().saturating_mul(2),
+            OpKind::Compare(range, CompareBy::Device) => range.len(),
             // What guests wait for has buffers of its own.
             _ => 0,
         }

@@ -1,6 +1,6 @@
 //! What there is to know of a job at one moment.
 
-use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status};
+use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status, Verification};
 use crate::mirror::CopyMode;
 
 /// How far a job is, in bytes.
@@ -59,6 +59,8 @@ pub struct JobInfo {
     /// Whether, when the job was driven last, the target had all that the guest was told to be written:
     /// [`Mirror::is_actively_synced`](crate::Mirror::is_actively_synced).
     pub is_actively_synced: bool,
+    /// Of a mirror: what came of the [verification](crate::Job::verify) that runs, or of the last one.
+    pub verification: Option<Verification>,
     /// What it failed with. `None` in [`Status::Concluded`] means success.
     pub error: Option<JobError>,
 }

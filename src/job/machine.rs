@@ -10,9 +10,12 @@ use crate::copy::{OpKind, Side};
 use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
-use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
+use crate::job::{
+    Cancel, Difference, ErrorAction, Event, Job, JobError, Progress, Status, Verification, Warning,
+};
 use crate::mirror::CopyMode;
 use crate::node::QuiesceGuard;
+use crate::units::ByteRange;
 
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +30,7 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     /// Of a mirror.
     pub(crate) copy_mode: CopyMode,
+    pub(crate) wants_verify: bool,
     pub(crate) stage: Stage,
     pub(crate) has_failed: bool,
     /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
@@ -47,6 +51,7 @@ impl Job {
             ends_by_finalize: !self.shared.is_alone || !state.options.auto_finalize,
             speed: state.options.speed,
             copy_mode: state.copy_mode.unwrap_or_default(),
+            wants_verify: state.wants_verify,
             stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
@@ -171,6 +176,33 @@ impl Job {
     /// It is a mirror.
     pub(crate) fn set_copy_mode(&self, mode: CopyMode) {
         self.shared.lock().copy_mode = Some(mode);
+    }
+
+    pub(crate) fn set_can_verify(&self, can_verify: bool) {
+        self.shared.lock().can_verify = can_verify;
+    }
+
+    /// What was asked for is begun.
+    pub(crate) fn verify_begun(&self) {
+        self.shared.lock().wants_verify = false;
+    }
+
+    pub(crate) fn set_verification(&self, verification: Verification) {
+        self.shared.lock().verification = Some(verification);
+    }
+
+    /// The verification has come to its end.
+    pub(crate) fn tell_verified(&self, verification: Verification) {
+        self.change_state(|state| {
+            state.verification = Some(verification);
+            state.tell(Event::Verified(verification));
+        });
+    }
+
+    /// Something differs for good.
+    pub(crate) fn tell_differs(&self, range: ByteRange) {
+        let bytes = range.len();
+        self.change_state(|state| state.tell(Event::Differs(Difference { range, bytes })));
     }
 
     pub(crate) fn set_actively_synced(&self, is_synced: bool) {

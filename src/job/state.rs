@@ -10,7 +10,7 @@ use crate::job::policy::is_no_space;
 use crate::job::stage::Stage;
 use crate::job::{
     Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
-    VerbError,
+    VerbError, Verification,
 };
 use crate::mirror::CopyMode;
 use crate::node::QuiesceGuard;
@@ -21,6 +21,10 @@ pub(super) struct State {
     /// Of a mirror.
     pub(super) copy_mode: Option<CopyMode>,
     pub(super) is_actively_synced: bool,
+    /// Whether the target of a mirror can be compared.
+    pub(super) can_verify: bool,
+    pub(super) wants_verify: bool,
+    pub(super) verification: Option<Verification>,
     pub(super) status: Status,
     pub(super) was_started: bool,
     pub(super) is_user_paused: bool,
@@ -53,6 +57,9 @@ impl State {
             options,
             copy_mode: None,
             is_actively_synced: false,
+            can_verify: false,
+            wants_verify: false,
+            verification: None,
             status: Status::Created,
             was_started: false,
             is_user_paused: false,

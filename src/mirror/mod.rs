@@ -37,6 +37,8 @@
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
 //!    that is not active.
+//! 11. Ready is told only when nothing of the target is doubtful that may be missing there. A verification that is
+//!     not over when the end is asked for is cut short, and what it has found is copied.
 
 mod active;
 mod checkpoint;
@@ -48,6 +50,7 @@ mod pace;
 mod progress;
 mod start;
 mod switch;
+mod verify;
 
 use std::task::Waker;
 use std::time::Duration;
@@ -73,6 +76,7 @@ pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync, TargetHolds}
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 use pace::Pace;
 pub use switch::{Switch, SwitchBack};
+use verify::Verify;
 
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
@@ -161,6 +165,7 @@ pub struct Mirror {
     /// What the target may have lacked when the job ended, if it did not succeed.
     at_end: Option<Left>,
     active: Active,
+    verify: Verify,
     /// When the time of grace ends for operations in flight.
     grace_until: Option<Duration>,
 }
@@ -380,6 +385,9 @@ impl Mirror {
         if options.target_holds != TargetHolds::Anything && !starts_anew {
             return Err(MirrorError::TargetHolds);
         }
+        if options.target_holds == TargetHolds::OlderCopy && target.compare.is_none() {
+            return Err(MirrorError::CannotCompare);
+        }
         let of_bitmap = match &by {
             Some(by) => Some(node.bitmaps().query(&by.name)?.granularity),
             None => None,
@@ -424,12 +432,14 @@ impl Mirror {
             .transpose()?;
         let engine = Engine::new(shape, options.workers, options.buf_size)?
             .with_zeroes(zeroes)?
+            .with_doubts(target.compare)?
             .detecting_zeroes(options.detect_zeroes);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(Self::KIND.name, options.job, None)?;
         job.set_copy_mode(options.copy_mode);
+        job.set_can_verify(target.compare.is_some());
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -456,6 +466,7 @@ impl Mirror {
             retry_at: Duration::ZERO,
             at_end: None,
             active: Active::default(),
+            verify: Verify::default(),
             grace_until: None,
         })
     }
@@ -502,6 +513,7 @@ impl Mirror {
             Some(Done::Skipped(range)) => {
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
             }
+            Some(Done::Compared(range)) => self.compared(range.len()),
             Some(Done::Range(range)) => {
                 self.range_done(range);
                 // Zeroes go much faster, and say nothing of how long data takes.

@@ -89,6 +89,10 @@ pub enum TargetHolds {
     /// Zeroes, all over. Where the source reads as zeroes nothing is written, and no storage made. If that is not
     /// true, the target is not a copy at the end, and nobody is told.
     Zeroes,
+    /// An older copy of the disk, and nobody knows what has changed since. All of it is compared, by what
+    /// [`Limits::compare`](crate::Limits::compare) of the target says, and only what differs is copied. The job is
+    /// ready when all was compared and copied. What differs is told as by a [verification](crate::Job::verify).
+    OlderCopy,
 }
 
 /// How a mirror is made.
@@ -223,6 +227,9 @@ pub enum MirrorError {
     /// first, it cannot be said what all of it holds.
     #[error("what the target holds can be told only of a full mirror that starts anew")]
     TargetHolds,
+    /// What an older copy lacks cannot be found out.
+    #[error("the target cannot be compared with the source")]
+    CannotCompare,
     /// The bitmap does not exist.
     #[error(transparent)]
     Named(#[from] crate::node::BitmapError),

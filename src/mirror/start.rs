@@ -105,6 +105,10 @@ impl Mirror {
                 asked: None,
             },
             MirrorSync::Full if is_known => Phase::Copying { flush: None },
+            MirrorSync::Full if self.target_holds == TargetHolds::OlderCopy => {
+                self.begin_to_compare(true);
+                Phase::Copying { flush: None }
+            }
             MirrorSync::None => Phase::Copying { flush: None },
             // The target can be made zero for next to nothing where the source is, or is zero already.
             MirrorSync::Full

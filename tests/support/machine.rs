@@ -11,8 +11,8 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
-    Begin, ByteRange, Content, Event, Extent, IfZero, Job, JobError, JobOptions, Limits, Mirror,
-    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
+    Begin, ByteRange, CompareBy, Content, Event, Extent, IfZero, Job, JobError, JobOptions, Limits,
+    Mirror, MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
 };
 
 /// What is known of the source per block of so many bytes.
@@ -434,6 +434,7 @@ impl Machine {
                 self.is_unflushed = true;
             }
             OpKind::Status(range) => return Outcome::Status(self.status(range)),
+            OpKind::Compare(range, _) => return Outcome::Compared(self.differing(range)),
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
@@ -465,6 +466,13 @@ impl Machine {
             }
         }
         Outcome::Done
+    }
+
+    /// The bytes in which the disks differ.
+    pub(crate) fn differing(&self, range: ByteRange) -> Vec<ByteRange> {
+        let differs = |&at: &u64| self.source[at as usize] != self.target[at as usize];
+        let bytes = (range.start()..range.end()).filter(differs);
+        bytes.map(|at| (at..at + 1).into()).collect()
     }
 
     pub(crate) fn status(&self, range: ByteRange) -> Extent {
@@ -547,6 +555,8 @@ pub(crate) fn name(event: &Event) -> String {
         Event::Status(status) => status.to_string(),
         Event::Ready { .. } => "READY".to_owned(),
         Event::Pending => "PENDING".to_owned(),
+        Event::Differs(_) => "DIFFERS".to_owned(),
+        Event::Verified(_) => "VERIFIED".to_owned(),
         Event::Error(_) => "ERROR".to_owned(),
         Event::Completed { error: None, .. } => "COMPLETED".to_owned(),
         Event::Completed { .. } => "COMPLETED with an error".to_owned(),
@@ -562,6 +572,8 @@ pub(crate) fn is_final(event: &Event) -> bool {
 pub(crate) fn buffered(kind: OpKind) -> u64 {
     match kind {
         OpKind::Copy(range) | OpKind::CopyDetecting(range, _) => range.len(),
+        OpKind::Compare(range, CompareBy::Reading) => 2 * range.len(),
+        OpKind::Compare(range, CompareBy::Device) => range.len(),
         _ => 0,
     }
 }

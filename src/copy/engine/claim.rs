@@ -143,6 +143,9 @@ impl Engine {
                     .reset(free)
                     .expect("aligned to the granularity, or ends with the disk");
             }
+            if let Some(doubts) = &mut self.doubts {
+                doubts.forget(free);
+            }
             let claim = Claim {
                 range: free,
                 align,

@@ -25,6 +25,7 @@
 //!    workers and buffers.
 
 mod claim;
+mod doubt;
 mod failed;
 mod urgent;
 mod zeroes;
@@ -34,6 +35,7 @@ use std::io;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{ClaimState, Claims};
+use crate::copy::doubts::Doubts;
 use crate::copy::{Buffer, Extent, IfZero, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
 use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
@@ -70,6 +72,8 @@ pub(crate) struct Engine {
     copy_by: CopyBy,
     /// What is known to read as zeroes on the target, where zeroes are not cheap.
     zeroes: Option<Zeroes>,
+    /// What is to be compared, if the target can be.
+    doubts: Option<Doubts>,
     /// To note in what active writes have written to, until there are any, if something depends on that.
     written: Option<HBitmap>,
     /// Whether data that is read is looked at for being zeroes.
@@ -128,6 +132,8 @@ pub(crate) enum Done {
     Nothing,
     /// Its range is on the target.
     Range(ByteRange),
+    /// It was compared.
+    Compared(ByteRange),
     /// It is in the buffer, and so what the guest may overwrite.
     Saved(ByteRange),
     /// The source's topmost layer holds nothing there, and so nothing is to be copied.
@@ -176,6 +182,7 @@ impl Engine {
             copy_by: CopyBy::Buffer,
             zeroes: None,
             written: None,
+            doubts: None,
             detects_zeroes: false,
             buffer: None,
             blocked: None,
@@ -349,7 +356,8 @@ impl Engine {
             OpKind::Copy(range)
             | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
-            | OpKind::CopyOffloaded(range) => range.len(),
+            | OpKind::CopyOffloaded(range)
+            | OpKind::Compare(range, _) => range.len(),
             OpKind::CopySaved(range) | OpKind::CopySavedCompressed(range) | OpKind::Save(range) => {
                 range.len()
             }
@@ -382,20 +390,50 @@ impl Engine {
         }
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
+        if let OpKind::Status(_) = kind {
+            let extent = match outcome {
+                Outcome::Status(extent) => Some(extent),
+                _ => None,
+            };
+            if self.heard_of_doubt(op.id(), extent) {
+                return Some(Done::Nothing);
+            }
+        }
         Some(match (kind, outcome) {
+            (OpKind::Compare(range, _), Outcome::Compared(differing)) => {
+                let dirty = dirty.expect("a range was claimed, so there is a bitmap");
+                self.compared(range, differing, dirty)
+            }
+            (OpKind::Compare(range, _), outcome) => {
+                self.not_compared(range);
+                let (side, error) = match outcome {
+                    Outcome::Failed { side, error } => (side, error),
+                    _ => (Side::Target, wrong_answer()),
+                };
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
+            }
             (OpKind::Status(range), Outcome::Status(extent)) => {
                 self.looked(range, extent, op.id(), dirty)
             }
-            (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done | Outcome::Zeroes)
-                if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
-            {
+            (
+                OpKind::Status(range),
+                Outcome::Failed { .. } | Outcome::Done | Outcome::Zeroes | Outcome::Compared(_),
+            ) if !self.shape.only_top && self.is_claimed_by(range, op.id()) => {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id(), dirty)
             }
             (
                 OpKind::CopyOffloaded(range),
-                Outcome::Failed { .. } | Outcome::Status(_) | Outcome::Zeroes,
+                Outcome::Failed { .. }
+                | Outcome::Status(_)
+                | Outcome::Zeroes
+                | Outcome::Compared(_),
             ) => {
                 // The target may hold anything there now; it is written again.
                 self.copy_by = CopyBy::Buffer;
@@ -451,7 +489,7 @@ impl Engine {
             (OpKind::Save(range), outcome) => {
                 let (side, error) = match outcome {
                     Outcome::Failed { side, error } => (side, error),
-                    Outcome::Done | Outcome::Zeroes | Outcome::Status(_) => {
+                    Outcome::Done | Outcome::Zeroes | Outcome::Status(_) | Outcome::Compared(_) => {
                         (Side::Buffer, wrong_answer())
                     }
                 };
@@ -491,7 +529,10 @@ impl Engine {
                     kind,
                     error: match outcome {
                         Outcome::Failed { error, .. } => error,
-                        Outcome::Done | Outcome::Zeroes | Outcome::Status(_) => wrong_answer(),
+                        Outcome::Done
+                        | Outcome::Zeroes
+                        | Outcome::Status(_)
+                        | Outcome::Compared(_) => wrong_answer(),
                     },
                     is_urgent,
                 }
@@ -511,7 +552,7 @@ impl Engine {
                     is_urgent,
                 }
             }
-            (kind, Outcome::Status(_) | Outcome::Done | Outcome::Zeroes) => {
+            (kind, Outcome::Status(_) | Outcome::Done | Outcome::Zeroes | Outcome::Compared(_)) => {
                 // An answer to another question. It may not have been done.
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let Some(range) = self.claimed_range(kind, op.id()) {

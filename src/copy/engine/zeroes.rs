@@ -19,7 +19,7 @@ impl Engine {
     /// Active writes have gone to the target without being handed out here. What is known of what is claimed now
     /// is true from here on.
     pub(super) fn hear_of_writes(&mut self) {
-        if self.zeroes.is_none() {
+        if self.zeroes.is_none() && self.doubts.is_none() {
             return;
         }
         let Some(actives) = self.claims.actives() else {
@@ -30,6 +30,9 @@ impl Engine {
             return;
         }
         for range in written {
+            if let Some(doubts) = &mut self.doubts {
+                doubts.look_again(range);
+            }
             self.target_changes(range);
         }
     }
