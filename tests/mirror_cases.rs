@@ -11,6 +11,8 @@ mod bitmaps;
 mod layers;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mirror_cases/zeroes.rs"]
+mod zeroes;
 
 use std::io::ErrorKind;
 use std::task::{Poll, Waker};

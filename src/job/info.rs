@@ -1,6 +1,6 @@
 //! What there is to know of a job at one moment.
 
-use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status};
+use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status, Verification};
 use crate::mirror::MirrorInfo;
 
 /// How far a job is, in bytes.
@@ -56,6 +56,8 @@ pub struct JobInfo {
     pub auto_dismiss: bool,
     /// What only mirrors have, but for an active commit.
     pub mirror: Option<MirrorInfo>,
+    /// Of a mirror: what came of the [verification](crate::Job::verify) that runs, or of the last one.
+    pub verification: Option<Verification>,
     /// What it failed with. `None` in [`Status::Concluded`] means success.
     pub error: Option<JobError>,
 }

@@ -10,9 +10,12 @@ use crate::copy::{OpKind, Side};
 use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
-use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
+use crate::job::{
+    Cancel, Difference, ErrorAction, Event, Job, JobError, Progress, Status, Verification, Warning,
+};
 use crate::mirror::{Convergence, CopyMode, MirrorInfo};
 use crate::node::QuiesceGuard;
+use crate::units::ByteRange;
 
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +30,7 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     /// Of a mirror.
     pub(crate) copy_mode: CopyMode,
+    pub(crate) wants_verify: bool,
     pub(crate) stage: Stage,
     pub(crate) has_failed: bool,
     /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
@@ -49,6 +53,7 @@ impl Job {
             copy_mode: state
                 .mirror
                 .map_or(CopyMode::Background, |mirror| mirror.copy_mode),
+            wants_verify: state.wants_verify,
             stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
@@ -196,6 +201,33 @@ impl Job {
     /// Tells that a guest writes more than can be copied.
     pub(crate) fn outpaced(&self, convergence: Convergence) {
         self.change_state(|state| state.tell(Event::Outpaced(convergence)));
+    }
+
+    pub(crate) fn set_can_verify(&self, can_verify: bool) {
+        self.shared.lock().can_verify = can_verify;
+    }
+
+    /// What was asked for is begun.
+    pub(crate) fn verify_begun(&self) {
+        self.shared.lock().wants_verify = false;
+    }
+
+    pub(crate) fn set_verification(&self, verification: Verification) {
+        self.shared.lock().verification = Some(verification);
+    }
+
+    /// The verification has come to its end.
+    pub(crate) fn tell_verified(&self, verification: Verification) {
+        self.change_state(|state| {
+            state.verification = Some(verification);
+            state.tell(Event::Verified(verification));
+        });
+    }
+
+    /// Something differs for good.
+    pub(crate) fn tell_differs(&self, range: ByteRange) {
+        let bytes = range.len();
+        self.change_state(|state| state.tell(Event::Differs(Difference { range, bytes })));
     }
 
     pub(crate) fn publish(&self, progress: Progress, is_busy: bool) {

@@ -10,7 +10,7 @@ use crate::job::policy::is_no_space;
 use crate::job::stage::Stage;
 use crate::job::{
     Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
-    VerbError,
+    VerbError, Verification,
 };
 use crate::mirror::MirrorInfo;
 use crate::node::QuiesceGuard;
@@ -22,6 +22,10 @@ pub(super) struct State {
     pub(super) has_switch: bool,
     /// What only mirrors have, but for an active commit.
     pub(super) mirror: Option<MirrorInfo>,
+    /// Whether the target of a mirror can be compared.
+    pub(super) can_verify: bool,
+    pub(super) wants_verify: bool,
+    pub(super) verification: Option<Verification>,
     pub(super) status: Status,
     pub(super) was_started: bool,
     pub(super) is_user_paused: bool,
@@ -54,6 +58,9 @@ impl State {
             options,
             has_switch: false,
             mirror: None,
+            can_verify: false,
+            wants_verify: false,
+            verification: None,
             status: Status::Created,
             was_started: false,
             is_user_paused: false,

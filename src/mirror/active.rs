@@ -7,7 +7,7 @@ use crate::copy::OpKind;
 use crate::job::ErrorAction;
 use crate::machine::Step;
 use crate::mirror::adaptive::{Adaptive, News, Sample, Watch};
-use crate::mirror::{CopyMode, Mirror, MirrorInfo, Phase};
+use crate::mirror::{CopyMode, End, Mirror, MirrorInfo, Phase};
 use crate::node::ActiveWrites;
 use crate::sabotage::{Sabotage, is_broken};
 
@@ -45,7 +45,9 @@ impl Mirror {
         let may_be = match self.phase {
             // A write after the source was asked and before the zeroes are written would be lost.
             Phase::Scanning { .. } => is_broken(Sabotage::ActiveWhileScanning),
-            Phase::Copying { .. } | Phase::InSync(_) => true,
+            // While the guest is held there are none to begin, and after the switch they are written to the target
+            // in any case.
+            Phase::Copying { .. } | Phase::InSync(End::Open | End::Flushing | End::Flushed) => true,
             _ => false,
         };
         self.engine.narrow(self.active.watch.narrow());
