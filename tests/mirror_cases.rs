@@ -7,6 +7,8 @@ mod active;
 mod bitmaps;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mirror_cases/verify.rs"]
+mod verify;
 #[path = "mirror_cases/zeroes.rs"]
 mod zeroes;
 
