@@ -132,6 +132,8 @@ impl Mirror {
                     drop(guard);
                     self.verify.confirming = None;
                     self.verify.confirm_at = now.saturating_add(CONFIRM_EVERY);
+                    // What could not be told yet waits for something else to end.
+                    self.verify.not_before = now.saturating_add(Duration::from_millis(1));
                 }
                 Poll::Pending if now >= since.saturating_add(self.hold_max) => {
                     // A guest write hangs. Others go on.

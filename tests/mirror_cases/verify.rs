@@ -313,7 +313,7 @@ fn differences_that_nobody_takes_are_told_less_exactly_and_none_is_forgotten() {
 
 #[test]
 fn what_cannot_be_compared_is_refused() {
-    let mut machine = Machine::ready(LEN, options());
+    let machine = Machine::ready(LEN, options());
     assert_eq!(
         machine.job.verify(),
         Err(VerbError::CannotVerify),
