@@ -36,7 +36,7 @@
 //!    zeroes would be lost. What they have under way counts as left when the job ends, and what they have written
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
-//!    that is not active.
+//!     that is not active.
 //! 11. Ready is told only when nothing of the target is doubtful that may be missing there. A verification that is
 //!     not over when the end is asked for is cut short, and what it has found is copied.
 
