@@ -11,6 +11,8 @@ mod bitmaps;
 mod layers;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mirror_cases/verify.rs"]
+mod verify;
 #[path = "mirror_cases/zeroes.rs"]
 mod zeroes;
 

@@ -56,7 +56,8 @@ impl Mirror {
             self.verify_if_asked(&asked);
             self.confirm(now, waker);
         }
-        let is_batching = !is_ending && now < self.batch_until;
+        let is_busy = is_ending || self.verify.is_running();
+        let is_batching = !is_busy && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
             (false, true) => Copying::Claimed,

@@ -24,8 +24,10 @@ pub(super) struct Verify {
     differing: Option<HBitmap>,
     /// The guest's writes under way are to settle.
     confirming: Option<(Quiesce, Duration)>,
-    /// Not before then.
+    /// When that is due next, unless nothing else is left to do.
     confirm_at: Duration,
+    /// Not before then in any case: a guest write hangs.
+    not_before: Duration,
 }
 
 impl Verify {
@@ -78,9 +80,16 @@ impl Mirror {
         match &self.verify.confirming {
             Some((_, since)) => since.checked_add(self.hold_max),
             None if self.verify.is_running() && self.engine.has_suspects() => {
-                Some(self.verify.confirm_at)
+                Some(self.confirm_at())
             }
             None => None,
+        }
+    }
+
+    fn confirm_at(&self) -> Duration {
+        match self.engine.has_only_suspects() {
+            true => self.verify.not_before,
+            false => self.verify.confirm_at.max(self.verify.not_before),
         }
     }
 
@@ -110,8 +119,7 @@ impl Mirror {
             return;
         }
         if self.engine.has_suspects() {
-            let is_time = now >= self.verify.confirm_at || self.engine.has_only_suspects();
-            if self.verify.confirming.is_none() && is_time {
+            if self.verify.confirming.is_none() && now >= self.confirm_at() {
                 self.verify.confirming = Some((self.node.quiesce(), now));
             }
         } else {
@@ -124,11 +132,13 @@ impl Mirror {
                     drop(guard);
                     self.verify.confirming = None;
                     self.verify.confirm_at = now.saturating_add(CONFIRM_EVERY);
+                    // What could not be told yet waits for something else to end.
+                    self.verify.not_before = now.saturating_add(Duration::from_millis(1));
                 }
                 Poll::Pending if now >= since.saturating_add(self.hold_max) => {
                     // A guest write hangs. Others go on.
                     self.verify.confirming = None;
-                    self.verify.confirm_at = now.saturating_add(self.hold_max);
+                    self.verify.not_before = now.saturating_add(self.hold_max);
                 }
                 Poll::Pending if is_broken(Sabotage::TellRaces) => self.tell_differing(),
                 Poll::Pending => {}

@@ -137,7 +137,7 @@ pub(crate) struct Machine {
     /// For a target that fills the rest of a cluster at the first write to it.
     cluster: Option<u64>,
     allocated: BTreeSet<u64>,
-    pub(crate) events: Vec<Event>,
+    events: Vec<Event>,
     current: u64,
 }
 

@@ -295,7 +295,16 @@ impl Engine {
                 // What is copied at once is told at once, or some of it would be mended unseen.
                 let mut asked = doubts.to_ask.iter().chain(doubts.asking.values());
                 let is_open = asked.any(|asked| asked.overlaps(unit));
-                let is_claimed = self.claims.first_in(unit).is_some();
+                let is_claimed = self
+                    .claims
+                    .overlapping(unit)
+                    .any(|claim| match claim.state {
+                        ClaimState::Planned(OpKind::Compare(..)) => true,
+                        ClaimState::Running(id) => {
+                            matches!(self.running.get(&id), Some(OpKind::Compare(..)))
+                        }
+                        _ => false,
+                    });
                 if is_open || is_claimed || doubts.map.any_dirty_in(unit) {
                     continue;
                 }
