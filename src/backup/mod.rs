@@ -272,6 +272,8 @@ impl Backup {
                 source_len: source.len,
                 target: target.len,
             });
+        // From here on it is not resized.
+        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         }
         if source.identity.is_some() && source.identity == target.identity {
             return Err(BackupError::SameStorage);
@@ -331,7 +333,6 @@ impl Backup {
             .with_buffer(buffer)
             .copying_by(copy_by);
         let speed = options.job.speed;
-        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         let start = Arc::new(Start::new(node, options.sync, bitmap, empty));
         let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
         // The last step that can fail: there is no trace of a job that could not be made.
