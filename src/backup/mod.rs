@@ -326,6 +326,10 @@ impl Backup {
                     granularity,
                     piece_max,
                     buffer.bytes_max,
+                let bytes_max = buffer.bytes_max;
+                if bytes_max < cluster {
+                    return Err(BackupError::BufferTooSmall { bytes_max, cluster });
+                }
                 )?)
             }
         };

@@ -268,6 +268,14 @@ pub enum BackupError {
         /// The longest request in bytes that all devices take.
         max_transfer: u32,
     },
+    /// Not one cluster can be saved in a buffer of that size.
+    #[error("a buffer of at most {bytes_max} bytes has no space for a cluster of {cluster} bytes")]
+    BufferTooSmall {
+        /// As in [`BackupBuffer::bytes_max`].
+        bytes_max: u64,
+        /// The cluster size in bytes.
+        cluster: u64,
+    },
     /// Not a number of workers.
     #[error("{0} workers are not between 1 and 1024")]
     Workers(usize),
