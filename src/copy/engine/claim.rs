@@ -33,14 +33,11 @@ impl Engine {
     /// Finds the next dirty run that is free, clears its bits and claims it.
     pub(super) fn claim(&mut self, dirty: &mut HBitmap) -> bool {
         let start_of_search = self.cursor;
-        if self.claim_saved(dirty) {
-            return true;
-        }
         self.claim_in((start_of_search..self.shape.len).into(), dirty)
             || self.claim_in((0..start_of_search).into(), dirty)
     }
 
-    /// What is in the buffer goes first, so that there is space for more.
+    /// What is in the buffer goes first, also before what was claimed already, so that there is space for more.
     pub(super) fn claim_saved(&mut self, dirty: &mut HBitmap) -> bool {
         let mut after = 0;
         for _ in 0..SAVED_TRIES {
@@ -52,7 +49,7 @@ impl Engine {
                 return false;
             };
             if let Some((free, _)) = self.claim_free(run, self.run_max, dirty) {
-                self.ready.push_back(free.start());
+                self.ready.push_front(free.start());
                 return true;
             }
             after = run.end();

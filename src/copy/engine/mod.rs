@@ -259,7 +259,8 @@ impl Engine {
         }
         let may_claim =
             budget == Budget::Claim && self.claims.parked() < PARKED_MAX && !self.looks_far_ahead();
-        if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
+        let has_saved = may_claim && !self.is_saved_next() && self.claim_saved(dirty);
+        if self.ready.is_empty() && !has_saved && !(may_claim && self.claim(dirty)) {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
@@ -293,6 +294,12 @@ impl Engine {
     fn looks_far_ahead(&self) -> bool {
         let bytes = self.running.values().map(|&kind| match kind {
             OpKind::Status(range) => range.len(),
+    /// Whether what is to be handed out next comes from the buffer.
+    fn is_saved_next(&self) -> bool {
+        let next = self.ready.front().and_then(|&start| self.claims.get(start));
+        next.is_some_and(|claim| matches!(claim.state, ClaimState::Planned(OpKind::CopySaved(_))))
+    }
+
             _ => 0,
         });
         bytes.sum::<u64>() >= self.buf_size.saturating_mul(2)
