@@ -527,10 +527,15 @@ impl Backup {
         if self.is_too_late(now) || matches!(self.phase, Phase::Ending { .. }) {
             return Turn::Again;
         }
-        if asked.is_paused {
+        // A job that is paused at once has its instant all the same.
+        let is_before = matches!(self.phase, Phase::Created | Phase::Attaching { .. });
+        if asked.is_paused && !is_before {
             return self.pause(asked.status);
         }
-        if asked.status == Status::Paused {
+        if asked.is_paused && asked.status == Status::Running {
+            self.job.go_to(Status::Paused);
+        }
+        if !asked.is_paused && asked.status == Status::Paused {
             self.job.go_to(Status::Running);
         }
         if asked.speed != self.rate.speed() {
@@ -650,9 +655,6 @@ impl Backup {
 
     /// Stands still, but for guests, once nothing else is in flight.
     fn pause(&mut self, status: Status) -> Turn {
-        if matches!(self.phase, Phase::Attaching { .. }) {
-            self.phase = Phase::Created;
-        }
         if self.engine.is_idle_but_urgent() && status == Status::Running {
             self.job.go_to(Status::Paused);
         }
