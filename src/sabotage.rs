@@ -34,6 +34,8 @@ pub enum Sabotage {
     CleanAfterFailure,
     /// Backup 4 and mirror 7: a bitmap with mode always forgets what is in flight at the end.
     ForgetInFlight,
+    /// Backup 4: what was never flushed is taken for copied after a failure.
+    TrustUnflushed,
     /// Backup 5: the job ends without a flush.
     EndWithoutFlush,
     /// Backup 6: guest writes go on while the job is paused.

@@ -1202,12 +1202,16 @@ impl Sim {
             (BitmapMode::OnSuccess | BitmapMode::Always, true) => {}
             (BitmapMode::Always, false) => {
                 let instant = member.instant.as_ref().expect("it has run");
-                add(&self.missing(index, &instant.must, &[]));
+                let world = self.world.borrow();
+                let target = &world.disks[disk_of(index, TARGET)];
+                let is_flushed = target.written == target.flushed;
+                let bits = |wanted: &[bool], again: &[bool]| match is_flushed {
+                    true => self.missing(index, wanted, again),
+                    false => self.granules(index, |cluster| wanted[cluster]),
+                };
+                add(&bits(&instant.must, &[]));
                 let mut most = member.since.clone();
-                for (most, bit) in
-                    most.iter_mut()
-                        .zip(self.missing(index, &instant.may, &member.again))
-                {
+                for (most, bit) in most.iter_mut().zip(bits(&instant.may, &member.again)) {
                     *most |= bit;
                 }
                 at_most = Some(most);
@@ -1237,15 +1241,21 @@ impl Sim {
     /// By granule: what of `wanted` is not on the target, or is to be copied again.
     fn missing(&self, index: usize, wanted: &[bool], again: &[bool]) -> Vec<bool> {
         let member = &self.members[index];
-        let mut missing = vec![false; member.since.len()];
-        for (cluster, &is_wanted) in wanted.iter().enumerate() {
+        self.granules(index, |cluster| {
             let is_again = again.get(cluster) == Some(&true);
-            if is_wanted && (member.is_missing(cluster) || is_again) {
-                let range = cluster_at(cluster, member.cluster, member.len());
-                missing[units(range, member.plan.granularity)].fill(true);
-            }
+            wanted[cluster] && (member.is_missing(cluster) || is_again)
+        })
+    }
+
+    /// The granules of the clusters that are such.
+    fn granules(&self, index: usize, is: impl Fn(usize) -> bool) -> Vec<bool> {
+        let member = &self.members[index];
+        let mut granules = vec![false; member.since.len()];
+        for cluster in (0..member.clusters()).filter(|&cluster| is(cluster)) {
+            let range = cluster_at(cluster, member.cluster, member.len());
+            granules[units(range, member.plan.granularity)].fill(true);
         }
-        missing
+        granules
     }
 
     /// The next backup completes the image, and copies what is left and nothing else.
@@ -1706,6 +1716,7 @@ mod sabotage {
         (Sabotage::ReleaseFailed, 100),
         (Sabotage::CleanAfterFailure, 100),
         (Sabotage::ForgetInFlight, 1500),
+        (Sabotage::TrustUnflushed, 1500),
         (Sabotage::EndWithoutFlush, 50),
         (Sabotage::LetGoWhilePaused, 200),
         (Sabotage::HoldForEver, 50),

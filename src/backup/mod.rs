@@ -31,6 +31,9 @@
 //!    | on-success | written since the instant | what it held, and written since |
 //!    | always | written since | not on the target, and written since |
 //!    | never | what it held, and written since | the same |
+//!
+//!    What is not flushed is not on the target: it is flushed once more at a failure, and if that fails, too,
+//!    all of it is missing.
 //! 5. The job is done when all that was wanted is on the target and flushed.
 //! 6. The instant is held on to while the job is paused, slow, or waits for others. It ends with the job.
 //! 7. The source is never written.
@@ -195,6 +198,8 @@ enum Phase {
         /// Whether the target was asked to give up what it cannot finish.
         has_cancelled: bool,
     },
+        /// Whether it was asked to flush what a bitmap with mode always will take for copied.
+        has_flushed: bool,
     /// Over.
     Concluded,
 }
