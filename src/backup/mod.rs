@@ -153,6 +153,7 @@ pub struct Backup {
     look_again: bool,
     rate: RateLimit,
     backoff: Backoff,
+    buffer_backoff: Backoff,
     phase: Phase,
     /// For others to read, if that was asked for.
     view: Option<FrozenView>,
@@ -197,9 +198,9 @@ enum Phase {
     Ending {
         /// Whether the target was asked to give up what it cannot finish.
         has_cancelled: bool,
-    },
         /// Whether it was asked to flush what a bitmap with mode always will take for copied.
         has_flushed: bool,
+    },
     /// Over.
     Concluded,
 }
@@ -271,14 +272,14 @@ impl Backup {
         let bitmap = options.bitmap()?;
         let ends = Ends::check(source, target)
             .map_err(|(side, error)| BackupError::Limits { side, error })?;
+        // From here on it is not resized.
+        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         if source.len != node.len() || target.len != node.len() {
             return Err(BackupError::Lengths {
                 node: node.len(),
                 source_len: source.len,
                 target: target.len,
             });
-        // From here on it is not resized.
-        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         }
         if source.identity.is_some() && source.identity == target.identity {
             return Err(BackupError::SameStorage);
@@ -325,16 +326,16 @@ impl Backup {
             Some(_) if options.view => return Err(BackupError::ViewWithBuffer),
             Some(buffer) => {
                 check_buffer(buffer, node.len(), [&source, &target])?;
+                let bytes_max = buffer.bytes_max;
+                if bytes_max < cluster {
+                    return Err(BackupError::BufferTooSmall { bytes_max, cluster });
+                }
                 let piece_max = buffer.piece_max(cluster, shape.chunk_max)?;
                 Some(Buffer::new(
                     node.len(),
                     granularity,
                     piece_max,
                     buffer.bytes_max,
-                let bytes_max = buffer.bytes_max;
-                if bytes_max < cluster {
-                    return Err(BackupError::BufferTooSmall { bytes_max, cluster });
-                }
                 )?)
             }
         };
@@ -369,6 +370,7 @@ impl Backup {
             look_again: false,
             rate: RateLimit::new(speed),
             backoff: Backoff::new(),
+            buffer_backoff: Backoff::new(),
             phase: Phase::Created,
             view: options
                 .view
@@ -444,7 +446,10 @@ impl Backup {
                 self.saved(range);
                 self.forget_late(range);
             }
-            Some(Done::Saved(range)) => self.saved(range),
+            Some(Done::Saved(range)) => {
+                self.buffer_backoff.reset();
+                self.saved(range);
+            }
             Some(Done::Flushed) => {
                 self.backoff.reset();
                 if matches!(self.phase, Phase::Copying { flush } if flush == Some(id)) {
@@ -651,7 +656,7 @@ impl Backup {
             limited,
             retry,
             self.engine.next_retry(),
-            self.next_deadline(),
+            self.next_for_guests(),
         ];
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
@@ -667,7 +672,7 @@ impl Backup {
             armed.hold = None;
             self.waiting.clear();
         }
-        let times = [self.settle_at(), self.next_deadline()];
+        let times = [self.settle_at(), self.next_for_guests()];
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
         })
@@ -695,9 +700,11 @@ impl Backup {
         is_urgent: bool,
     ) {
         let is_save = matches!(kind, OpKind::Save(_));
-        if is_save && (side == Side::Buffer || !self.is_waited_for(kind)) {
-            // There may be no space: what the guest waits for goes to the target then, or breaks. Does it not wait
-            // any more, then nothing is missing.
+        if is_save && side == Side::Buffer {
+            return self.buffer_failed(now, kind, error);
+        }
+        if is_save && !self.is_waited_for(kind) {
+            // Nothing is missing.
             return;
         }
         let claimed = kind.range().filter(|_| !is_save);

@@ -12,7 +12,10 @@
 //!    have gone on before the source was read.
 //! 4. Space is used from before something is put in until after it was discarded.
 
+use std::time::Duration;
+
 use crate::bitmap::{CreateError, HBitmap};
+use crate::node::NotSaved;
 use crate::units::{ByteRange, Granularity};
 
 /// See the module.
@@ -32,8 +35,16 @@ pub(crate) struct Buffer {
     piece_max: u64,
     bytes_max: u64,
     bytes_peak: u64,
-    /// Whether it has failed to take something since space was given back last.
-    is_full: bool,
+    /// Set while it is left alone, for it has failed to take something.
+    rest: Option<Rest>,
+}
+
+/// Why nothing is put in for a while.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    /// What guests are told. For want of space it ends when some is given back, too.
+    why: NotSaved,
+    until: Duration,
 }
 
 /// What can be put in for a guest.
@@ -43,8 +54,8 @@ pub(crate) enum Room {
     For(ByteRange),
     /// Nothing is missing.
     NotNeeded,
-    /// There is no space.
-    None,
+    /// There is no space, or it has failed just now.
+    None(NotSaved),
 }
 
 impl Buffer {
@@ -66,7 +77,7 @@ impl Buffer {
             piece_max,
             bytes_max,
             bytes_peak: 0,
-            is_full: false,
+            rest: None,
         })
     }
 
@@ -98,12 +109,13 @@ impl Buffer {
                 break;
             }
         }
-        match found {
-            None => Room::NotNeeded,
-            Some(piece) if self.is_full || self.bytes() + piece.len() > self.bytes_max => {
-                Room::None
+        match (found, self.rest) {
+            (None, _) => Room::NotNeeded,
+            (Some(_), Some(rest)) => Room::None(rest.why),
+            (Some(piece), None) if self.bytes() + piece.len() > self.bytes_max => {
+                Room::None(NotSaved::Full)
             }
-            Some(piece) => Room::For(piece),
+            (Some(piece), None) => Room::For(piece),
         }
     }
 
@@ -164,10 +176,23 @@ impl Buffer {
         }
     }
 
-    /// It was not put in, and may be for want of space.
-    pub(crate) fn failed(&mut self, range: ByteRange) {
-        self.stop(range);
-        self.is_full = true;
+    /// It has failed to take something, and is left alone until then.
+    pub(crate) fn leave_alone(&mut self, why: NotSaved, until: Duration) {
+        self.rest = Some(Rest { why, until });
+    }
+
+    /// When it is tried again, if it is left alone.
+    pub(crate) fn next_try(&self) -> Option<Duration> {
+        self.rest.map(|rest| rest.until)
+    }
+
+    /// Whether it is to be tried again just now.
+    pub(crate) fn try_again(&mut self, now: Duration) -> bool {
+        let is_due = self.rest.is_some_and(|rest| rest.until <= now);
+        if is_due {
+            self.rest = None;
+        }
+        is_due
     }
 
     /// The first run of what is saved from `start` on.
@@ -215,6 +240,6 @@ impl Buffer {
     /// It was discarded. What could not be is never told here, and its space stays in use.
     pub(crate) fn discarded(&mut self, range: ByteRange) {
         self.discarding -= range.len();
-        self.is_full = false;
+        self.rest = self.rest.filter(|rest| rest.why != NotSaved::Full);
     }
 }

@@ -34,6 +34,7 @@ use std::io;
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{ClaimState, Claims};
 use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::node::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -105,8 +106,8 @@ pub(crate) enum Urgent {
     Op(Op),
     /// Nothing more just now: all is on its way, or too much is for guests already.
     Wait,
-    /// There is no space in the buffer.
-    Full,
+    /// There is no space in the buffer, or it has failed just now, or there is no buffer.
+    NoRoom(NotSaved),
 }
 
 /// What became of an operation that was reported back.
@@ -188,6 +189,10 @@ impl Engine {
             (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
             _ => kind,
         }
+    }
+
+    pub(crate) fn buffer_mut(&mut self) -> Option<&mut Buffer> {
+        self.buffer.as_mut()
     }
 
     pub(crate) fn buffer(&self) -> Option<&Buffer> {
@@ -289,17 +294,17 @@ impl Engine {
         Some(op)
     }
 
-    /// Whether more is being asked about than is copied soon. A source may have to search long for where data
-    /// ends, and what it has found for one request then serves those that come later.
-    fn looks_far_ahead(&self) -> bool {
-        let bytes = self.running.values().map(|&kind| match kind {
-            OpKind::Status(range) => range.len(),
     /// Whether what is to be handed out next comes from the buffer.
     fn is_saved_next(&self) -> bool {
         let next = self.ready.front().and_then(|&start| self.claims.get(start));
         next.is_some_and(|claim| matches!(claim.state, ClaimState::Planned(OpKind::CopySaved(_))))
     }
 
+    /// Whether more is being asked about than is copied soon. A source may have to search long for where data
+    /// ends, and what it has found for one request then serves those that come later.
+    fn looks_far_ahead(&self) -> bool {
+        let bytes = self.running.values().map(|&kind| match kind {
+            OpKind::Status(range) => range.len(),
             _ => 0,
         });
         bytes.sum::<u64>() >= self.buf_size.saturating_mul(2)
@@ -413,7 +418,7 @@ impl Engine {
                 };
                 if let Some(buffer) = &mut self.buffer {
                     match side {
-                        Side::Buffer => buffer.failed(range),
+                        Side::Buffer => buffer.stop(range),
                         Side::Source | Side::Target => buffer.end_saving(range),
                     }
                 }

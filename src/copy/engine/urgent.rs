@@ -5,6 +5,7 @@ use crate::bitmap::HBitmap;
 use crate::copy::buffer::Room;
 use crate::copy::claims::{Claim, ClaimState};
 use crate::copy::{Op, OpKind};
+use crate::node::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -23,11 +24,11 @@ impl Engine {
         let claims = &self.claims;
         let is_wanted = |range| dirty.any_dirty_in(range) || claims.first_in(range).is_some();
         let Some(buffer) = &mut self.buffer else {
-            return Urgent::Full;
+            return Urgent::NoRoom(NotSaved::Full);
         };
         match buffer.room(range, is_wanted) {
             Room::NotNeeded => Urgent::Wait,
-            Room::None => Urgent::Full,
+            Room::None(why) => Urgent::NoRoom(why),
             Room::For(piece) => {
                 buffer.begin(piece);
                 let op = self.hand_out(OpKind::Save(piece));
