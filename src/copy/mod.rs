@@ -103,6 +103,8 @@ impl Extent {
 #[must_use = "an operation that is not reported back holds up its job"]
 pub struct Op {
     id: OpId,
+    /// Where it is kept by who has handed it out.
+    slot: u32,
     kind: OpKind,
 }
 
@@ -163,9 +165,14 @@ pub(crate) struct OpId(u64);
 
 impl Op {
     pub(crate) fn new(kind: OpKind) -> Self {
+        Self::in_slot(kind, u32::MAX)
+    }
+
+    pub(crate) fn in_slot(kind: OpKind, slot: u32) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: OpId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            slot,
             kind,
         }
     }
@@ -178,6 +185,10 @@ impl Op {
 
     pub(crate) fn id(&self) -> OpId {
         self.id
+    }
+
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot
     }
 }
 

@@ -146,8 +146,17 @@ impl Engine {
         if !self.is_claimed_by(range, id) {
             return Done::Status(range, extent);
         }
-        let Claim { align, .. } = self.claims.remove(range.start());
+        let align = self.claims.get(range.start()).expect("as seen").align;
         let extent = extent.or_data(range);
+        if let Some(kind) = self.whole_piece(range, align, extent) {
+            // The usual, in one step.
+            self.run_max = self.shape.run_max;
+            self.claims
+                .set_state(range.start(), ClaimState::Planned(kind));
+            self.ready.push_front(range.start());
+            return Done::Nothing;
+        }
+        self.claims.remove(range.start());
         let known_end = range.start().saturating_add(extent.len).min(range.end());
         let (skipped, known_end) = self.skippable((range.start()..known_end).into(), align, extent);
         if let Some(buffer) = &mut self.buffer {
@@ -200,6 +209,17 @@ impl Engine {
             true => Done::Nothing,
             false => Done::Skipped(skipped),
         }
+    }
+
+    /// What is to be done with all of `range`, if it is data and goes in one piece.
+    fn whole_piece(&self, range: ByteRange, align: u64, extent: Extent) -> Option<OpKind> {
+        let is_known = extent.content == Content::Data && extent.len >= range.len();
+        let is_wanted = extent.in_top || !self.shape.only_top;
+        if !(is_known && is_wanted && range.len() <= self.shape.run_max) {
+            return None;
+        }
+        let kind = self.shape.piece(range, align, extent);
+        (kind.range() == Some(range)).then_some(kind)
     }
 
     /// What of `known` is not to be copied, from its start on, and up to where the source's answer is used.

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::running::Out;
 use super::{Engine, make_dirty};
 use crate::bitmap::HBitmap;
 use crate::copy::claims::ClaimState;
@@ -65,11 +66,7 @@ impl Engine {
     /// and must be asked for again.
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
-        self.aside.clear();
-        for (id, kind) in std::mem::take(&mut self.running) {
-            if !self.urgent.remove(&id) {
-                self.buffered_bytes -= kind.buffered_bytes();
-            }
+        for Out { id, kind, .. } in self.running.take_all() {
             match kind {
                 OpKind::Status(range) if self.is_claimed_by(range, id) => {
                     self.claims.set_state(range.start(), ClaimState::Look);

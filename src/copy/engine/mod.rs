@@ -26,9 +26,10 @@
 
 mod claim;
 mod failed;
+mod running;
 mod urgent;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 
 use crate::bitmap::HBitmap;
@@ -37,6 +38,8 @@ use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
+
+use running::{Out, Rank, Running};
 
 /// Ranges that failed and wait to be tried again, at most: so many areas may be bad before others have to
 /// wait, and so often is a device asked in vain that is dead.
@@ -56,12 +59,7 @@ pub(crate) struct Engine {
     /// Where the claims start that wait to be looked at or handed out, in that order.
     ready: VecDeque<u64>,
     /// Everything handed out and not reported back.
-    running: BTreeMap<OpId, OpKind>,
-    /// Those of them that guests wait for. They count neither as workers nor as buffers.
-    urgent: BTreeSet<OpId>,
-    /// Those that nobody waits for. They are no workers either.
-    aside: BTreeSet<OpId>,
-    buffered_bytes: u64,
+    running: Running,
     /// Where the search for dirty ranges goes on.
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
@@ -156,10 +154,7 @@ impl Engine {
             workers,
             claims: Claims::default(),
             ready: VecDeque::new(),
-            running: BTreeMap::new(),
-            urgent: BTreeSet::new(),
-            aside: BTreeSet::new(),
-            buffered_bytes: 0,
+            running: Running::default(),
             cursor: 0,
             filled,
             copy_by: CopyBy::Buffer,
@@ -210,9 +205,9 @@ impl Engine {
 
     /// Operations that may still change the target: not reported back, or lost.
     pub(crate) fn unsettled(&self) -> usize {
-        let running = self.running.values();
+        let running = self.running.iter();
         let running =
-            running.filter(|kind| kind.writes_target() || matches!(kind, OpKind::GiveUp(_)));
+            running.filter(|out| out.kind.writes_target() || matches!(out.kind, OpKind::GiveUp(_)));
         running.count() + self.claims.lost() + usize::from(self.has_lost_discard)
     }
 
@@ -233,16 +228,16 @@ impl Engine {
     }
 
     pub(crate) fn is_flushing(&self) -> bool {
-        self.running.values().any(|&kind| kind == OpKind::Flush)
+        self.running.iter().any(|out| out.kind == OpKind::Flush)
     }
 
     pub(crate) fn has_free_worker(&self) -> bool {
-        self.running.len() - self.urgent.len() - self.aside.len() < self.workers
+        self.running.workers() < self.workers
     }
 
     /// Whether nothing is in flight but what guests wait for, or nobody does.
     pub(crate) fn is_idle_but_urgent(&self) -> bool {
-        self.running.len() == self.urgent.len() + self.aside.len() && !self.has_lost()
+        self.running.workers() == 0 && !self.has_lost()
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -251,10 +246,7 @@ impl Engine {
             // What is written from here on is not covered by it.
             self.has_unflushed = false;
         }
-        let op = Op::new(kind);
-        self.running.insert(op.id(), kind);
-        self.buffered_bytes += kind.buffered_bytes();
-        op
+        self.running.hand_out(kind, Rank::Worker)
     }
 
     /// The next operation, if there is work and room for it.
@@ -281,7 +273,8 @@ impl Engine {
             }
         };
         let is_free = self.cost(kind) == 0;
-        let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
+        let buffered = self.running.buffered_bytes() + kind.buffered_bytes();
+        let fits = buffered <= self.buf_size;
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
@@ -303,11 +296,7 @@ impl Engine {
     /// Whether more is being asked about than is copied soon. A source may have to search long for where data
     /// ends, and what it has found for one request then serves those that come later.
     fn looks_far_ahead(&self) -> bool {
-        let bytes = self.running.values().map(|&kind| match kind {
-            OpKind::Status(range) => range.len(),
-            _ => 0,
-        });
-        bytes.sum::<u64>() >= self.buf_size.saturating_mul(2)
+        self.running.looked_at_bytes() >= self.buf_size.saturating_mul(2)
     }
 
     /// How a range of the target can be discarded: what it is aligned to and how long it may be.
@@ -349,12 +338,8 @@ impl Engine {
         outcome: Outcome,
         mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
-        let kind = self.running.remove(&op.id())?;
-        let is_urgent = self.urgent.remove(&op.id());
-        self.aside.remove(&op.id());
-        if !is_urgent {
-            self.buffered_bytes -= kind.buffered_bytes();
-        }
+        let Out { kind, rank, .. } = self.running.take_back(&op)?;
+        let is_urgent = rank == Rank::Urgent;
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
         Some(match (kind, outcome) {
@@ -513,25 +498,22 @@ impl Engine {
                     assert!(self.ready.contains(&claim.range.start()), "7: forgotten");
                 }
                 ClaimState::Running(id) => {
-                    assert_eq!(self.running[&id].range(), Some(claim.range));
+                    let mut running = self.running.iter();
+                    let out = running.find(|out| out.id == id).expect("it is out");
+                    assert_eq!(out.kind.range(), Some(claim.range));
                 }
                 ClaimState::Parked { .. } | ClaimState::Lost => {}
             }
         }
         assert_eq!(bytes, self.claims.bytes());
-        for (id, kind) in &self.running {
+        for &Out { id, kind, .. } in self.running.iter() {
             if kind.writes_target() {
                 let range = kind.range().expect("a write has a range");
-                assert!(self.is_claimed_by(range, *id), "3: a write without a claim");
+                assert!(self.is_claimed_by(range, id), "3: a write without a claim");
             }
         }
-        let background = self
-            .running
-            .iter()
-            .filter(|(id, _)| !self.urgent.contains(id));
-        let buffered: u64 = background.map(|(_, kind)| kind.buffered_bytes()).sum();
-        assert_eq!(buffered, self.buffered_bytes);
-        assert!(buffered <= self.buf_size);
+        self.running.check_invariants();
+        assert!(self.running.buffered_bytes() <= self.buf_size);
     }
 
     fn is_claimed_by(&self, range: ByteRange, id: OpId) -> bool {
