@@ -932,3 +932,34 @@ fn a_job_that_is_paused_while_a_guest_write_hangs_stands_still_and_has_its_insta
     rig.backup.job().resume().unwrap();
     rig.done().unwrap();
 }
+
+#[test]
+fn guests_that_wait_long_for_the_target_have_less_in_front_of_them() {
+    let len = 256 << 20;
+    let mut rig = Rig::started(len, |parts| parts.options.cbw_timeout = None);
+    let is_status = |kind: OpKind| matches!(kind, OpKind::Status(_));
+    let is_copy = |kind: OpKind| matches!(kind, OpKind::Copy(_));
+    // A target that does 40 MiB in a second, one copy after the other.
+    let time = |bytes: u64| SECOND * u32::try_from(bytes / CLUSTER).unwrap() / 640;
+    let mut waits = Vec::new();
+    for index in 0..16 {
+        let _ = rig.answer_all(is_status);
+        let guest = rig.write(cluster(4095 - index));
+        let _ = rig.answer_all(is_status);
+        // The copy for the guest was handed out last, and is done last.
+        let since = rig.now;
+        while rig.has_out(|kind| kind == OpKind::Copy(cluster(4095 - index))) {
+            let bytes = rig.out[0].kind().range().unwrap().len();
+            rig.now += time(bytes);
+            rig.answer(is_copy, None);
+        }
+        drop(guest);
+        waits.push(rig.now - since);
+    }
+    assert!(waits[0] > SECOND / 3, "{waits:?}");
+    assert!(
+        waits[12..].iter().all(|&wait| wait < SECOND / 50),
+        "{waits:?}"
+    );
+    rig.done().unwrap();
+}

@@ -94,6 +94,10 @@ impl Backup {
                     hold.release((start..end).into());
                 }
                 self.rate.account(self.engine.cost(op.kind()));
+                if op.kind().writes_target() {
+                    self.pace
+                        .begin(op.id(), now, self.engine.background_bytes());
+                }
                 return Some(op);
             }
         }

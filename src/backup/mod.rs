@@ -41,6 +41,7 @@
 mod end;
 mod guest;
 mod options;
+mod pace;
 mod start;
 mod view;
 
@@ -66,6 +67,7 @@ use crate::units::{ByteRange, Granularity};
 
 use guest::Waiting;
 pub use options::{BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError};
+use pace::Pace;
 use start::{Armed, Start};
 pub use view::{FrozenRead, FrozenView, ViewError};
 
@@ -152,6 +154,7 @@ pub struct Backup {
     /// Whether something has happened since that those may go on with.
     look_again: bool,
     rate: RateLimit,
+    pace: Pace,
     backoff: Backoff,
     buffer_backoff: Backoff,
     phase: Phase,
@@ -342,6 +345,7 @@ impl Backup {
         let engine = Engine::new(shape, options.workers, options.buf_size)?
             .with_buffer(buffer)
             .copying_by(copy_by);
+        let pace = Pace::new(cluster, options.buf_size);
         let speed = options.job.speed;
         let start = Arc::new(Start::new(node, options.sync, bitmap, empty));
         let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
@@ -369,6 +373,7 @@ impl Backup {
             waiting: Vec::new(),
             look_again: false,
             rate: RateLimit::new(speed),
+            pace,
             backoff: Backoff::new(),
             buffer_backoff: Backoff::new(),
             phase: Phase::Created,
@@ -430,11 +435,13 @@ impl Backup {
         let id = op.id();
         let dirty = self.armed.as_mut().map(|armed| &mut armed.dirty);
         let done = self.engine.done(op, outcome, dirty);
+        self.pace.end(id, now);
         self.look_again = true;
         match done {
             None | Some(Done::Nothing | Done::Status(..)) => {}
             Some(Done::Range(range)) => {
                 self.backoff.reset();
+                self.pace.copied(range.len());
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
                 self.forget_late(range);
@@ -470,6 +477,7 @@ impl Backup {
     /// dropped. What the target may still be doing is waited for before the same range is written again.
     /// Guest writes that wait for such a range do so until the job is driven again.
     pub fn ops_lost(&mut self) {
+        self.pace.lose();
         for kind in self.engine.lose_running() {
             if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
                 *flush = None;
@@ -615,6 +623,7 @@ impl Backup {
                 true => Budget::Free,
                 false => Budget::Claim,
             };
+            self.engine.limit_background(self.pace.bytes());
             if let Some(op) = self.engine.next(&mut armed.dirty, budget) {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Turn::Step(Step::Op(op));

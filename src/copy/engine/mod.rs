@@ -33,7 +33,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::bitmap::HBitmap;
-use crate::copy::claims::{ClaimState, Claims};
+use crate::copy::claims::{Claim, ClaimState, Claims};
 use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
 use crate::node::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
@@ -55,6 +55,8 @@ pub(crate) struct Engine {
     workers: usize,
     /// Bytes held in buffers at the same time, at most.
     buf_size: u64,
+    /// The same for now, so that guests need not wait for them.
+    background_max: u64,
     claims: Claims,
     /// Where the claims start that wait to be looked at or handed out, in that order.
     ready: VecDeque<u64>,
@@ -149,6 +151,7 @@ impl Engine {
             .transpose()?;
         Ok(Self {
             buf_size: buf_size.max(shape.chunk_max),
+            background_max: u64::MAX,
             run_max: shape.run_max,
             shape,
             workers,
@@ -261,6 +264,9 @@ impl Engine {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
+        if self.background_max < self.shape.chunk_max {
+            self.cut_short(start);
+        }
         let claim = self
             .claims
             .get(start)
@@ -274,7 +280,8 @@ impl Engine {
         };
         let is_free = self.cost(kind) == 0;
         let buffered = self.running.buffered_bytes() + kind.buffered_bytes();
-        let fits = buffered <= self.buf_size;
+        let is_alone = self.running.buffered_bytes() == 0;
+        let fits = buffered <= self.buf_size && (is_alone || buffered <= self.background_max);
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
@@ -291,6 +298,50 @@ impl Engine {
     fn is_saved_next(&self) -> bool {
         let next = self.ready.front().and_then(|&start| self.claims.get(start));
         next.is_some_and(|claim| matches!(claim.state, ClaimState::Planned(OpKind::CopySaved(_))))
+    }
+
+    /// For now no more is in flight in the background than that, or than the least that is copied at once.
+    pub(crate) fn limit_background(&mut self, bytes: u64) {
+        self.background_max = bytes;
+    }
+
+    /// Bytes in flight in the background.
+    pub(crate) fn background_bytes(&self) -> u64 {
+        self.running.buffered_bytes()
+    }
+
+    /// Cuts what is planned so that it is in flight for no longer than guests may wait. The rest stays planned.
+    fn cut_short(&mut self, start: u64) {
+        let claim = *self
+            .claims
+            .get(start)
+            .expect("what is in the queue is claimed");
+        let (range, align) = (claim.range, claim.align);
+        let cut = |make: fn(ByteRange) -> OpKind| {
+            let most = (self.background_max & !(align - 1)).max(align);
+            let (first, rest) = range.split_at(range.start().saturating_add(most));
+            (!rest.is_empty()).then(|| (make(first), make(rest)))
+        };
+        let pieces = match claim.state {
+            ClaimState::Planned(OpKind::Copy(_)) => cut(OpKind::Copy),
+            ClaimState::Planned(OpKind::CopySaved(_)) => cut(OpKind::CopySaved),
+            _ => None,
+        };
+        let Some((first, rest)) = pieces else {
+            return;
+        };
+        self.claims.remove(start);
+        self.ready.pop_front();
+        for kind in [rest, first] {
+            let range = kind.range().expect("a copy has a range");
+            let state = ClaimState::Planned(kind);
+            self.claims.insert(Claim {
+                range,
+                align,
+                state,
+            });
+            self.ready.push_front(range.start());
+        }
     }
 
     /// Whether more is being asked about than is copied soon. A source may have to search long for where data
