@@ -214,14 +214,24 @@ where
         let machine = DropSafe(machine);
         let gives_up = AtomicBool::new(false);
         let mut running = FuturesUnordered::new();
+        let mut urgent = FuturesUnordered::new();
         let mut sleep = None;
         poll_fn(|cx| {
             loop {
-                while let Poll::Ready(Some((op, outcome))) = running.poll_next_unpin(cx) {
+                while let Poll::Ready(Some((op, outcome))) = urgent.poll_next_unpin(cx) {
+                    machine.0.op_done(self.clock.now(), op, outcome);
+                }
+                // One at a time: a device may do its work when it is polled, and a guest that came meanwhile is
+                // not to wait for all of them.
+                let done = running.poll_next_unpin(cx);
+                let is_done = matches!(done, Poll::Ready(Some(_)));
+                if let Poll::Ready(Some((op, outcome))) = done {
                     machine.0.op_done(self.clock.now(), op, outcome);
                 }
                 match machine.0.poll(self.clock.now(), cx.waker()) {
+                    Step::Op(op) if op.is_urgent() => urgent.push(self.perform(op, &gives_up)),
                     Step::Op(op) => running.push(self.perform(op, &gives_up)),
+                    Step::Wait { .. } if is_done => {}
                     Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
                     Step::SwitchBack(back) => return Poll::Ready(Driven::SwitchBack(back)),
                     Step::Done(result) => return Poll::Ready(Driven::Done(result)),

@@ -105,6 +105,7 @@ pub struct Op {
     id: OpId,
     /// Where it is kept by who has handed it out.
     slot: u32,
+    is_urgent: bool,
     kind: OpKind,
 }
 
@@ -165,16 +166,23 @@ pub(crate) struct OpId(u64);
 
 impl Op {
     pub(crate) fn new(kind: OpKind) -> Self {
-        Self::in_slot(kind, u32::MAX)
+        Self::in_slot(kind, u32::MAX, false)
     }
 
-    pub(crate) fn in_slot(kind: OpKind, slot: u32) -> Self {
+    pub(crate) fn in_slot(kind: OpKind, slot: u32, is_urgent: bool) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: OpId(NEXT.fetch_add(1, Ordering::Relaxed)),
             slot,
+            is_urgent,
             kind,
         }
+    }
+
+    /// Whether a guest waits for it: it is to go before what others are to do.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        self.is_urgent
     }
 
     /// What is to be done.

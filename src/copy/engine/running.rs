@@ -45,7 +45,7 @@ impl Running {
             self.slots.push(None);
             u32::try_from(self.slots.len() - 1).expect("there is a limit to each rank")
         });
-        let op = Op::in_slot(kind, slot);
+        let op = Op::in_slot(kind, slot, rank == Rank::Urgent);
         let out = Out {
             id: op.id(),
             kind,
