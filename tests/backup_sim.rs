@@ -58,6 +58,8 @@ const THREADS_MAX: usize = 4;
 /// What the world knows the chains by, from here on.
 const CHAINS: usize = 1_000;
 const NAME: &str = "daily";
+/// The bitmap that a transaction makes beside.
+const MADE: &str = "made";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asking {
@@ -788,7 +790,8 @@ impl Sim {
         };
         self.open = None;
         let Ok(prepared) = result else {
-            // One of them was cancelled. The others are started by themselves.
+            // One of them was cancelled, or it was to fail. They are started by themselves.
+            self.check_made(false);
             self.by_transaction = false;
             for index in 0..self.members.len() {
                 self.ask_later(100, index, Asking::Start);
@@ -824,8 +827,12 @@ impl Sim {
             Asking::Prepare => {
                 if self.open.is_none() {
                     let mut list = Transaction::new();
+                    list.add(&self.nodes[0], MADE, BitmapOptions::default());
                     for member in &self.members {
                         list.start(&member.job);
+                    }
+                    if self.aborts_one_in > 0 && self.random(4) == 0 {
+                        list.abort();
                     }
                     self.open = Some(Open::Preparing(list.prepare(), Flag::new()));
                 }
@@ -835,6 +842,7 @@ impl Sim {
                     unreachable!("nobody else ends it");
                 };
                 prepared.commit();
+                self.check_made(true);
                 self.report.is_together |= self.members.len() > 1;
             }
             Asking::Abort => {
@@ -842,6 +850,7 @@ impl Sim {
                     unreachable!("nobody else ends it");
                 };
                 drop(prepared);
+                self.check_made(false);
                 self.report.aborts += 1;
                 for member in &mut self.members {
                     member.forget_instant();
@@ -1013,6 +1022,12 @@ impl Sim {
         }
     }
 
+    /// Whether what was done beside the starts is done or undone with them.
+    fn check_made(&self, is_there: bool) {
+        let made = self.nodes[0].bitmaps().query(MADE);
+        assert_eq!(made.is_ok(), is_there, "a transaction did one half");
+    }
+
     /// What the machine takes for missing is what the model does.
     fn check_left(&self, index: usize) {
         let member = &self.members[index];
@@ -1020,6 +1035,8 @@ impl Sim {
             return;
         };
         if matches!(self.open, Some(Open::Prepared(_))) {
+            let is_writing = self.guests[index].is_writing();
+            assert!(!is_writing, "a guest writes before it is decided");
             return;
         }
         member.with_backup(|backup| {
@@ -1730,6 +1747,8 @@ mod sabotage {
         (Sabotage::ReclaimForgetsSuccessor, 50),
         (Sabotage::EndDisabled, 20),
         (Sabotage::OthersGoOn, 400),
+        (Sabotage::LetGoBeforeCommit, 400),
+        (Sabotage::KeepHalf, 400),
     ];
 
     /// Those by which somebody waits for ever: that a run stalls is how it shows.
