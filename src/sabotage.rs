@@ -180,6 +180,8 @@ pub enum Sabotage {
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.
     HoldForEver,
+    /// Hold 5: a hold that has ended lets go of what the next one holds back.
+    LetGoLate,
     /// Bitmap 5: a reset that cuts a granule clears all of it.
     RoundReset,
     /// Bitmap 8: a cursor that has ended goes on when something is set ahead of where it was.

@@ -2,6 +2,9 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test has a watchdog")]
 
+#[path = "backup_review/views.rs"]
+mod views;
+
 use std::sync::{Arc, mpsc};
 use std::task::{Poll, Wake, Waker};
 use std::time::Duration;

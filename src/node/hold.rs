@@ -291,7 +291,7 @@ impl WriteHold {
             }
         };
         let wakers = self.node.gate.with_held(|held| {
-            if !held.is_by(self.id) {
+            if !held.is_by(self.id) && !is_broken(Sabotage::LetGoLate) {
                 return Vec::new();
             }
             if is_in_order {
