@@ -75,6 +75,7 @@ mod sealed {
         fn read_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
         fn write_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
         fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>>;
+        fn settle(&self) -> impl Future<Output = ()>;
     }
 
     impl<Buf> Sealed<Buf> for super::NoBuffer {
@@ -89,6 +90,8 @@ mod sealed {
         async fn discard(&self, _: ByteRange) -> io::Result<()> {
             Err(io::ErrorKind::Unsupported.into())
         }
+
+        async fn settle(&self) {}
     }
 
     impl<D: ReadAt + WriteAt> Sealed<D::Buf> for D {
@@ -102,6 +105,10 @@ mod sealed {
 
         fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
             WriteAt::discard(self, range)
+        }
+
+        fn settle(&self) -> impl Future<Output = ()> {
+            WriteAt::settle(self)
         }
     }
 }
@@ -277,6 +284,10 @@ where
             OpKind::Flush => done(Side::Target, self.target.flush().await),
             OpKind::Settle => {
                 self.target.settle().await;
+                Outcome::Done
+            }
+            OpKind::SettleSaved => {
+                self.buffer.settle().await;
                 Outcome::Done
             }
             OpKind::CancelInFlight => {

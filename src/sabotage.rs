@@ -50,6 +50,8 @@ pub enum Sabotage {
     CopyOverwritten,
     /// Buffer 3: what was saved while it was copied is taken for copied.
     TrustOvertaken,
+    /// Buffer 5: what was lost on its way to the buffer is not waited for.
+    DoNotSettleBuffer,
     /// Mirror 7: what was written before the bitmap was claimed stays out of what is copied.
     ForgetClaimed,
     /// Mirror 7: a bitmap keeps what was written while a job ran that has succeeded.

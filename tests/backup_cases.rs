@@ -343,6 +343,7 @@ impl Hand {
             | OpKind::CopySaved(_)
             | OpKind::CopySavedCompressed(_)
             | OpKind::DiscardSaved(_)
+            | OpKind::SettleSaved
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => unreachable!("none of these was asked for"),
             OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => Outcome::Done,

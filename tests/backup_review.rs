@@ -711,6 +711,15 @@ fn what_was_lost_on_its_way_to_the_buffer_is_not_left_there() {
             assert!(rig.has_out(is_save));
             rig.out.clear();
             rig.backup.ops_lost();
+            // It may still land, so it is waited for before the last is discarded.
+            let is_settle = |kind: OpKind| kind == OpKind::SettleSaved;
+            let step = rig.answer_all(|kind| !is_settle(kind));
+            assert!(matches!(step, Step::Wait { .. }), "{step:?}");
+            rig.answer(is_settle, failed(Side::Buffer));
+            rig.now = rig.until().expect("it is asked again");
+            let step = rig.answer_all(|kind| !is_settle(kind));
+            assert!(matches!(step, Step::Wait { .. }), "{step:?}");
+            rig.answer(is_settle, None);
         } else {
             rig.answer(is_save, failed(Side::Buffer));
         }

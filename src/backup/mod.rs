@@ -637,7 +637,8 @@ impl Backup {
             let is_copied = armed.dirty.is_clean()
                 && self.engine.has_no_claims()
                 && self.is_read.is_empty()
-                && !self.engine.is_giving_back();
+                && !self.engine.is_giving_back()
+                && self.engine.is_buffer_settled();
             let Phase::Copying { flush } = &mut self.phase else {
                 unreachable!("called in this phase only");
             };
@@ -695,9 +696,11 @@ impl Backup {
         self.engine.settle(dirty)
     }
 
-    /// When the target is asked again to settle, if it has failed to.
+    /// When the target, or the buffer, is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
-        self.engine.wants_settle().then_some(self.retry_at)
+        let buffer = self.engine.buffer();
+        let wants_settle = self.engine.wants_settle() || buffer.is_some_and(Buffer::wants_settle);
+        wants_settle.then_some(self.retry_at)
     }
 
     fn failed(
@@ -711,6 +714,11 @@ impl Backup {
         let is_save = matches!(kind, OpKind::Save(_));
         if is_save && side == Side::Buffer {
             return self.buffer_failed(now, kind, error);
+        }
+        if kind == OpKind::SettleSaved {
+            // Whatever becomes of the job, that is needed.
+            self.retry_at = self.backoff.until(now);
+            return self.job.guest_copy_failed(side, kind, error, false);
         }
         if is_save && !self.is_waited_for(kind) {
             // Nothing is missing.

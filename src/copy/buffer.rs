@@ -11,11 +11,14 @@
 //! 3. What was saved while it was being copied from the source is copied again, from the buffer: the guest may
 //!    have gone on before the source was read.
 //! 4. Space is used from before something is put in until after it was discarded.
+//! 5. A request that was lost may still change the buffer: it is to settle before the last of it is discarded, and
+//!    before the job is over.
 
 use std::time::Duration;
 
 use crate::bitmap::{CreateError, HBitmap};
 use crate::node::NotSaved;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// See the module.
@@ -35,8 +38,19 @@ pub(crate) struct Buffer {
     piece_max: u64,
     bytes_max: u64,
     bytes_peak: u64,
+    /// Whether it is to settle: a request to it was lost, and may still change it.
+    unsettled: Option<Unsettled>,
     /// Set while it is left alone, for it has failed to take something.
     rest: Option<Rest>,
+}
+
+/// How far it is with settling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unsettled {
+    /// It is to be asked.
+    Ask,
+    /// It was asked.
+    Asked,
 }
 
 /// Why nothing is put in for a while.
@@ -77,6 +91,7 @@ impl Buffer {
             piece_max,
             bytes_max,
             bytes_peak: 0,
+            unsettled: None,
             rest: None,
         })
     }
@@ -218,8 +233,8 @@ impl Buffer {
     /// What is to be discarded next, at most `max` bytes, if the buffer can discard. `is_over` says that nothing is
     /// left to be copied.
     pub(crate) fn next_unneeded(&mut self, max: u64, is_over: bool) -> Option<ByteRange> {
-        if is_over && self.saving.is_empty() {
-            // Not before: the same clusters might be put in once more.
+        if is_over && self.saving.is_empty() && self.is_settled() {
+            // Not before: the same clusters might be put in once more, or one that was lost still lands.
             self.unneeded.append(&mut self.strays);
         }
         let range = self.unneeded.pop()?;
@@ -229,6 +244,33 @@ impl Buffer {
         }
         self.discarding += range.len();
         Some(range)
+    }
+
+    /// A request to it was lost.
+    pub(crate) fn lose(&mut self) {
+        if !is_broken(Sabotage::DoNotSettleBuffer) {
+            self.unsettled = Some(Unsettled::Ask);
+        }
+    }
+
+    /// Whether it is to be asked to settle.
+    pub(crate) fn wants_settle(&self) -> bool {
+        self.unsettled == Some(Unsettled::Ask)
+    }
+
+    /// It is asked to settle.
+    pub(crate) fn settle(&mut self) {
+        self.unsettled = Some(Unsettled::Asked);
+    }
+
+    /// It has settled.
+    pub(crate) fn settled(&mut self) {
+        self.unsettled = None;
+    }
+
+    /// Whether nothing that was lost can change it any more.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.unsettled.is_none()
     }
 
     /// Nobody knows whether it was discarded.

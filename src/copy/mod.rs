@@ -140,6 +140,8 @@ pub enum OpKind {
     Flush,
     /// Wait until no earlier request to the target, also one nobody waits for any more, can change it.
     Settle,
+    /// The same of the buffer.
+    SettleSaved,
     /// Have the target give up requests that it cannot finish soon, if it can. Waits for nothing.
     CancelInFlight,
 }
@@ -217,7 +219,7 @@ impl OpKind {
             | OpKind::GiveUp(range)
             | OpKind::DiscardSource(range)
             | OpKind::Status(range) => Some(range),
-            OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
+            OpKind::Flush | OpKind::Settle | OpKind::SettleSaved | OpKind::CancelInFlight => None,
         }
     }
 
@@ -227,7 +229,7 @@ impl OpKind {
             OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
             OpKind::Save(_) => [Side::Source, Side::Buffer],
             OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
-            OpKind::DiscardSaved(_) => [Side::Buffer; 2],
+            OpKind::DiscardSaved(_) | OpKind::SettleSaved => [Side::Buffer; 2],
             OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
             OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)

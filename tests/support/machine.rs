@@ -443,6 +443,7 @@ impl Machine {
             | OpKind::CopySaved(_)
             | OpKind::CopySavedCompressed(_)
             | OpKind::DiscardSaved(_)
+            | OpKind::SettleSaved
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => {
                 unreachable!("a mirror asks for none of these")

@@ -18,6 +18,10 @@ impl Engine {
 
     /// The request to settle, if ranges wait for one.
     pub(crate) fn settle(&mut self, dirty: Option<&mut HBitmap>) -> Option<Op> {
+        if let Some(buffer) = self.buffer.as_mut().filter(|buffer| buffer.wants_settle()) {
+            buffer.settle();
+            return Some(self.hand_out_aside(OpKind::SettleSaved));
+        }
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
@@ -90,11 +94,18 @@ impl Engine {
                 OpKind::Save(range) => {
                     if let Some(buffer) = &mut self.buffer {
                         buffer.stop(range);
+                        buffer.lose();
                     }
                 }
                 OpKind::DiscardSaved(range) => {
                     if let Some(buffer) = &mut self.buffer {
                         buffer.discard_again(range);
+                        buffer.lose();
+                    }
+                }
+                OpKind::SettleSaved => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.lose();
                     }
                 }
                 OpKind::GiveUp(_) => self.has_lost_discard = true,

@@ -203,7 +203,12 @@ impl Engine {
 
     /// Whether nothing is handed out and nothing can still change the target.
     pub(crate) fn is_idle(&self) -> bool {
-        self.running.is_empty() && !self.has_lost()
+        self.running.is_empty() && !self.has_lost() && self.is_buffer_settled()
+    }
+
+    /// Whether nothing that was lost can change the buffer any more.
+    pub(crate) fn is_buffer_settled(&self) -> bool {
+        self.buffer.as_ref().is_none_or(Buffer::is_settled)
     }
 
     /// Operations that may still change the target: not reported back, or lost.
@@ -470,6 +475,27 @@ impl Engine {
                     buffer.discarded(range);
                 }
                 Done::Nothing
+            }
+            (OpKind::SettleSaved, Outcome::Done) => {
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.settled();
+                }
+                Done::Nothing
+            }
+            (OpKind::SettleSaved, outcome) => {
+                // Then it is not settled.
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.lose();
+                }
+                Done::Failed {
+                    side: Side::Buffer,
+                    kind,
+                    error: match outcome {
+                        Outcome::Failed { error, .. } => error,
+                        Outcome::Done | Outcome::Status(_) => wrong_answer(),
+                    },
+                    is_urgent,
+                }
             }
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
             (OpKind::Settle, Outcome::Done) => {
