@@ -33,10 +33,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use blockjob::driver::{Clock, Driver};
-use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
+use blockjob::io::{AlignedBuf, BlockDevice, BufResult, FrozenDisk, ReadAt, WriteAt};
 use blockjob::{
     Backup, BackupBuffer, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions, ByteRange,
-    Content, Extent, Limits, MirrorSync, Node, OpKind, Outcome, Step, Unmap,
+    Cancel, Content, Extent, Limits, MirrorSync, Node, OpKind, Outcome, Step, Unmap,
 };
 
 #[path = "support/copying.rs"]
@@ -261,6 +261,10 @@ fn full(options: &Options) -> Result<()> {
             let (source, target) = pool(1)?;
             back_up(&node, source, target, BackupOptions::default())
         }),
+        Row::new("tmpfs, a backup, 2 + 2 I/O threads", || {
+            let (source, target) = pool(2)?;
+            back_up(&node, source, target, BackupOptions::default())
+        }),
         Row::of_program(DAEMON, "tmpfs, QEMU `blockdev-backup`", || {
             blockdev_backup(&files)
         }),
@@ -387,6 +391,11 @@ fn incremental(options: &Options) -> Result<()> {
         Row::new("blockjob, 1 + 1 I/O threads", || {
             let source = FileDevice::new(files.source()?, 1)?;
             let target = FileDevice::new(files.target()?, 1)?;
+            checked(back_up(&node, source, target, by_bitmap()))
+        }),
+        Row::new("blockjob, 2 + 2 I/O threads", || {
+            let source = FileDevice::new(files.source()?, 2)?;
+            let target = FileDevice::new(files.target()?, 2)?;
             checked(back_up(&node, source, target, by_bitmap()))
         }),
         Row::of_program(
@@ -520,6 +529,17 @@ struct Slow<'a> {
     rate: u64,
     /// When it has done all it was given.
     is_free_at: Cell<Duration>,
+}
+
+impl<'a> Slow<'a> {
+    fn new(files: &Files, clock: &'a TimerClock, rate: u64) -> Result<Self> {
+        Ok(Self {
+            device: InPlace::new(files.target()?)?,
+            clock,
+            rate,
+            is_free_at: Cell::default(),
+        })
+    }
 }
 
 impl BlockDevice for Slow<'_> {
@@ -681,6 +701,70 @@ fn its_guest(files: &Files, rate: u64, with_backup: bool, alone: Duration) -> Re
     )
 }
 
+/// What a buffer is.
+enum Place {
+    /// The driver's own thread reads and writes it.
+    InPlace,
+    /// A thread does.
+    Thread,
+}
+
+/// A push to a slow target, with a buffer.
+fn buffered<B>(files: &Files, node: &Node, buffer: B, rate: u64, chunk_max: u64) -> Result<()>
+where
+    B: ReadAt<Buf = AlignedBuf> + WriteAt,
+{
+    let clock = TimerClock::new();
+    let target = Slow::new(files, &clock, rate)?;
+    let source = InPlace::new(files.source()?)?;
+    let mut backup = BackupOptions::default();
+    backup.chunk_max = chunk_max;
+    backup.buffer = Some(BackupBuffer::new(buffer.limits()));
+    let mut backup = Backup::new(node, source.limits(), target.limits(), backup)?;
+    let driver = Driver::new(source, target, &clock).with_buffer(buffer);
+    backup.job().start()?;
+    Ok(block_on(driver.run_backup(&mut backup))?)
+}
+
+/// A frozen view, of which another job on another thread makes a copy on the slow target.
+fn fleece(files: &Files, node: &Node, rate: u64) -> Result<()> {
+    let place = files.create("fleece")?;
+    let clock = TimerClock::new();
+    let (source, target) = (
+        InPlace::new(files.source()?)?,
+        InPlace::new(place.try_clone()?)?,
+    );
+    let mut options = BackupOptions::default();
+    options.sync = BackupSync::None;
+    options.view = true;
+    let mut frozen = Backup::new(node, source.limits(), target.limits(), options)?;
+    let (job, view) = (frozen.job().clone(), frozen.view().expect("asked for"));
+    job.start()?;
+    thread::scope(|scope| {
+        let keeper = scope.spawn(|| {
+            let driver = Driver::new(source, target, &clock);
+            // It ends with a cancel.
+            let _ = block_on(driver.run_backup(&mut frozen));
+        });
+        let push = || {
+            while view.begin_read((0..1).into()).is_err() {
+                thread::yield_now();
+            }
+            let (source, place) = (InPlace::new(files.source()?)?, InPlace::new(place)?);
+            let disk = FrozenDisk::new(view, source, place);
+            let clock = TimerClock::new();
+            let target = Slow::new(files, &clock, rate)?;
+            let mut options = BackupOptions::default();
+            options.discard_source = true;
+            back_up(&Node::new(files.len), disk, target, options).map(drop)
+        };
+        let pushed = push();
+        job.cancel(Cancel::Force)?;
+        keeper.join().expect("no panic");
+        pushed
+    })
+}
+
 fn guest(options: &Options) -> Result<()> {
     let files = Files::new(options.guest_len)?;
     files.fill()?;
@@ -709,33 +793,43 @@ fn guest(options: &Options) -> Result<()> {
             Ok(())
         })?,
     );
-    let push = |workers: usize, chunk_max: u64, with_buffer: bool| {
+    let push = |workers: usize, chunk_max: u64| {
         our_guest(&files, |node| {
             let clock = TimerClock::new();
-            let target = Slow {
-                device: InPlace::new(files.target()?)?,
-                clock: &clock,
-                rate,
-                is_free_at: Cell::default(),
-            };
+            let target = Slow::new(&files, &clock, rate)?;
             let mut backup = BackupOptions::default();
             backup.workers = workers;
             backup.chunk_max = chunk_max;
-            let source = InPlace::new(files.source()?)?;
-            if !with_buffer {
-                return back_up(node, source, target, backup).map(drop);
-            }
-            let buffer = FileDevice::new(files.create("buffer")?, 1)?;
-            backup.buffer = Some(BackupBuffer::new(buffer.limits()));
-            let mut backup = Backup::new(node, source.limits(), target.limits(), backup)?;
-            let driver = Driver::new(source, target, &clock).with_buffer(buffer);
-            backup.job().start()?;
-            Ok(block_on(driver.run_backup(&mut backup))?)
+            back_up(node, InPlace::new(files.source()?)?, target, backup).map(drop)
         })
     };
-    row("blockjob, push", push(16, MIB, false)?);
-    row("blockjob, push, 1 worker, 64 KiB", push(1, CLUSTER, false)?);
-    row("blockjob, push with buffer", push(16, MIB, true)?);
+    let push_with = |name: &str, buffer: Place, chunk_max: u64| {
+        our_guest(&files, |node| {
+            let file = files.create(name)?;
+            match buffer {
+                Place::InPlace => buffered(&files, node, InPlace::new(file)?, rate, chunk_max),
+                Place::Thread => buffered(&files, node, FileDevice::new(file, 1)?, rate, chunk_max),
+            }
+        })
+    };
+    row("blockjob, push", push(16, MIB)?);
+    row("blockjob, push, 1 worker, 64 KiB", push(1, CLUSTER)?);
+    row(
+        "blockjob, push with buffer on an I/O thread",
+        push_with("buffer", Place::Thread, MIB)?,
+    );
+    row(
+        "blockjob, push with buffer",
+        push_with("buffer2", Place::InPlace, MIB)?,
+    );
+    row(
+        "blockjob, push with buffer, copies of 64 KiB",
+        push_with("buffer3", Place::InPlace, CLUSTER)?,
+    );
+    row(
+        "blockjob, frozen view, pushed by another job",
+        our_guest(&files, |node| fleece(&files, node, rate))?,
+    );
     if is_installed(DAEMON) {
         row(
             "QEMU, no backup, over NBD",

@@ -76,6 +76,7 @@ mod sealed {
         fn read_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
         fn write_at(&self, offset: u64, buf: Buf) -> impl Future<Output = BufResult<Buf>>;
         fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>>;
+        fn settle(&self) -> impl Future<Output = ()>;
     }
 
     impl<Buf> Sealed<Buf> for super::NoBuffer {
@@ -90,6 +91,8 @@ mod sealed {
         async fn discard(&self, _: ByteRange) -> io::Result<()> {
             Err(io::ErrorKind::Unsupported.into())
         }
+
+        async fn settle(&self) {}
     }
 
     impl<D: ReadAt + WriteAt> Sealed<D::Buf> for D {
@@ -103,6 +106,10 @@ mod sealed {
 
         fn discard(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
             WriteAt::discard(self, range)
+        }
+
+        fn settle(&self) -> impl Future<Output = ()> {
+            WriteAt::settle(self)
         }
     }
 }
@@ -215,14 +222,24 @@ where
         let machine = DropSafe(machine);
         let gives_up = AtomicBool::new(false);
         let mut running = FuturesUnordered::new();
+        let mut urgent = FuturesUnordered::new();
         let mut sleep = None;
         poll_fn(|cx| {
             loop {
-                while let Poll::Ready(Some((op, outcome))) = running.poll_next_unpin(cx) {
+                while let Poll::Ready(Some((op, outcome))) = urgent.poll_next_unpin(cx) {
+                    machine.0.op_done(self.clock.now(), op, outcome);
+                }
+                // One at a time: a device may do its work when it is polled, and a guest that came meanwhile is
+                // not to wait for all of them.
+                let done = running.poll_next_unpin(cx);
+                let is_done = matches!(done, Poll::Ready(Some(_)));
+                if let Poll::Ready(Some((op, outcome))) = done {
                     machine.0.op_done(self.clock.now(), op, outcome);
                 }
                 match machine.0.poll(self.clock.now(), cx.waker()) {
+                    Step::Op(op) if op.is_urgent() => urgent.push(self.perform(op, &gives_up)),
                     Step::Op(op) => running.push(self.perform(op, &gives_up)),
+                    Step::Wait { .. } if is_done => {}
                     Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
                     Step::SwitchBack(back) => return Poll::Ready(Driven::SwitchBack(back)),
                     Step::Done(result) => return Poll::Ready(Driven::Done(result)),
@@ -269,6 +286,10 @@ where
             OpKind::Flush => done(Side::Target, self.target.flush().await),
             OpKind::Settle => {
                 self.target.settle().await;
+                Outcome::Done
+            }
+            OpKind::SettleSaved => {
+                self.buffer.settle().await;
                 Outcome::Done
             }
             OpKind::CancelInFlight => {

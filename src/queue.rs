@@ -346,6 +346,7 @@ where
             OpKind::DiscardSaved(range) => (Side::Buffer, Work::Discard(range)),
             OpKind::Flush => (Side::Target, Work::Flush),
             OpKind::Settle => (Side::Target, Work::Settle),
+            OpKind::SettleSaved => (Side::Buffer, Work::Settle),
             OpKind::CancelInFlight => {
                 self.give_up(now);
                 (Side::Target, Work::CancelInFlight)

@@ -50,6 +50,8 @@ pub enum Sabotage {
     CleanAfterFailure,
     /// Backup 4 and mirror 7: a bitmap with mode always forgets what is in flight at the end.
     ForgetInFlight,
+    /// Backup 4: what was never flushed is taken for copied after a failure.
+    TrustUnflushed,
     /// Backup 5: the job ends without a flush.
     EndWithoutFlush,
     /// Backup 6: guest writes go on while the job is paused.
@@ -64,6 +66,8 @@ pub enum Sabotage {
     CopyOverwritten,
     /// Buffer 3: what was saved while it was copied is taken for copied.
     TrustOvertaken,
+    /// Buffer 5: what was lost on its way to the buffer is not waited for.
+    DoNotSettleBuffer,
     /// Mirror 7: what was written before the bitmap was claimed stays out of what is copied.
     ForgetClaimed,
     /// Mirror 7: a bitmap keeps what was written while a job ran that has succeeded.
@@ -230,6 +234,8 @@ pub enum Sabotage {
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.
     HoldForEver,
+    /// Hold 5: a hold that has ended lets go of what the next one holds back.
+    LetGoLate,
     /// Bitmap 5: a reset that cuts a granule clears all of it.
     RoundReset,
     /// Bitmap 8: a cursor that has ended goes on when something is set ahead of where it was.

@@ -6,7 +6,7 @@
 //!
 //! 1. After success the target holds what the source held at the instant.
 //! 2. The guest's data is on the source.
-//! 3. Nothing is left in the buffer then.
+//! 3. Nothing is left in the buffer then, and nothing can come to it any more.
 //! 4. What is read of the view is what the source held at the instant, or an error, and an error only where
 //!    something was given up or the backup has failed.
 //! 5. With room in the buffer a guest never waits for the target.
@@ -37,6 +37,12 @@ struct Flight {
     op: Option<Op>,
     kind: OpKind,
     data: Option<Vec<u64>>,
+}
+
+impl Flight {
+    fn changes_buffer(&self) -> bool {
+        matches!(self.kind, OpKind::Save(_) | OpKind::DiscardSaved(_))
+    }
 }
 
 /// A read of the view.
@@ -188,6 +194,10 @@ impl World {
                     .zombies
                     .iter()
                     .any(|zombie| zombie.kind.writes_target());
+                return is_settled.then_some(Outcome::Done);
+            }
+            OpKind::SettleSaved => {
+                let is_settled = !self.zombies.iter().any(Flight::changes_buffer);
                 return is_settled.then_some(Outcome::Done);
             }
             OpKind::CopyCompressed(_)
@@ -428,6 +438,9 @@ impl World {
         if self.target != instant {
             return Err("the target is not as the source was".to_owned());
         }
+        if self.zombies.iter().any(Flight::changes_buffer) {
+            return Err("something may still come to the buffer".to_owned());
+        }
         let (left, peak) = self.backup.buffer_bytes();
         if left > 0 {
             return Err(format!("{left} bytes are left in the buffer"));
@@ -494,6 +507,7 @@ fn the_simulation_notices_when_an_invariant_is_broken() {
         (Place::Buffer, Sabotage::CopyOverwritten),
         (Place::Buffer, Sabotage::TrustOvertaken),
         (Place::Buffer, Sabotage::ReleaseInFlight),
+        (Place::Buffer, Sabotage::DoNotSettleBuffer),
         (Place::View, Sabotage::ReleaseWhileRead),
         (Place::View, Sabotage::TrustBrokenView),
         (Place::View, Sabotage::ReleaseInFlight),

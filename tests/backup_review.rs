@@ -2,15 +2,19 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test has a watchdog")]
 
+#[path = "backup_review/views.rs"]
+mod views;
+
 use std::sync::{Arc, mpsc};
 use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
     Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions,
-    ByteRange, Cancel, Content, Extent, JobError, Lane, Limits, Mirror, MirrorOptions, Node,
-    NotSaved, OnBufferFull, OnCbwError, OnError, Op, OpKind, Outcome, PendingWrite, RangeLimits,
-    ShapeError, Side, Status, Step, Transaction, ViewError, WriteRefused,
+    ByteRange, Cancel, Content, Event, Extent, Grown, JobError, Lane, Limits, Mirror,
+    MirrorOptions, Node, NotSaved, OnBufferFull, OnCbwError, OnError, Op, OpKind, Outcome,
+    PendingWrite, RangeLimits, ShapeError, Side, SnapshotOf, Status, Step, Transaction, ViewError,
+    WriteRefused,
 };
 use parking_lot::Mutex;
 
@@ -707,6 +711,15 @@ fn what_was_lost_on_its_way_to_the_buffer_is_not_left_there() {
             assert!(rig.has_out(is_save));
             rig.out.clear();
             rig.backup.ops_lost();
+            // It may still land, so it is waited for before the last is discarded.
+            let is_settle = |kind: OpKind| kind == OpKind::SettleSaved;
+            let step = rig.answer_all(|kind| !is_settle(kind));
+            assert!(matches!(step, Step::Wait { .. }), "{step:?}");
+            rig.answer(is_settle, failed(Side::Buffer));
+            rig.now = rig.until().expect("it is asked again");
+            let step = rig.answer_all(|kind| !is_settle(kind));
+            assert!(matches!(step, Step::Wait { .. }), "{step:?}");
+            rig.answer(is_settle, None);
         } else {
             rig.answer(is_save, failed(Side::Buffer));
         }
@@ -716,4 +729,249 @@ fn what_was_lost_on_its_way_to_the_buffer_is_not_left_there() {
         assert!(rig.asked.contains(&discard), "{:?}", rig.asked);
         assert_eq!(rig.backup.buffer_bytes().0, 0);
     }
+}
+
+/// A backup with an empty buffer that all writes fall into, and nothing that is copied in the background.
+fn with_empty_buffer(on_full: OnBufferFull) -> Rig {
+    let len = 16 * CLUSTER;
+    let mut rig = Rig::started(len, |parts| {
+        let mut place = buffer(len);
+        place.on_full = on_full;
+        parts.options.buffer = Some(place);
+        parts.options.on_cbw_error = OnCbwError::BreakGuestWrite;
+        parts.options.workers = 1;
+        parts.options.chunk_max = CLUSTER;
+    });
+    rig.until();
+    rig
+}
+
+#[test]
+fn a_buffer_that_fails_is_told_of_as_such_and_tried_again_later() {
+    let mut rig = with_empty_buffer(OnBufferFull::Break);
+    let is_save = |kind: OpKind| matches!(kind, OpKind::Save(_));
+    let mut first = rig.write(cluster(12));
+    let _ = rig.rest();
+    rig.answer(is_save, failed(Side::Buffer));
+    rig.until();
+    assert_eq!(not_saved(&mut first), Some(NotSaved::Failed), "not full");
+    let mut events = std::iter::from_fn(|| rig.backup.job().next_event());
+    assert!(events.any(|event| matches!(event, Event::Error(error) if error.side == Side::Buffer)));
+    let mut second = rig.write(cluster(13));
+    rig.until();
+    assert_eq!(not_saved(&mut second), Some(NotSaved::Failed));
+    rig.now += SECOND;
+    let mut third = rig.write(cluster(14));
+    let _ = rig.rest();
+    rig.answer(|kind| kind == OpKind::Save(cluster(14)), None);
+    assert!(matches!(third.try_begin(), Some(Ok(_))));
+}
+
+#[test]
+fn a_guest_that_waits_for_a_hanging_target_is_saved_once_the_buffer_has_recovered() {
+    for kind in [std::io::ErrorKind::Other, std::io::ErrorKind::StorageFull] {
+        let mut rig = with_empty_buffer(OnBufferFull::Wait);
+        let mut guest = rig.write(cluster(12));
+        let _ = rig.rest();
+        let is_save = |kind: OpKind| matches!(kind, OpKind::Save(_));
+        let (side, error) = (Side::Buffer, kind.into());
+        rig.answer(is_save, Some(Outcome::Failed { side, error }));
+        let again = rig.until().expect("not for ever");
+        assert!(!rig.has_out(is_save), "at once");
+        assert!(again < SECOND, "before the guest is given up");
+        rig.now = again;
+        rig.until();
+        rig.answer(is_save, None);
+        assert!(matches!(guest.try_begin(), Some(Ok(_))), "{kind:?}");
+    }
+}
+
+#[test]
+fn a_buffer_without_room_for_a_cluster_is_refused() {
+    let len = 4 * CLUSTER;
+    for bytes_max in [0, CLUSTER - 1] {
+        let mut parts = parts(len);
+        let mut place = buffer(len);
+        place.bytes_max = bytes_max;
+        parts.options.buffer = Some(place);
+        let error = Backup::new(&Node::new(len), parts.source, parts.target, parts.options);
+        let cluster = CLUSTER;
+        let too_small = BackupError::BufferTooSmall { bytes_max, cluster };
+        assert_eq!(error.err(), Some(too_small));
+    }
+}
+
+#[test]
+fn what_is_in_the_buffer_goes_before_what_is_planned() {
+    let len = 64 * CLUSTER;
+    let mut rig = Rig::started(len, |parts| {
+        parts.options.buffer = Some(buffer(len));
+        parts.options.workers = 4;
+        parts.options.chunk_max = CLUSTER;
+    });
+    rig.until();
+    // Each answer plans four copies.
+    let _ = rig.answer_all(|kind| matches!(kind, OpKind::Status(_)));
+    let _guest = rig.write(cluster(50));
+    let _ = rig.rest();
+    rig.answer(|kind| kind == OpKind::Save(cluster(50)), None);
+    rig.answer(|kind| matches!(kind, OpKind::Copy(_)), None);
+    rig.until();
+    assert!(rig.has_out(|kind| kind == OpKind::CopySaved(cluster(50))));
+    rig.done().unwrap();
+}
+
+/// The granules that are dirty after a backup of clusters 0 to 3 with mode always that fails when one is copied,
+/// and of which the flush comes to `flush`.
+fn left_after_failure(sync: BackupSync, flush: Option<Outcome>) -> Vec<u64> {
+    let len = 8 * CLUSTER;
+    let node = Node::new(len);
+    let guard = node.quiesce().try_guard().unwrap();
+    let mut options = BitmapOptions::default();
+    options.granularity = Some(blockjob::Granularity::from_bytes(CLUSTER).unwrap());
+    node.bitmaps().add(&guard, "daily", options).unwrap();
+    drop(guard);
+    let written = node.begin_write((0..4 * CLUSTER).into()).go().unwrap();
+    written.finish(());
+    let mut parts = parts(len);
+    parts.options.sync = sync;
+    parts.options.bitmap = Some("daily".to_owned());
+    parts.options.bitmap_mode = Some(BitmapMode::Always);
+    parts.options.workers = 1;
+    parts.options.chunk_max = CLUSTER;
+    let mut rig = Rig::made(&node, parts);
+    rig.backup.job().start().unwrap();
+    for outcome in [None, failed(Side::Target)] {
+        let _ = rig.answer_all(|kind| matches!(kind, OpKind::Status(_)));
+        rig.answer(|kind| matches!(kind, OpKind::Copy(_)), outcome);
+    }
+    let _ = rig.rest();
+    rig.answer(|kind| kind == OpKind::Flush, flush);
+    assert!(rig.done().is_err());
+    let bits = node
+        .bitmaps()
+        .snapshot("daily", SnapshotOf::Bitmap)
+        .unwrap();
+    (0..8)
+        .filter(|&index| bits.any_dirty_in(cluster(index)))
+        .collect()
+}
+
+#[test]
+fn what_was_copied_and_not_flushed_is_missing_after_a_failure() {
+    let left = |flush| left_after_failure(BackupSync::Bitmap, flush);
+    assert_eq!(left(None), [1, 2, 3], "it is flushed");
+    assert_eq!(left(failed(Side::Target)), [0, 1, 2, 3]);
+    let all: Vec<u64> = (0..8).collect();
+    let left = |flush| left_after_failure(BackupSync::Full, flush);
+    assert_eq!(left(None), all[1..]);
+    assert_eq!(left(failed(Side::Target)), all);
+}
+
+#[test]
+fn a_disk_that_is_resized_while_a_backup_is_made_is_as_long_as_that_takes_it_for() {
+    // Long enough that it takes some time to make one.
+    let lens = [1 << 40, (1 << 40) + CLUSTER];
+    let node = Node::new(lens[0]);
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut turn = 0;
+            while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                turn += 1;
+                let guard = node.quiesce().try_guard().unwrap();
+                if let Ok(resize) = node.resize(&guard, lens[turn % 2], Grown::Dirty) {
+                    resize.commit();
+                }
+                drop(guard);
+            }
+        });
+        let mut made = 0;
+        while made < 2_000 {
+            let limits = Limits::new(lens[0]);
+            let backup = Backup::new(&node, limits, limits, BackupOptions::default());
+            if let Ok(backup) = backup {
+                made += 1;
+                let len = node.len();
+                if len != lens[0] {
+                    is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+                    panic!("{len} bytes after {made} were made");
+                }
+                drop(backup);
+            }
+        }
+        is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+#[test]
+fn a_job_that_is_paused_before_it_is_driven_has_its_instant() {
+    let mut rig = Rig::started(4 * CLUSTER, |_| {});
+    rig.backup.job().pause().unwrap();
+    rig.until();
+    assert_eq!(rig.backup.job().query().status, Status::Paused);
+    let mut guest = rig.write(cluster(1));
+    assert!(!rig.has_out(|kind| matches!(kind, OpKind::Copy(_))));
+    // What it waits for is saved all the same, and nothing else.
+    let _ = rig.answer_all(|_| true);
+    assert!(matches!(guest.try_begin(), Some(Ok(_))));
+    let copied = |rig: &Rig| {
+        let copies = rig.asked.iter();
+        copies
+            .filter(|kind| matches!(kind, OpKind::Copy(_)))
+            .count()
+    };
+    assert_eq!(copied(&rig), 1);
+    rig.backup.job().resume().unwrap();
+    rig.done().unwrap();
+}
+
+#[test]
+fn a_job_that_is_paused_while_a_guest_write_hangs_stands_still_and_has_its_instant_later() {
+    let mut parts = parts(4 * CLUSTER);
+    parts.options.hold_max = SECOND;
+    let node = Node::new(4 * CLUSTER);
+    let hanging = node.begin_write_owned(cluster(0)).go().unwrap();
+    let mut rig = Rig::made(&node, parts);
+    rig.backup.job().start().unwrap();
+    assert_eq!(rig.until(), Some(SECOND));
+    rig.backup.job().pause().unwrap();
+    assert_eq!(rig.until(), Some(SECOND), "it is held no longer for that");
+    assert_eq!(rig.backup.job().query().status, Status::Paused);
+    hanging.finish(());
+    rig.until();
+    let _guest = rig.write(cluster(1));
+    rig.backup.job().resume().unwrap();
+    rig.done().unwrap();
+}
+
+#[test]
+fn guests_that_wait_long_for_the_target_have_less_in_front_of_them() {
+    let len = 256 << 20;
+    let mut rig = Rig::started(len, |parts| parts.options.cbw_timeout = None);
+    let is_status = |kind: OpKind| matches!(kind, OpKind::Status(_));
+    let is_copy = |kind: OpKind| matches!(kind, OpKind::Copy(_));
+    // A target that does 40 MiB in a second, one copy after the other.
+    let time = |bytes: u64| SECOND * u32::try_from(bytes / CLUSTER).unwrap() / 640;
+    let mut waits = Vec::new();
+    for index in 0..16 {
+        let _ = rig.answer_all(is_status);
+        let guest = rig.write(cluster(4095 - index));
+        let _ = rig.answer_all(is_status);
+        // The copy for the guest was handed out last, and is done last.
+        let since = rig.now;
+        while rig.has_out(|kind| kind == OpKind::Copy(cluster(4095 - index))) {
+            let bytes = rig.out[0].kind().range().unwrap().len();
+            rig.now += time(bytes);
+            rig.answer(is_copy, None);
+        }
+        drop(guest);
+        waits.push(rig.now - since);
+    }
+    assert!(waits[0] > SECOND / 3, "{waits:?}");
+    assert!(
+        waits[12..].iter().all(|&wait| wait < SECOND / 50),
+        "{waits:?}"
+    );
+    rig.done().unwrap();
 }

@@ -58,6 +58,8 @@ const THREADS_MAX: usize = 4;
 /// What the world knows the chains by, from here on.
 const CHAINS: usize = 1_000;
 const NAME: &str = "daily";
+/// The bitmap that a transaction makes beside.
+const MADE: &str = "made";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asking {
@@ -790,7 +792,8 @@ impl Sim {
         };
         self.open = None;
         let Ok(prepared) = result else {
-            // One of them was cancelled. The others are started by themselves.
+            // One of them was cancelled, or it was to fail. They are started by themselves.
+            self.check_made(false);
             self.by_transaction = false;
             for index in 0..self.members.len() {
                 self.ask_later(100, index, Asking::Start);
@@ -826,8 +829,12 @@ impl Sim {
             Asking::Prepare => {
                 if self.open.is_none() {
                     let mut list = Transaction::new();
+                    list.add(&self.nodes[0], MADE, BitmapOptions::default());
                     for member in &self.members {
                         list.start(&member.job);
+                    }
+                    if self.aborts_one_in > 0 && self.random(4) == 0 {
+                        list.abort();
                     }
                     self.open = Some(Open::Preparing(list.prepare(), Flag::new()));
                 }
@@ -837,6 +844,7 @@ impl Sim {
                     unreachable!("nobody else ends it");
                 };
                 prepared.commit();
+                self.check_made(true);
                 self.report.is_together |= self.members.len() > 1;
             }
             Asking::Abort => {
@@ -844,6 +852,7 @@ impl Sim {
                     unreachable!("nobody else ends it");
                 };
                 drop(prepared);
+                self.check_made(false);
                 self.report.aborts += 1;
                 for member in &mut self.members {
                     member.forget_instant();
@@ -1016,6 +1025,12 @@ impl Sim {
         }
     }
 
+    /// Whether what was done beside the starts is done or undone with them.
+    fn check_made(&self, is_there: bool) {
+        let made = self.nodes[0].bitmaps().query(MADE);
+        assert_eq!(made.is_ok(), is_there, "a transaction did one half");
+    }
+
     /// What the machine takes for missing is what the model does.
     fn check_left(&self, index: usize) {
         let member = &self.members[index];
@@ -1023,6 +1038,8 @@ impl Sim {
             return;
         };
         if matches!(self.open, Some(Open::Prepared(_))) {
+            let is_writing = self.guests[index].is_writing();
+            assert!(!is_writing, "a guest writes before it is decided");
             return;
         }
         member.with_backup(|backup| {
@@ -1205,12 +1222,16 @@ impl Sim {
             (BitmapMode::OnSuccess | BitmapMode::Always, true) => {}
             (BitmapMode::Always, false) => {
                 let instant = member.instant.as_ref().expect("it has run");
-                add(&self.missing(index, &instant.must, &[]));
+                let world = self.world.borrow();
+                let target = &world.disks[disk_of(index, TARGET)];
+                let is_flushed = target.written == target.flushed;
+                let bits = |wanted: &[bool], again: &[bool]| match is_flushed {
+                    true => self.missing(index, wanted, again),
+                    false => self.granules(index, |cluster| wanted[cluster]),
+                };
+                add(&bits(&instant.must, &[]));
                 let mut most = member.since.clone();
-                for (most, bit) in
-                    most.iter_mut()
-                        .zip(self.missing(index, &instant.may, &member.again))
-                {
+                for (most, bit) in most.iter_mut().zip(bits(&instant.may, &member.again)) {
                     *most |= bit;
                 }
                 at_most = Some(most);
@@ -1240,15 +1261,21 @@ impl Sim {
     /// By granule: what of `wanted` is not on the target, or is to be copied again.
     fn missing(&self, index: usize, wanted: &[bool], again: &[bool]) -> Vec<bool> {
         let member = &self.members[index];
-        let mut missing = vec![false; member.since.len()];
-        for (cluster, &is_wanted) in wanted.iter().enumerate() {
+        self.granules(index, |cluster| {
             let is_again = again.get(cluster) == Some(&true);
-            if is_wanted && (member.is_missing(cluster) || is_again) {
-                let range = cluster_at(cluster, member.cluster, member.len());
-                missing[units(range, member.plan.granularity)].fill(true);
-            }
+            wanted[cluster] && (member.is_missing(cluster) || is_again)
+        })
+    }
+
+    /// The granules of the clusters that are such.
+    fn granules(&self, index: usize, is: impl Fn(usize) -> bool) -> Vec<bool> {
+        let member = &self.members[index];
+        let mut granules = vec![false; member.since.len()];
+        for cluster in (0..member.clusters()).filter(|&cluster| is(cluster)) {
+            let range = cluster_at(cluster, member.cluster, member.len());
+            granules[units(range, member.plan.granularity)].fill(true);
         }
-        missing
+        granules
     }
 
     /// The next backup completes the image, and copies what is left and nothing else.
@@ -1709,6 +1736,7 @@ mod sabotage {
         (Sabotage::ReleaseFailed, 100),
         (Sabotage::CleanAfterFailure, 100),
         (Sabotage::ForgetInFlight, 1500),
+        (Sabotage::TrustUnflushed, 1500),
         (Sabotage::EndWithoutFlush, 50),
         (Sabotage::LetGoWhilePaused, 200),
         (Sabotage::HoldForEver, 50),
@@ -1722,6 +1750,8 @@ mod sabotage {
         (Sabotage::ReclaimForgetsSuccessor, 50),
         (Sabotage::EndDisabled, 20),
         (Sabotage::OthersGoOn, 400),
+        (Sabotage::LetGoBeforeCommit, 400),
+        (Sabotage::KeepHalf, 400),
     ];
 
     /// Those by which somebody waits for ever: that a run stalls is how it shows.

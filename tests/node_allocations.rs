@@ -4,7 +4,12 @@
 //! no system call is not tested: it would take a tracer. It has none to make as long as it allocates
 //! nothing and takes no lock.
 
-use blockjob::{Begin, BitmapOptions, Granularity, Grown, Node, Way};
+use std::task::Waker;
+use std::time::Duration;
+
+use blockjob::{
+    Backup, BackupOptions, Begin, BitmapOptions, Granularity, Grown, Limits, Node, Step, Way,
+};
 
 const WRITES: u64 = 1000;
 
@@ -67,6 +72,24 @@ fn nothing_is_allocated_with_named_bitmaps() {
     assert_eq!(allocations(beyond), 0);
     let infos = node.bitmaps().query_all();
     assert!(infos.iter().all(|info| info.dirty_bytes == info.len));
+}
+
+/// Of guests that give up nothing is left, also if nobody asks who has come.
+#[test]
+fn writes_that_come_and_go_are_not_remembered() {
+    let node = Node::new(1 << 20);
+    let limits = Limits::new(1 << 20);
+    let mut backup = Backup::new(&node, limits, limits, BackupOptions::default()).unwrap();
+    backup.job().start().unwrap();
+    let step = backup.poll(Duration::ZERO, Waker::noop());
+    assert!(matches!(step, Step::Op(_)), "it holds writes back");
+    let counted = allocation_counter::measure(|| {
+        for _ in 0..WRITES {
+            let begin = node.begin_write((0..512).into());
+            assert!(matches!(begin, Begin::Wait(_)), "{begin:?}");
+        }
+    });
+    assert!(counted.bytes_current < 1024, "{counted:?}");
 }
 
 #[test]

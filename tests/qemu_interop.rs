@@ -405,16 +405,6 @@ async fn only_the_topmost_layer_is_copied_onto_an_overlay() {
     let (source, target) = (source.shut_down(), target.shut_down());
     source.assert_same_content(&target);
     target.check();
-    let tops = |map: &[qemu::Mapped]| -> Vec<(u64, u64)> {
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for part in map.iter().filter(|part| part.in_top) {
-            match runs.last_mut() {
-                Some((_, end)) if *end == part.start => *end += part.len,
-                _ => runs.push((part.start, part.start + part.len)),
-            }
-        }
-        runs
-    };
     let (expected, found) = (tops(&expected), tops(&target.map()));
     let has_data = |at: u64| found.iter().any(|&(start, end)| (start..end).contains(&at));
     assert!(has_data(MIB) && has_data(6 * MIB), "{found:x?}");
@@ -744,6 +734,18 @@ async fn perform(deeds: &[Deed], disk: &impl WriteAt<Buf = AlignedBuf>) {
     }
 }
 
+/// The runs that the topmost layer holds, by where they start and end.
+fn tops(map: &[qemu::Mapped]) -> Vec<(u64, u64)> {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for part in map.iter().filter(|part| part.in_top) {
+        match runs.last_mut() {
+            Some((_, end)) if *end == part.start => *end += part.len,
+            _ => runs.push((part.start, part.start + part.len)),
+        }
+    }
+    runs
+}
+
 /// What a chain of images came to: each with what was dirty, in bytes, when it was made.
 type Chain = Vec<(Image, u64)>;
 
@@ -922,6 +924,21 @@ async fn a_chain_of_incremental_backups_is_what_qemu_makes_of_the_same_writes() 
         our.check();
         eprintln!("backup {index}: {our_dirty} bytes dirty");
         assert_eq!(our_dirty, its_dirty, "backup {index}: the bitmaps differ");
+        if index > 0 {
+            let (our, its) = (tops(&our.map()), tops(&its.map()));
+            assert!(!our.is_empty(), "increment {index} holds nothing");
+            // Zeroes on zeroes our client keeps to itself, QEMU's job writes them.
+            let has = |runs: &[(u64, u64)], at| runs.iter().any(|run| (run.0..run.1).contains(&at));
+            for at in (0..CHAIN_LEN).step_by(64 << 10) {
+                let (has_ours, has_its) = (has(&our, at), has(&its, at));
+                let mut bytes = content[at as usize..][..64 << 10].iter();
+                let is_same = has_ours == has_its || (has_its && bytes.all(|&byte| byte == 0));
+                assert!(
+                    is_same,
+                    "increment {index} differs at {at}: {our:?}, {its:?}"
+                );
+            }
+        }
         let is_small = index == 0 || *our_dirty < CHAIN_LEN / 2;
         assert!(is_small, "backup {index} could as well be a full one");
         let all = deeds.during.iter().chain(&deeds.after);

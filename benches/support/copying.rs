@@ -176,6 +176,7 @@ impl InPlace {
             max: 1 << 30,
         });
         limits.cheap_zeroes = true;
+        limits.discard = limits.write_zeroes;
         Ok(Self(file, limits, KnownData::default()))
     }
 }

@@ -41,7 +41,7 @@ impl Backup {
 
     /// Guests may wait still for those who read the view.
     fn wait_for_others(&self) -> Turn {
-        let until = self.next_deadline();
+        let until = self.next_for_guests();
         Turn::Step(Step::Wait { until })
     }
 
@@ -65,17 +65,27 @@ impl Backup {
         }
         self.phase = Phase::Ending {
             has_cancelled: false,
+            has_flushed: false,
         };
     }
 
     /// Waits for what is in flight, and is over.
     pub(super) fn end(&mut self, now: Duration, cancel: Option<Cancel>) -> Turn {
-        if self.engine.is_idle() {
-            return self.conclude(Some(0), false);
-        }
-        let Phase::Ending { has_cancelled } = &mut self.phase else {
+        let counts_copied = self.counts_copied();
+        let Phase::Ending {
+            has_cancelled,
+            has_flushed,
+        } = &mut self.phase
+        else {
             unreachable!("called in this phase only");
         };
+        if self.engine.is_idle() {
+            let wants_flush = counts_copied && self.engine.has_unflushed();
+            if wants_flush && !std::mem::replace(has_flushed, true) {
+                return Turn::Step(Step::Op(self.engine.hand_out(OpKind::Flush)));
+            }
+            return self.conclude(Some(0), false);
+        }
         if cancel.is_some() {
             if !std::mem::replace(has_cancelled, true) {
                 if self.grace_until.is_none() {
@@ -93,6 +103,12 @@ impl Backup {
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
         })
+    }
+
+    /// Whether a bitmap is to say at a failure what was copied.
+    fn counts_copied(&self) -> bool {
+        let claim = self.armed.as_ref().and_then(|armed| armed.claim.as_ref());
+        claim.is_some() && self.start.beginning().mode() == Some(BitmapMode::Always)
     }
 
     pub(super) fn conclude(&mut self, abandoned: Option<usize>, is_success: bool) -> Turn {
@@ -114,7 +130,11 @@ impl Backup {
             if !is_broken(Sabotage::ForgetInFlight) {
                 self.engine.add_claimed(&mut dirty);
             }
+            let is_flushed = !(self.engine.has_unflushed() || self.engine.is_flushing());
             if let (Some(claim), Some(mode)) = (claim, self.start.beginning().mode()) {
+                if !(is_success || is_flushed || is_broken(Sabotage::TrustUnflushed)) {
+                    self.start.beginning().add_wanted(&claim, &mut dirty);
+                }
                 end_bitmap(claim, mode, is_success, &dirty);
             }
             if let Some(view) = &self.view {

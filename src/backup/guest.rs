@@ -16,8 +16,8 @@ use std::task::Waker;
 use std::time::Duration;
 
 use crate::backup::{Armed, Backup, BackupSync, OnBufferFull, OnCbwError, Phase};
-use crate::copy::{Op, OpKind, Side, Urgent};
-use crate::job::JobError;
+use crate::copy::{Buffer, Op, OpKind, Side, Urgent};
+use crate::job::{JobError, is_no_space};
 use crate::node::{NotSaved, WaitingWrite, WriteHold};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
@@ -48,6 +48,8 @@ impl Backup {
             });
             self.look_again = true;
         }
+        let buffer = self.engine.buffer_mut();
+        self.look_again |= buffer.is_some_and(|buffer| buffer.try_again(now));
         if self.waiting.is_empty() || !self.look_again {
             return None;
         }
@@ -75,38 +77,57 @@ impl Backup {
             let op = match self.engine.next_of_buffer(&armed.dirty, range) {
                 Urgent::Op(op) => Some(op),
                 Urgent::Wait => None,
-                Urgent::Full if has_buffer && self.options.on_full == OnBufferFull::Break => {
+                Urgent::NoRoom(why)
+                    if has_buffer && self.options.on_full == OnBufferFull::Break =>
+                {
                     if self.options.on_cbw_error == OnCbwError::BreakGuestWrite {
-                        hold.refuse(waiting.write.id, NotSaved::Full);
+                        hold.refuse(waiting.write.id, why);
                         continue;
                     }
-                    full = Some(waiting.write);
+                    full = Some((waiting.write, why));
                     break;
                 }
-                Urgent::Full => self.engine.next_urgent(&mut armed.dirty, range),
+                Urgent::NoRoom(_) => self.engine.next_urgent(&mut armed.dirty, range),
             };
             if let Some(op) = op {
                 if let (true, Some(hold)) = (is_broken(Sabotage::ReleaseInFlight), &armed.hold) {
                     hold.release((start..end).into());
                 }
                 self.rate.account(self.engine.cost(op.kind()));
+                if op.kind().writes_target() {
+                    self.pace
+                        .begin(op.id(), now, self.engine.background_bytes());
+                }
                 return Some(op);
             }
         }
-        if let Some(write) = full {
-            self.give_up(now, write, NotSaved::Full);
+        if let Some((write, why)) = full {
+            self.give_up(now, write, why);
             return None;
         }
         self.look_again = false;
         None
     }
 
-    /// When the first of those that wait has waited long enough.
-    pub(super) fn next_deadline(&self) -> Option<Duration> {
-        self.waiting
-            .iter()
-            .filter_map(|waiting| waiting.deadline)
-            .min()
+    /// When the first of those that wait has waited long enough, or the buffer is tried again for them.
+    pub(super) fn next_for_guests(&self) -> Option<Duration> {
+        let buffer = self.engine.buffer().filter(|_| !self.waiting.is_empty());
+        let deadlines = self.waiting.iter().filter_map(|waiting| waiting.deadline);
+        deadlines.chain(buffer.and_then(Buffer::next_try)).min()
+    }
+
+    /// The buffer has failed to take something: it is left alone for a while.
+    pub(super) fn buffer_failed(&mut self, now: Duration, kind: OpKind, error: std::io::Error) {
+        let why = match is_no_space(&error) {
+            true => NotSaved::Full,
+            false => NotSaved::Failed,
+        };
+        let until = self.buffer_backoff.until(now);
+        if let Some(buffer) = self.engine.buffer_mut() {
+            buffer.leave_alone(why, until);
+        }
+        // What the guest waits for goes to the target then, or breaks.
+        self.job.guest_copy_failed(Side::Buffer, kind, error, false);
     }
 
     /// Deals with guest writes that have waited long enough; whether there were any.

@@ -31,6 +31,9 @@
 //!    | on-success | written since the instant | what it held, and written since |
 //!    | always | written since | not on the target, and written since |
 //!    | never | what it held, and written since | the same |
+//!
+//!    What is not flushed is not on the target: it is flushed once more at a failure, and if that fails, too,
+//!    all of it is missing.
 //! 5. The job is done when all that was wanted is on the target and flushed.
 //! 6. The instant is held on to while the job is paused, slow, or waits for others. It ends with the job.
 //! 7. The source is never written.
@@ -38,6 +41,7 @@
 mod end;
 mod guest;
 mod options;
+mod pace;
 mod start;
 mod view;
 
@@ -63,6 +67,7 @@ use crate::units::{ByteRange, Granularity};
 
 use guest::Waiting;
 pub use options::{BackupBuffer, BackupError, BackupOptions, BackupSync, OnBufferFull, OnCbwError};
+use pace::Pace;
 use start::{Armed, Instant};
 pub use view::{FrozenRead, FrozenView, ViewError};
 
@@ -149,7 +154,9 @@ pub struct Backup {
     /// Whether something has happened since that those may go on with.
     look_again: bool,
     rate: RateLimit,
+    pace: Pace,
     backoff: Backoff,
+    buffer_backoff: Backoff,
     phase: Phase,
     /// For others to read, if that was asked for.
     view: Option<FrozenView>,
@@ -194,6 +201,8 @@ enum Phase {
     Ending {
         /// Whether the target was asked to give up what it cannot finish.
         has_cancelled: bool,
+        /// Whether it was asked to flush what a bitmap with mode always will take for copied.
+        has_flushed: bool,
     },
     /// Over.
     Concluded,
@@ -266,6 +275,8 @@ impl Backup {
         let bitmap = options.bitmap()?;
         let ends = Ends::check(source, target)
             .map_err(|(side, error)| BackupError::Limits { side, error })?;
+        // From here on it is not resized.
+        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         if source.len != node.len() || target.len != node.len() {
             return Err(BackupError::Lengths {
                 node: node.len(),
@@ -318,6 +329,10 @@ impl Backup {
             Some(_) if options.view => return Err(BackupError::ViewWithBuffer),
             Some(buffer) => {
                 check_buffer(buffer, node.len(), [&source, &target])?;
+                let bytes_max = buffer.bytes_max;
+                if bytes_max < cluster {
+                    return Err(BackupError::BufferTooSmall { bytes_max, cluster });
+                }
                 let piece_max = buffer.piece_max(cluster, shape.chunk_max)?;
                 Some(Buffer::new(
                     node.len(),
@@ -330,8 +345,8 @@ impl Backup {
         let engine = Engine::new(shape, options.workers, options.buf_size)?
             .with_buffer(buffer)
             .copying_by(copy_by);
+        let pace = Pace::new(cluster, options.buf_size);
         let speed = options.job.speed;
-        let claim = node.claim_for_job().ok_or(BackupError::NodeBusy)?;
         let instant = Instant::new(node, options.sync, bitmap);
         let start = Arc::new(Start::new(instant, empty));
         let at_start: Arc<dyn AtStart> = Arc::clone(&start) as _;
@@ -359,7 +374,9 @@ impl Backup {
             waiting: Vec::new(),
             look_again: false,
             rate: RateLimit::new(speed),
+            pace,
             backoff: Backoff::new(),
+            buffer_backoff: Backoff::new(),
             phase: Phase::Created,
             view: options
                 .view
@@ -419,11 +436,13 @@ impl Backup {
         let id = op.id();
         let dirty = self.armed.as_mut().map(|armed| &mut armed.dirty);
         let done = self.engine.done(op, outcome, dirty);
+        self.pace.end(id, now);
         self.look_again = true;
         match done {
             None | Some(Done::Nothing | Done::Compared(_) | Done::Status(..)) => {}
             Some(Done::Range(range)) => {
                 self.backoff.reset();
+                self.pace.copied(range.len());
                 self.done_bytes = self.done_bytes.saturating_add(range.len());
                 self.saved(range);
                 self.forget_late(range);
@@ -435,7 +454,10 @@ impl Backup {
                 self.saved(range);
                 self.forget_late(range);
             }
-            Some(Done::Saved(range)) => self.saved(range),
+            Some(Done::Saved(range)) => {
+                self.buffer_backoff.reset();
+                self.saved(range);
+            }
             Some(Done::Flushed) => {
                 self.backoff.reset();
                 if matches!(self.phase, Phase::Copying { flush } if flush == Some(id)) {
@@ -456,6 +478,7 @@ impl Backup {
     /// dropped. What the target may still be doing is waited for before the same range is written again.
     /// Guest writes that wait for such a range do so until the job is driven again.
     pub fn ops_lost(&mut self) {
+        self.pace.lose();
         for kind in self.engine.lose_running() {
             if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
                 *flush = None;
@@ -523,10 +546,15 @@ impl Backup {
         if self.is_too_late(now) || matches!(self.phase, Phase::Ending { .. }) {
             return Turn::Again;
         }
-        if asked.is_paused {
+        // A job that is paused at once has its instant all the same.
+        let is_before = matches!(self.phase, Phase::Created | Phase::Attaching { .. });
+        if asked.is_paused && !is_before {
             return self.pause(asked.status);
         }
-        if asked.status == Status::Paused {
+        if asked.is_paused && asked.status == Status::Running {
+            self.job.go_to(Status::Paused);
+        }
+        if !asked.is_paused && asked.status == Status::Paused {
             self.job.go_to(Status::Running);
         }
         if asked.speed != self.rate.speed() {
@@ -596,6 +624,7 @@ impl Backup {
                 true => Budget::Free,
                 false => Budget::Claim,
             };
+            self.engine.limit_background(self.pace.bytes());
             if let Some(op) = self.engine.next(&mut armed.dirty, budget) {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Turn::Step(Step::Op(op));
@@ -609,7 +638,8 @@ impl Backup {
             let is_copied = armed.dirty.is_clean()
                 && self.engine.has_no_claims()
                 && self.is_read.is_empty()
-                && !self.engine.is_giving_back();
+                && !self.engine.is_giving_back()
+                && self.engine.is_buffer_settled();
             let Phase::Copying { flush } = &mut self.phase else {
                 unreachable!("called in this phase only");
             };
@@ -637,7 +667,7 @@ impl Backup {
             limited,
             retry,
             self.engine.next_retry(),
-            self.next_deadline(),
+            self.next_for_guests(),
         ];
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
@@ -646,9 +676,6 @@ impl Backup {
 
     /// Stands still, but for guests, once nothing else is in flight.
     fn pause(&mut self, status: Status) -> Turn {
-        if matches!(self.phase, Phase::Attaching { .. }) {
-            self.phase = Phase::Created;
-        }
         if self.engine.is_idle_but_urgent() && status == Status::Running {
             self.job.go_to(Status::Paused);
         }
@@ -656,7 +683,7 @@ impl Backup {
             armed.hold = None;
             self.waiting.clear();
         }
-        let times = [self.settle_at(), self.next_deadline()];
+        let times = [self.settle_at(), self.next_for_guests()];
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
         })
@@ -670,9 +697,11 @@ impl Backup {
         self.engine.settle(dirty)
     }
 
-    /// When the target is asked again to settle, if it has failed to.
+    /// When the target, or the buffer, is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
-        self.engine.wants_settle().then_some(self.retry_at)
+        let buffer = self.engine.buffer();
+        let wants_settle = self.engine.wants_settle() || buffer.is_some_and(Buffer::wants_settle);
+        wants_settle.then_some(self.retry_at)
     }
 
     fn failed(
@@ -684,9 +713,16 @@ impl Backup {
         is_urgent: bool,
     ) {
         let is_save = matches!(kind, OpKind::Save(_));
-        if is_save && (side == Side::Buffer || !self.is_waited_for(kind)) {
-            // There may be no space: what the guest waits for goes to the target then, or breaks. Does it not wait
-            // any more, then nothing is missing.
+        if is_save && side == Side::Buffer {
+            return self.buffer_failed(now, kind, error);
+        }
+        if kind == OpKind::SettleSaved {
+            // Whatever becomes of the job, that is needed.
+            self.retry_at = self.backoff.until(now);
+            return self.job.guest_copy_failed(side, kind, error, false);
+        }
+        if is_save && !self.is_waited_for(kind) {
+            // Nothing is missing.
             return;
         }
         let claimed = kind.range().filter(|_| !is_save);

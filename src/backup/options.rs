@@ -41,8 +41,9 @@ pub enum OnCbwError {
 /// waits for it and not for the target. What is saved is copied to the target in the background and then
 /// discarded.
 ///
-/// The job does not settle it: where a driver was dropped with requests in flight, let the device settle before
-/// another job has it. Once it has failed to take something it counts as full until space is given back.
+/// As the target it is to settle where a driver was dropped with requests in flight. Once it has failed to take
+/// something it is left alone for a while: 10 ms, twice as long with each failure up to 5 s, and for want of space
+/// no longer than until some is given back.
 ///
 /// Each cluster is saved at its own offset: a sparse file as long as the disk will do. Whoever drives the job
 /// has the device: see [`Driver::with_buffer`](crate::driver::Driver::with_buffer).
@@ -267,6 +268,14 @@ pub enum BackupError {
         align: u32,
         /// The longest request in bytes that all devices take.
         max_transfer: u32,
+    },
+    /// Not one cluster can be saved in a buffer of that size.
+    #[error("a buffer of at most {bytes_max} bytes has no space for a cluster of {cluster} bytes")]
+    BufferTooSmall {
+        /// As in [`BackupBuffer::bytes_max`].
+        bytes_max: u64,
+        /// The cluster size in bytes.
+        cluster: u64,
     },
     /// Not a number of workers.
     #[error("{0} workers are not between 1 and 1024")]

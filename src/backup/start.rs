@@ -42,6 +42,18 @@ impl Instant {
         self.bitmap.as_ref().map(|&(_, mode)| mode)
     }
 
+    /// Adds to `dirty` all that was to be copied.
+    pub(super) fn add_wanted(&self, claim: &BitmapClaim, dirty: &mut HBitmap) {
+        let bits = match self.sync {
+            BackupSync::Bitmap | BackupSync::Incremental => claim.lock().ok(),
+            BackupSync::Full | BackupSync::Top | BackupSync::None => None,
+        };
+        match bits {
+            Some(bits) => dirty.merge_from(&bits).expect("they are as long"),
+            None => dirty.set_all(),
+        };
+    }
+
     fn hold_back(
         &self,
         locked: &mut Locked<'_>,

@@ -11,8 +11,14 @@
 //! 3. What was saved while it was being copied from the source is copied again, from the buffer: the guest may
 //!    have gone on before the source was read.
 //! 4. Space is used from before something is put in until after it was discarded.
+//! 5. A request that was lost may still change the buffer: it is to settle before the last of it is discarded, and
+//!    before the job is over.
+
+use std::time::Duration;
 
 use crate::bitmap::{CreateError, HBitmap};
+use crate::node::NotSaved;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 /// See the module.
@@ -32,8 +38,27 @@ pub(crate) struct Buffer {
     piece_max: u64,
     bytes_max: u64,
     bytes_peak: u64,
-    /// Whether it has failed to take something since space was given back last.
-    is_full: bool,
+    /// Whether it is to settle: a request to it was lost, and may still change it.
+    unsettled: Option<Unsettled>,
+    /// Set while it is left alone, for it has failed to take something.
+    rest: Option<Rest>,
+}
+
+/// How far it is with settling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unsettled {
+    /// It is to be asked.
+    Ask,
+    /// It was asked.
+    Asked,
+}
+
+/// Why nothing is put in for a while.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    /// What guests are told. For want of space it ends when some is given back, too.
+    why: NotSaved,
+    until: Duration,
 }
 
 /// What can be put in for a guest.
@@ -43,8 +68,8 @@ pub(crate) enum Room {
     For(ByteRange),
     /// Nothing is missing.
     NotNeeded,
-    /// There is no space.
-    None,
+    /// There is no space, or it has failed just now.
+    None(NotSaved),
 }
 
 impl Buffer {
@@ -66,7 +91,8 @@ impl Buffer {
             piece_max,
             bytes_max,
             bytes_peak: 0,
-            is_full: false,
+            unsettled: None,
+            rest: None,
         })
     }
 
@@ -98,12 +124,13 @@ impl Buffer {
                 break;
             }
         }
-        match found {
-            None => Room::NotNeeded,
-            Some(piece) if self.is_full || self.bytes() + piece.len() > self.bytes_max => {
-                Room::None
+        match (found, self.rest) {
+            (None, _) => Room::NotNeeded,
+            (Some(_), Some(rest)) => Room::None(rest.why),
+            (Some(piece), None) if self.bytes() + piece.len() > self.bytes_max => {
+                Room::None(NotSaved::Full)
             }
-            Some(piece) => Room::For(piece),
+            (Some(piece), None) => Room::For(piece),
         }
     }
 
@@ -164,10 +191,23 @@ impl Buffer {
         }
     }
 
-    /// It was not put in, and may be for want of space.
-    pub(crate) fn failed(&mut self, range: ByteRange) {
-        self.stop(range);
-        self.is_full = true;
+    /// It has failed to take something, and is left alone until then.
+    pub(crate) fn leave_alone(&mut self, why: NotSaved, until: Duration) {
+        self.rest = Some(Rest { why, until });
+    }
+
+    /// When it is tried again, if it is left alone.
+    pub(crate) fn next_try(&self) -> Option<Duration> {
+        self.rest.map(|rest| rest.until)
+    }
+
+    /// Whether it is to be tried again just now.
+    pub(crate) fn try_again(&mut self, now: Duration) -> bool {
+        let is_due = self.rest.is_some_and(|rest| rest.until <= now);
+        if is_due {
+            self.rest = None;
+        }
+        is_due
     }
 
     /// The first run of what is saved from `start` on.
@@ -193,8 +233,8 @@ impl Buffer {
     /// What is to be discarded next, at most `max` bytes, if the buffer can discard. `is_over` says that nothing is
     /// left to be copied.
     pub(crate) fn next_unneeded(&mut self, max: u64, is_over: bool) -> Option<ByteRange> {
-        if is_over && self.saving.is_empty() {
-            // Not before: the same clusters might be put in once more.
+        if is_over && self.saving.is_empty() && self.is_settled() {
+            // Not before: the same clusters might be put in once more, or one that was lost still lands.
             self.unneeded.append(&mut self.strays);
         }
         let range = self.unneeded.pop()?;
@@ -206,6 +246,33 @@ impl Buffer {
         Some(range)
     }
 
+    /// A request to it was lost.
+    pub(crate) fn lose(&mut self) {
+        if !is_broken(Sabotage::DoNotSettleBuffer) {
+            self.unsettled = Some(Unsettled::Ask);
+        }
+    }
+
+    /// Whether it is to be asked to settle.
+    pub(crate) fn wants_settle(&self) -> bool {
+        self.unsettled == Some(Unsettled::Ask)
+    }
+
+    /// It is asked to settle.
+    pub(crate) fn settle(&mut self) {
+        self.unsettled = Some(Unsettled::Asked);
+    }
+
+    /// It has settled.
+    pub(crate) fn settled(&mut self) {
+        self.unsettled = None;
+    }
+
+    /// Whether nothing that was lost can change it any more.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.unsettled.is_none()
+    }
+
     /// Nobody knows whether it was discarded.
     pub(crate) fn discard_again(&mut self, range: ByteRange) {
         self.discarding -= range.len();
@@ -215,6 +282,6 @@ impl Buffer {
     /// It was discarded. What could not be is never told here, and its space stays in use.
     pub(crate) fn discarded(&mut self, range: ByteRange) {
         self.discarding -= range.len();
-        self.is_full = false;
+        self.rest = self.rest.filter(|rest| rest.why != NotSaved::Full);
     }
 }

@@ -73,6 +73,11 @@ impl Claims {
 
     /// The first claim that overlaps `range`.
     pub(crate) fn first_in(&self, range: ByteRange) -> Option<ByteRange> {
+        // Nothing overlaps, so they end in the order in which they start: if the last does not reach into it none does.
+        let (_, last) = self.by_start.range(..range.end()).next_back()?;
+        if last.range.end() <= range.start() {
+            return None;
+        }
         let before = self.by_start.range(..=range.start()).next_back();
         let after = self.by_start.range(range.start()..range.end()).next();
         before

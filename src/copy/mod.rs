@@ -178,6 +178,9 @@ impl Extent {
 #[must_use = "an operation that is not reported back holds up its job"]
 pub struct Op {
     id: OpId,
+    /// Where it is kept by who has handed it out.
+    slot: u32,
+    is_urgent: bool,
     kind: OpKind,
 }
 
@@ -217,6 +220,8 @@ pub enum OpKind {
     Flush,
     /// Wait until no earlier request to the target, also one nobody waits for any more, can change it.
     Settle,
+    /// The same of the buffer.
+    SettleSaved,
     /// Have the target give up requests that it cannot finish soon, if it can. Waits for nothing.
     CancelInFlight,
 }
@@ -248,11 +253,23 @@ pub(crate) struct OpId(u64);
 
 impl Op {
     pub(crate) fn new(kind: OpKind) -> Self {
+        Self::in_slot(kind, u32::MAX, false)
+    }
+
+    pub(crate) fn in_slot(kind: OpKind, slot: u32, is_urgent: bool) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: OpId(NEXT.fetch_add(1, Ordering::Relaxed)),
+            slot,
+            is_urgent,
             kind,
         }
+    }
+
+    /// Whether a guest waits for it: it is to go before what others are to do.
+    #[must_use]
+    pub fn is_urgent(&self) -> bool {
+        self.is_urgent
     }
 
     /// What is to be done.
@@ -263,6 +280,10 @@ impl Op {
 
     pub(crate) fn id(&self) -> OpId {
         self.id
+    }
+
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot
     }
 }
 
@@ -285,7 +306,7 @@ impl OpKind {
             | OpKind::DiscardSource(range)
             | OpKind::Compare(range, _)
             | OpKind::Status(range) => Some(range),
-            OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
+            OpKind::Flush | OpKind::Settle | OpKind::SettleSaved | OpKind::CancelInFlight => None,
         }
     }
 
@@ -298,7 +319,7 @@ impl OpKind {
             | OpKind::Compare(..) => [Side::Source, Side::Target],
             OpKind::Save(_) => [Side::Source, Side::Buffer],
             OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
-            OpKind::DiscardSaved(_) => [Side::Buffer; 2],
+            OpKind::DiscardSaved(_) | OpKind::SettleSaved => [Side::Buffer; 2],
             OpKind::Status(_) | OpKind::DiscardSource(_) => [Side::Source; 2],
             OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)

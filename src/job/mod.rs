@@ -57,7 +57,7 @@ pub(crate) use machine::Asked;
 use members::Members;
 use options::check_somebody_resumes;
 pub use options::{JobOptions, JobOptionsError};
-pub(crate) use policy::Backoff;
+pub(crate) use policy::{Backoff, is_no_space};
 pub use policy::{ErrorAction, IoStatus, OnError};
 use registry::Registry;
 pub use registry::{Jobs, Shutdown};

@@ -50,7 +50,11 @@ impl Mirror {
             Phase::Copying { .. } | Phase::InSync(End::Open | End::Flushing | End::Flushed) => true,
             _ => false,
         };
-        self.engine.narrow(self.active.watch.narrow());
+        let background_max = match self.active.watch.narrow() {
+            0 => u64::MAX,
+            times => self.engine.in_flight_max() >> times.min(63),
+        };
+        self.engine.limit_background(background_max);
         let is_wanted = match mode {
             CopyMode::Background => false,
             CopyMode::WriteBlocking => true,

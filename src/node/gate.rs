@@ -433,7 +433,7 @@ impl Gate {
     /// Writes are not held back any more, if it is that hold that does: as [`Held::end`].
     pub(super) fn let_go(&self, hold: u64) -> Option<(Option<Waker>, Vec<Waker>)> {
         let mut state = self.state.lock();
-        if !state.held.is_by(hold) {
+        if !state.held.is_by(hold) && !is_broken(Sabotage::LetGoLate) {
             return None;
         }
         let rest = self.flags.0.load(Ordering::Relaxed) & !HOLD;

@@ -53,8 +53,9 @@ struct HoldMap {
 #[derive(Default)]
 pub(super) struct Held {
     writers: BTreeMap<WaiterId, HeldWriter>,
-    /// Those the job has not been told of, in the order in which they came.
-    news: Vec<WaiterId>,
+    /// Those the job has not been told of, in the order in which they came. None of them but who waits.
+    news: BTreeMap<u64, WaiterId>,
+    next_news: u64,
     /// Wakes who drives the job.
     job: Option<Waker>,
     /// How many holds there were.
@@ -66,6 +67,8 @@ pub(super) struct Held {
 struct HeldWriter {
     range: ByteRange,
     waker: Option<Waker>,
+    /// Where it is in the news.
+    news: u64,
     /// What the job has decided, if it has given up.
     refused: Option<NotSaved>,
 }
@@ -207,11 +210,14 @@ impl Held {
     ) -> [Option<Waker>; 2] {
         let mut job = None;
         let writer = self.writers.entry(id).or_insert_with(|| {
-            self.news.push(id);
+            let news = self.next_news;
+            self.next_news += 1;
+            self.news.insert(news, id);
             job = self.job.clone();
             HeldWriter {
                 range,
                 waker: None,
+                news,
                 refused: None,
             }
         });
@@ -231,7 +237,9 @@ impl Held {
     /// It does not wait any more. Gives back a waker to drop outside of the lock.
     #[must_use]
     pub(super) fn remove(&mut self, id: WaiterId) -> Option<Waker> {
-        self.writers.remove(&id)?.waker
+        let writer = self.writers.remove(&id)?;
+        self.news.remove(&writer.news);
+        writer.waker
     }
 
     fn wakers_in(&mut self, range: ByteRange) -> Vec<Waker> {
@@ -283,7 +291,7 @@ impl WriteHold {
             }
         };
         let wakers = self.node.gate.with_held(|held| {
-            if !held.is_by(self.id) {
+            if !held.is_by(self.id) && !is_broken(Sabotage::LetGoLate) {
                 return Vec::new();
             }
             if is_in_order {
@@ -324,7 +332,7 @@ impl WriteHold {
                 return (Vec::new(), unused);
             }
             let news = std::mem::take(&mut held.news);
-            let news = news.into_iter().filter_map(|id| {
+            let news = news.into_values().filter_map(|id| {
                 let range = held.writers.get(&id)?.range;
                 Some(WaitingWrite { id, range })
             });

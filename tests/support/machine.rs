@@ -137,7 +137,7 @@ pub(crate) struct Machine {
     /// For a target that fills the rest of a cluster at the first write to it.
     cluster: Option<u64>,
     allocated: BTreeSet<u64>,
-    events: Vec<Event>,
+    pub(crate) events: Vec<Event>,
     current: u64,
 }
 
@@ -460,6 +460,7 @@ impl Machine {
             | OpKind::CopySaved(_)
             | OpKind::CopySavedCompressed(_)
             | OpKind::DiscardSaved(_)
+            | OpKind::SettleSaved
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => {
                 unreachable!("a mirror asks for none of these")

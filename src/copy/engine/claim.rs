@@ -34,9 +34,6 @@ impl Engine {
     /// Finds the next dirty run that is free, clears its bits and claims it.
     pub(super) fn claim(&mut self, dirty: &mut HBitmap) -> bool {
         let start_of_search = self.cursor;
-        if self.claim_saved(dirty) {
-            return true;
-        }
         self.blocked = None;
         let found = self.claim_in((start_of_search..self.shape.len).into(), dirty)
             || self.claim_in((0..start_of_search).into(), dirty);
@@ -47,7 +44,7 @@ impl Engine {
         found
     }
 
-    /// What is in the buffer goes first, so that there is space for more.
+    /// What is in the buffer goes first, also before what was claimed already, so that there is space for more.
     pub(super) fn claim_saved(&mut self, dirty: &mut HBitmap) -> bool {
         let mut after = 0;
         for _ in 0..SAVED_TRIES {
@@ -59,7 +56,7 @@ impl Engine {
                 return false;
             };
             if let Some((free, _)) = self.claim_free(run, self.run_max, dirty) {
-                self.ready.push_back(free.start());
+                self.ready.push_front(free.start());
                 return true;
             }
             after = run.end();
@@ -168,8 +165,17 @@ impl Engine {
         if !self.is_claimed_by(range, id) {
             return Done::Status(range, extent);
         }
-        let Claim { align, .. } = self.claims.take(range.start());
+        let align = self.claims.get(range.start()).expect("as seen").align;
         let extent = extent.or_data(range);
+        if let Some(kind) = self.whole_piece(range, align, extent) {
+            // The usual, in one step.
+            self.run_max = self.shape.run_max;
+            self.claims
+                .set_state(range.start(), ClaimState::Planned(kind));
+            self.ready.push_front(range.start());
+            return Done::Nothing;
+        }
+        self.claims.take(range.start());
         let known_end = range.start().saturating_add(extent.len).min(range.end());
         let (skipped, known_end) = self.skippable((range.start()..known_end).into(), align, extent);
         if let Some(buffer) = &mut self.buffer {
@@ -226,6 +232,17 @@ impl Engine {
                 Done::Skipped(skipped)
             }
         }
+    }
+
+    /// What is to be done with all of `range`, if it is data and goes in one piece.
+    fn whole_piece(&self, range: ByteRange, align: u64, extent: Extent) -> Option<OpKind> {
+        let is_known = extent.content == Content::Data && extent.len >= range.len();
+        let is_wanted = extent.in_top || !self.shape.only_top;
+        if !(is_known && is_wanted && range.len() <= self.shape.run_max) {
+            return None;
+        }
+        let kind = self.shape.piece(range, align, extent);
+        (kind.range() == Some(range)).then_some(kind)
     }
 
     /// What of `known` is not to be copied, from its start on, and up to where the source's answer is used.

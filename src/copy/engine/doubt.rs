@@ -107,7 +107,7 @@ impl Engine {
         }
         let by = doubts.by;
         let most = OpKind::Compare((0..self.shape.chunk_max).into(), by).buffered_bytes();
-        if self.buffered_bytes + most > self.buf_size {
+        if self.running.buffered_bytes() + most > self.buf_size {
             return None;
         }
         let start_of_search = doubts.cursor.min(self.shape.len);
@@ -300,9 +300,10 @@ impl Engine {
                     .overlapping(unit)
                     .any(|claim| match claim.state {
                         ClaimState::Planned(OpKind::Compare(..)) => true,
-                        ClaimState::Running(id) => {
-                            matches!(self.running.get(&id), Some(OpKind::Compare(..)))
-                        }
+                        ClaimState::Running(id) => self
+                            .running
+                            .iter()
+                            .any(|out| out.id == id && matches!(out.kind, OpKind::Compare(..))),
                         _ => false,
                     });
                 if is_open || is_claimed || doubts.map.any_dirty_in(unit) {

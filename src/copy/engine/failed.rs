@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::running::Out;
 use super::{Engine, make_dirty};
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState};
@@ -17,6 +18,10 @@ impl Engine {
 
     /// The request to settle, if ranges wait for one.
     pub(crate) fn settle(&mut self, dirty: Option<&mut HBitmap>) -> Option<Op> {
+        if let Some(buffer) = self.buffer.as_mut().filter(|buffer| buffer.wants_settle()) {
+            buffer.settle();
+            return Some(self.hand_out_aside(OpKind::SettleSaved));
+        }
         if let (true, Some(dirty)) = (is_broken(Sabotage::DoNotSettle), dirty) {
             self.settled(dirty);
         }
@@ -65,12 +70,8 @@ impl Engine {
     /// and must be asked for again.
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
-        self.aside.clear();
         self.lose_questions();
-        for (id, kind) in std::mem::take(&mut self.running) {
-            if !self.urgent.remove(&id) {
-                self.buffered_bytes -= kind.buffered_bytes();
-            }
+        for Out { id, kind, .. } in self.running.take_all() {
             match kind {
                 OpKind::Status(range) if self.is_claimed_by(range, id) => {
                     self.claims.set_state(range.start(), ClaimState::Look);
@@ -97,11 +98,18 @@ impl Engine {
                 OpKind::Save(range) => {
                     if let Some(buffer) = &mut self.buffer {
                         buffer.stop(range);
+                        buffer.lose();
                     }
                 }
                 OpKind::DiscardSaved(range) => {
                     if let Some(buffer) = &mut self.buffer {
                         buffer.discard_again(range);
+                        buffer.lose();
+                    }
+                }
+                OpKind::SettleSaved => {
+                    if let Some(buffer) = &mut self.buffer {
+                        buffer.lose();
                     }
                 }
                 OpKind::GiveUp(_) => self.has_lost_discard = true,

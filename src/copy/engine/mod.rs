@@ -27,19 +27,22 @@
 mod claim;
 mod doubt;
 mod failed;
+mod running;
 mod urgent;
 mod zeroes;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::io;
 
 use crate::bitmap::HBitmap;
 use crate::copy::claims::{Claim, ClaimState, Claims};
 use crate::copy::doubts::Doubts;
 use crate::copy::{Buffer, Extent, IfZero, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
-use crate::node::ActiveClaims;
+use crate::node::{ActiveClaims, NotSaved};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
+
+use running::{Out, Rank, Running};
 
 /// Ranges that failed and wait to be tried again, at most: so many areas may be bad before others have to
 /// wait, and so often is a device asked in vain that is dead.
@@ -55,16 +58,13 @@ pub(crate) struct Engine {
     workers: usize,
     /// Bytes held in buffers at the same time, at most.
     buf_size: u64,
+    /// The same for now, so that guests need not wait for them.
+    background_max: u64,
     claims: Claims,
     /// Where the claims start that wait to be looked at or handed out, in that order.
     ready: VecDeque<u64>,
     /// Everything handed out and not reported back.
-    running: BTreeMap<OpId, OpKind>,
-    /// Those of them that guests wait for. They count neither as workers nor as buffers.
-    urgent: BTreeSet<OpId>,
-    /// Those that nobody waits for. They are no workers either.
-    aside: BTreeSet<OpId>,
-    buffered_bytes: u64,
+    running: Running,
     /// Where the search for dirty ranges goes on.
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
@@ -82,8 +82,6 @@ pub(crate) struct Engine {
     buffer: Option<Buffer>,
     /// The first block that could not be claimed for an active write, when a claim was tried last.
     blocked: Option<ByteRange>,
-    /// Bytes that may be under way to the target, beside one operation, so that others need not wait for long there.
-    narrowed: u64,
     /// Whether the guest is held: then nobody waits whom the job has given way to.
     is_guest_held: bool,
     /// Whether a request to settle is out.
@@ -123,8 +121,8 @@ pub(crate) enum Urgent {
     Op(Op),
     /// Nothing more just now: all is on its way, or too much is for guests already.
     Wait,
-    /// There is no space in the buffer.
-    Full,
+    /// There is no space in the buffer, or it has failed just now, or there is no buffer.
+    NoRoom(NotSaved),
 }
 
 /// What became of an operation that was reported back.
@@ -170,15 +168,13 @@ impl Engine {
             .transpose()?;
         Ok(Self {
             buf_size: buf_size.max(shape.chunk_max),
+            background_max: u64::MAX,
             run_max: shape.run_max,
             shape,
             workers,
             claims: Claims::default(),
             ready: VecDeque::new(),
-            running: BTreeMap::new(),
-            urgent: BTreeSet::new(),
-            aside: BTreeSet::new(),
-            buffered_bytes: 0,
+            running: Running::default(),
             cursor: 0,
             filled,
             copy_by: CopyBy::Buffer,
@@ -188,7 +184,6 @@ impl Engine {
             detects_zeroes: false,
             buffer: None,
             blocked: None,
-            narrowed: u64::MAX,
             is_guest_held: false,
             is_settling: false,
             has_lost_discard: false,
@@ -219,44 +214,9 @@ impl Engine {
             .min(self.shape.chunk_max.saturating_mul(workers))
     }
 
-    /// Halves what is under way to the target at once, so often. One operation may be.
-    pub(crate) fn narrow(&mut self, times: u32) {
-        self.narrowed = match times {
-            0 => u64::MAX,
-            _ => self.in_flight_max() >> times.min(63),
-        };
-    }
-
-    /// Whether no more is under way than is to be.
+    /// Whether no more is in flight in the background than is to be.
     pub(crate) fn is_narrow(&self) -> bool {
-        self.buffered_bytes <= self.narrowed.max(self.shape.chunk_max)
-    }
-
-    /// Cuts a copy that is longer than all that may be under way.
-    fn cut(&mut self, start: u64) {
-        let Some(&Claim {
-            range,
-            align,
-            state,
-        }) = self.claims.get(start)
-        else {
-            return;
-        };
-        let most = (self.narrowed / align * align).max(align);
-        if range.len() <= most || !matches!(state, ClaimState::Planned(OpKind::Copy(_))) {
-            return;
-        }
-        let (first, rest) = range.split_at(start + most);
-        let _whole = self.claims.take(start);
-        for range in [first, rest] {
-            let state = ClaimState::Planned(OpKind::Copy(range));
-            self.claims.put(Claim {
-                range,
-                align,
-                state,
-            });
-        }
-        self.ready.insert(1, rest.start());
+        self.background_bytes() <= self.background_max.max(self.shape.chunk_max)
     }
 
     /// Whether the guest is held, for what is claimed next.
@@ -280,6 +240,10 @@ impl Engine {
         }
     }
 
+    pub(crate) fn buffer_mut(&mut self) -> Option<&mut Buffer> {
+        self.buffer.as_mut()
+    }
+
     pub(crate) fn buffer(&self) -> Option<&Buffer> {
         self.buffer.as_ref()
     }
@@ -290,14 +254,19 @@ impl Engine {
 
     /// Whether nothing is handed out and nothing can still change the target.
     pub(crate) fn is_idle(&self) -> bool {
-        self.running.is_empty() && !self.has_lost()
+        self.running.is_empty() && !self.has_lost() && self.is_buffer_settled()
+    }
+
+    /// Whether nothing that was lost can change the buffer any more.
+    pub(crate) fn is_buffer_settled(&self) -> bool {
+        self.buffer.as_ref().is_none_or(Buffer::is_settled)
     }
 
     /// Operations that may still change the target: not reported back, or lost.
     pub(crate) fn unsettled(&self) -> usize {
-        let running = self.running.values();
+        let running = self.running.iter();
         let running =
-            running.filter(|kind| kind.writes_target() || matches!(kind, OpKind::GiveUp(_)));
+            running.filter(|out| out.kind.writes_target() || matches!(out.kind, OpKind::GiveUp(_)));
         running.count() + self.claims.lost() + usize::from(self.has_lost_discard)
     }
 
@@ -318,16 +287,16 @@ impl Engine {
     }
 
     pub(crate) fn is_flushing(&self) -> bool {
-        self.running.values().any(|&kind| kind == OpKind::Flush)
+        self.running.iter().any(|out| out.kind == OpKind::Flush)
     }
 
     pub(crate) fn has_free_worker(&self) -> bool {
-        self.running.len() - self.urgent.len() - self.aside.len() < self.workers
+        self.running.workers() < self.workers
     }
 
     /// Whether nothing is in flight but what guests wait for, or nobody does.
     pub(crate) fn is_idle_but_urgent(&self) -> bool {
-        self.running.len() == self.urgent.len() + self.aside.len() && !self.has_lost()
+        self.running.workers() == 0 && !self.has_lost()
     }
 
     /// Hands out an operation that belongs to no claim.
@@ -337,10 +306,7 @@ impl Engine {
             self.has_unflushed = false;
         }
         self.note_zeroes(kind);
-        let op = Op::new(kind);
-        self.running.insert(op.id(), kind);
-        self.buffered_bytes += kind.buffered_bytes();
-        op
+        self.running.hand_out(kind, Rank::Worker)
     }
 
     /// The next operation, if there is work and room for it.
@@ -351,11 +317,14 @@ impl Engine {
         self.hear_of_writes();
         let may_claim =
             budget == Budget::Claim && self.claims.parked() < PARKED_MAX && !self.looks_far_ahead();
-        if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
+        let has_saved = may_claim && !self.is_saved_next() && self.claim_saved(dirty);
+        if self.ready.is_empty() && !has_saved && !(may_claim && self.claim(dirty)) {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
-        self.cut(start);
+        if self.background_max < self.shape.chunk_max {
+            self.cut_short(start);
+        }
         let claim = self
             .claims
             .get(start)
@@ -368,9 +337,9 @@ impl Engine {
             }
         };
         let is_free = self.cost(kind) == 0;
-        let most = self.buf_size.min(self.narrowed);
-        let is_alone = self.buffered_bytes == 0;
-        let fits = is_alone || self.buffered_bytes + kind.buffered_bytes() <= most;
+        let buffered = self.running.buffered_bytes() + kind.buffered_bytes();
+        let is_alone = self.running.buffered_bytes() == 0;
+        let fits = buffered <= self.buf_size && (is_alone || buffered <= self.background_max);
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
@@ -383,14 +352,60 @@ impl Engine {
         Some(op)
     }
 
+    /// Whether what is to be handed out next comes from the buffer.
+    fn is_saved_next(&self) -> bool {
+        let next = self.ready.front().and_then(|&start| self.claims.get(start));
+        next.is_some_and(|claim| matches!(claim.state, ClaimState::Planned(OpKind::CopySaved(_))))
+    }
+
+    /// For now no more is in flight in the background than that, or than the least that is copied at once.
+    pub(crate) fn limit_background(&mut self, bytes: u64) {
+        self.background_max = bytes;
+    }
+
+    /// Bytes in flight in the background.
+    pub(crate) fn background_bytes(&self) -> u64 {
+        self.running.buffered_bytes()
+    }
+
+    /// Cuts what is planned so that it is in flight for no longer than guests may wait. The rest stays planned.
+    fn cut_short(&mut self, start: u64) {
+        let claim = *self
+            .claims
+            .get(start)
+            .expect("what is in the queue is claimed");
+        let (range, align) = (claim.range, claim.align);
+        let cut = |make: fn(ByteRange) -> OpKind| {
+            let most = (self.background_max & !(align - 1)).max(align);
+            let (first, rest) = range.split_at(range.start().saturating_add(most));
+            (!rest.is_empty()).then(|| (make(first), make(rest)))
+        };
+        let pieces = match claim.state {
+            ClaimState::Planned(OpKind::Copy(_)) => cut(OpKind::Copy),
+            ClaimState::Planned(OpKind::CopySaved(_)) => cut(OpKind::CopySaved),
+            _ => None,
+        };
+        let Some((first, rest)) = pieces else {
+            return;
+        };
+        self.claims.take(start);
+        self.ready.pop_front();
+        for kind in [rest, first] {
+            let range = kind.range().expect("a copy has a range");
+            let state = ClaimState::Planned(kind);
+            self.claims.put(Claim {
+                range,
+                align,
+                state,
+            });
+            self.ready.push_front(range.start());
+        }
+    }
+
     /// Whether more is being asked about than is copied soon. A source may have to search long for where data
     /// ends, and what it has found for one request then serves those that come later.
     fn looks_far_ahead(&self) -> bool {
-        let bytes = self.running.values().map(|&kind| match kind {
-            OpKind::Status(range) => range.len(),
-            _ => 0,
-        });
-        bytes.sum::<u64>() >= self.buf_size.saturating_mul(2)
+        self.running.looked_at_bytes() >= self.buf_size.saturating_mul(2)
     }
 
     /// How a range of the target can be discarded: what it is aligned to and how long it may be.
@@ -434,13 +449,9 @@ impl Engine {
         outcome: Outcome,
         mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
-        let kind = self.running.remove(&op.id())?;
+        let Out { kind, rank, .. } = self.running.take_back(&op)?;
         self.hear_of_writes();
-        let is_urgent = self.urgent.remove(&op.id());
-        self.aside.remove(&op.id());
-        if !is_urgent {
-            self.buffered_bytes -= kind.buffered_bytes();
-        }
+        let is_urgent = rank == Rank::Urgent;
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
         if let OpKind::Status(_) = kind {
@@ -548,7 +559,7 @@ impl Engine {
                 };
                 if let Some(buffer) = &mut self.buffer {
                     match side {
-                        Side::Buffer => buffer.failed(range),
+                        Side::Buffer => buffer.stop(range),
                         Side::Source | Side::Target => buffer.end_saving(range),
                     }
                 }
@@ -564,6 +575,30 @@ impl Engine {
                     buffer.discarded(range);
                 }
                 Done::Nothing
+            }
+            (OpKind::SettleSaved, Outcome::Done) => {
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.settled();
+                }
+                Done::Nothing
+            }
+            (OpKind::SettleSaved, outcome) => {
+                // Then it is not settled.
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.lose();
+                }
+                Done::Failed {
+                    side: Side::Buffer,
+                    kind,
+                    error: match outcome {
+                        Outcome::Failed { error, .. } => error,
+                        Outcome::Done
+                        | Outcome::Zeroes
+                        | Outcome::Status(_)
+                        | Outcome::Compared(_) => wrong_answer(),
+                    },
+                    is_urgent,
+                }
             }
             (OpKind::Flush, Outcome::Done) => Done::Flushed,
             (OpKind::Settle, Outcome::Done) => {
@@ -646,25 +681,22 @@ impl Engine {
                     assert!(self.ready.contains(&claim.range.start()), "7: forgotten");
                 }
                 ClaimState::Running(id) => {
-                    assert_eq!(self.running[&id].range(), Some(claim.range));
+                    let mut running = self.running.iter();
+                    let out = running.find(|out| out.id == id).expect("it is out");
+                    assert_eq!(out.kind.range(), Some(claim.range));
                 }
                 ClaimState::Parked { .. } | ClaimState::Lost => {}
             }
         }
         assert_eq!(bytes, self.claims.bytes());
-        for (id, kind) in &self.running {
+        for &Out { id, kind, .. } in self.running.iter() {
             if kind.writes_target() {
                 let range = kind.range().expect("a write has a range");
-                assert!(self.is_claimed_by(range, *id), "3: a write without a claim");
+                assert!(self.is_claimed_by(range, id), "3: a write without a claim");
             }
         }
-        let background = self
-            .running
-            .iter()
-            .filter(|(id, _)| !self.urgent.contains(id));
-        let buffered: u64 = background.map(|(_, kind)| kind.buffered_bytes()).sum();
-        assert_eq!(buffered, self.buffered_bytes);
-        assert!(buffered <= self.buf_size);
+        self.running.check_invariants();
+        assert!(self.running.buffered_bytes() <= self.buf_size);
     }
 
     fn is_claimed_by(&self, range: ByteRange, id: OpId) -> bool {

@@ -1,10 +1,12 @@
 //! What guests wait for, and what nobody waits for: the operations that are no workers.
 
+use super::running::Rank;
 use super::{Engine, Urgent, make_dirty};
 use crate::bitmap::HBitmap;
 use crate::copy::buffer::Room;
 use crate::copy::claims::{Claim, ClaimState};
 use crate::copy::{Op, OpKind};
+use crate::node::NotSaved;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -17,21 +19,20 @@ const ASIDE_MAX: usize = 64;
 impl Engine {
     /// The next operation that puts into the buffer, or discards there.
     pub(crate) fn next_of_buffer(&mut self, dirty: &HBitmap, range: ByteRange) -> Urgent {
-        if self.urgent.len() >= URGENT_MAX {
+        if self.running.urgent() >= URGENT_MAX {
             return Urgent::Wait;
         }
         let claims = &self.claims;
         let is_wanted = |range| dirty.any_dirty_in(range) || claims.first_in(range).is_some();
         let Some(buffer) = &mut self.buffer else {
-            return Urgent::Full;
+            return Urgent::NoRoom(NotSaved::Full);
         };
         match buffer.room(range, is_wanted) {
             Room::NotNeeded => Urgent::Wait,
-            Room::None => Urgent::Full,
+            Room::None(why) => Urgent::NoRoom(why),
             Room::For(piece) => {
                 buffer.begin(piece);
-                let op = self.hand_out(OpKind::Save(piece));
-                self.urgent.insert(op.id());
+                let op = self.running.hand_out(OpKind::Save(piece), Rank::Urgent);
                 Urgent::Op(op)
             }
         }
@@ -39,9 +40,9 @@ impl Engine {
 
     /// Whether something is being put into the buffer, or discarded there or on the source.
     pub(crate) fn is_giving_back(&self) -> bool {
-        self.running.values().any(|kind| {
+        self.running.iter().any(|out| {
             matches!(
-                kind,
+                out.kind,
                 OpKind::Save(_) | OpKind::DiscardSaved(_) | OpKind::DiscardSource(_)
             )
         })
@@ -49,7 +50,7 @@ impl Engine {
 
     /// Whether there may be one more operation that nobody waits for.
     pub(crate) fn has_room_aside(&self) -> bool {
-        self.aside.len() < ASIDE_MAX
+        self.running.aside() < ASIDE_MAX
     }
 
     /// The next range of the buffer that can be given back, of at most `max` bytes.
@@ -65,7 +66,7 @@ impl Engine {
     /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
     /// target, or too much is on its way for guests already.
     pub(crate) fn next_urgent(&mut self, dirty: &mut HBitmap, range: ByteRange) -> Option<Op> {
-        if self.urgent.len() >= URGENT_MAX && !is_broken(Sabotage::LimitUrgent) {
+        if self.running.urgent() >= URGENT_MAX && !is_broken(Sabotage::LimitUrgent) {
             return None;
         }
         if is_broken(Sabotage::LimitUrgent) && !self.has_free_worker() {
@@ -105,18 +106,14 @@ impl Engine {
                 (free.start(), kind)
             }
         };
-        let op = self.hand_out(kind);
-        self.urgent.insert(op.id());
-        self.buffered_bytes -= kind.buffered_bytes();
+        let op = self.running.hand_out(kind, Rank::Urgent);
         self.claims.set_state(start, ClaimState::Running(op.id()));
         Some(op)
     }
 
     /// Hands out what nobody waits for. It counts neither as a worker nor as what guests wait for.
     pub(crate) fn hand_out_aside(&mut self, kind: OpKind) -> Op {
-        let op = self.hand_out(kind);
-        self.aside.insert(op.id());
-        op
+        self.running.hand_out(kind, Rank::Aside)
     }
 
     /// `range`, which is made of whole clusters, is not wanted any more. `false` if something of it is in
