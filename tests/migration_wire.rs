@@ -10,8 +10,12 @@
 
 #[path = "migration/cases.rs"]
 mod cases;
+#[path = "migration/driving.rs"]
+mod driving;
 #[path = "migration/hostile.rs"]
 mod hostile;
+#[path = "migration/odd.rs"]
+mod odd;
 #[path = "sim/rng.rs"]
 #[allow(dead_code, reason = "not everybody needs all of it")]
 mod rng;

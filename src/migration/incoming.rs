@@ -23,7 +23,7 @@ pub struct IncomingOptions {
     pub footers: bool,
     /// Who knows sections that are not about bitmaps. Default nobody.
     pub foreign: Option<Box<dyn ForeignSections>>,
-    /// How many bitmaps may come. Default 65536.
+    /// How many bitmaps may come. Default 4096: what each costs grows with their number.
     pub bitmaps_max: usize,
     /// How many bytes their bits may have in all, which is about a third of the memory that they take while
     /// they come. Default 4 GiB.
@@ -36,7 +36,7 @@ impl Default for IncomingOptions {
             stream: StreamKind::Qemu(Framing::Bare),
             footers: true,
             foreign: None,
-            bitmaps_max: 1 << 16,
+            bitmaps_max: 1 << 12,
             bytes_max: 4 << 30,
         }
     }
@@ -272,15 +272,13 @@ impl IncomingMigration {
     }
 
     /// The guest runs here from now on: each bitmap that recorded on the source records, whether its bits are
-    /// here or not. Before the first write of the guest, with every node quiesced.
+    /// here or not. Before the first write of the guest, with every node quiesced. Told again it changes nothing.
     ///
     /// # Errors
     ///
     /// See [`GuestStartError`]. It can be asked again.
     pub fn guest_starts(&mut self, guards: &[&QuiesceGuard]) -> Result<(), GuestStartError> {
-        self.loader.guest_starts(guards)?;
-        self.loader.events.push_back(IncomingEvent::GuestStarted);
-        Ok(())
+        self.loader.guest_starts(guards)
     }
 
     /// Gives up: what has not arrived is gone. Bytes of QEMU's stream are still read, and nothing is done for

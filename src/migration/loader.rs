@@ -153,7 +153,7 @@ impl Loader {
             None => self
                 .nodes
                 .iter()
-                .position(|node| node.device.as_deref() == Some(text))
+                .position(|node| node.device() == Some(text))
                 .or_else(|| by_name(text)),
         };
         found.ok_or_else(unknown)
@@ -355,6 +355,9 @@ impl Loader {
 
     /// The guest starts here, with the next write.
     pub(super) fn guest_starts(&mut self, guards: &[&QuiesceGuard]) -> Result<(), GuestStartError> {
+        if self.has_guest {
+            return Ok(());
+        }
         let guard_of = |node: &MigratingNode| {
             let mut found = guards.iter().filter(|guard| guard.is_of(&node.node));
             found.next().ok_or_else(|| GuestStartError::NotQuiesced {
@@ -375,6 +378,7 @@ impl Loader {
             arrival.record(guard_of(&self.nodes[node])?)?;
         }
         self.has_guest = true;
+        self.events.push_back(IncomingEvent::GuestStarted);
         for known in &mut self.bitmaps {
             known.stage = match std::mem::replace(&mut known.stage, Stage::Dropped) {
                 Stage::Whole(mut arrival) => {

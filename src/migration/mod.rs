@@ -133,6 +133,11 @@ pub struct MigratingNode {
 }
 
 impl MigratingNode {
+    /// The device that it is attached to. An empty name is none.
+    fn device(&self) -> Option<&str> {
+        self.device.as_deref().filter(|device| !device.is_empty())
+    }
+
     /// A disk by its name.
     #[must_use]
     pub fn new(name: impl Into<String>, node: &Node) -> Self {
@@ -166,7 +171,8 @@ impl BitmapMigration {
         Self::default()
     }
 
-    /// With one more disk. Of two that are the same disk, or that have the same name, the first counts.
+    /// With one more disk. Of two entries for one disk the first is sent. Two disks of one name cannot both be
+    /// [sent](SetupError::NodeTwice); what comes for that name comes to the first.
     #[must_use]
     pub fn with(mut self, node: MigratingNode) -> Self {
         self.nodes.push(node);

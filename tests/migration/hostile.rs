@@ -14,7 +14,7 @@ const SECTORS: u32 = 25_600;
 
 /// Records, one after the other.
 #[derive(Clone, Default)]
-struct Stream(Vec<u8>);
+pub(crate) struct Stream(Vec<u8>);
 
 impl Stream {
     fn named(mut self, flags: u8, node: &[u8], bitmap: &[u8]) -> Self {
@@ -559,4 +559,22 @@ fn what_is_around_the_records_is_looked_at() {
     let followed = whole(&[&section(1), &other, &footer(7), device, b"whatever"]);
     incoming.feed(&followed).unwrap();
     incoming.finish().unwrap();
+}
+
+#[test]
+fn no_sectors_are_none_wherever_they_are() {
+    let start = || stream().start("b");
+    for sector in [0, 77, 25_600, 1 << 40, (1 << 55) - 1] {
+        let nothing = start()
+            .zeroes(sector, 0)
+            .bits(sector, 0, &[])
+            .zeroes(0, SECTORS);
+        assert_eq!(taken(nothing.bytes(&[0x20, 0x01]).0), [], "{sector}");
+        let much = start().bits(sector, 0, &[0; 32]);
+        let (expected, found) = (0, 32);
+        assert_eq!(
+            dropped(much.rest()),
+            Unusable::BufferLength { expected, found }
+        );
+    }
 }

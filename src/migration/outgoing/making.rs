@@ -37,10 +37,11 @@ impl OutgoingMigration {
 
     pub(super) fn has_work(&self) -> bool {
         let announces = self.bitmaps.iter().any(|one| !one.is_announced);
+        let is_live = self.phase == Phase::Running;
         let sends = self
             .bitmaps
             .iter()
-            .any(|one| one.left() > 0 || !one.is_complete);
+            .any(|one| (!is_live && !one.is_complete) || one.left() > 0);
         announces || (self.may_send_bits() && sends && !self.is_sent())
     }
 
@@ -95,10 +96,10 @@ impl OutgoingMigration {
     fn announce(&mut self) {
         if self.phase == Phase::SetUp {
             self.phase = Phase::Running;
+        }
+        if !self.is_set_up {
+            self.is_set_up = true;
             self.events.push_back(OutgoingEvent::SetUp);
-            if let Wire::Qemu(writer) = &mut self.wire {
-                writer.open(PartKind::Start, &mut self.ready);
-            }
         }
         if let Wire::Qemu(writer) = &mut self.wire {
             if !writer.has_started() {
@@ -152,7 +153,9 @@ impl OutgoingMigration {
     fn chunks(&mut self, kind: PartKind, completes: bool) -> bool {
         let mut made = 0;
         let all = self.bitmaps.len();
-        for step in 0..all {
+        // Each has its turn from where it was to its end, and then from its start. So one that changes faster
+        // than it is sent does not keep the others waiting.
+        for step in 0..2 * all {
             let index = (self.turn + step) % all;
             let one = &mut self.bitmaps[index];
             if one.is_complete {
@@ -177,7 +180,7 @@ impl OutgoingMigration {
                     &mut self.ready,
                 );
             }
-            let is_left = one.walk.peek(one.shape, held.changes()).is_some();
+            let is_left = one.walk.is_left(held.changes());
             drop(held);
             if completes && !is_left {
                 self.complete(index, kind);

@@ -51,6 +51,8 @@ pub struct OutgoingMigration {
     mode: Mode,
     wire: Wire,
     phase: Phase,
+    /// Whether it was told that all bitmaps are announced.
+    is_set_up: bool,
     /// Whose turn it is.
     turn: usize,
     /// What was made and not taken yet.
@@ -110,6 +112,7 @@ impl BitmapMigration {
                 StreamKind::Native { session } => Wire::Native(Box::new(Native::new(session))),
             },
             phase: Phase::SetUp,
+            is_set_up: false,
             turn: 0,
             ready: Vec::new(),
             taken: 0,
@@ -128,7 +131,8 @@ impl OutgoingMigration {
     /// # Errors
     ///
     /// [`GuestWrote`](OutgoingError::GuestWrote): the guest was said to stand still, and wrote. The migration has
-    /// failed then. [`Over`](OutgoingError::Over) afterwards.
+    /// failed then. [`Over`](OutgoingError::Over) afterwards. [`Lost`](OutgoingError::Lost) after the
+    /// [driver](super::driver::send) has lost bytes of a native stream, until it has another connection.
     pub fn next_bytes(&mut self, now: Duration, out: &mut [u8]) -> Result<Next, OutgoingError> {
         if let Some(next) = self.make_ready(now)? {
             return Ok(next);
@@ -180,6 +184,9 @@ impl OutgoingMigration {
         if self.phase == Phase::Over {
             return Err(OutgoingError::Over);
         }
+        if matches!(&self.wire, Wire::Native(native) if native.is_lost) {
+            return Err(OutgoingError::Lost);
+        }
         if self.taken < self.ready.len() {
             return Ok(None);
         }
@@ -197,6 +204,14 @@ impl OutgoingMigration {
         let len = self.ready.len() as u64;
         self.rate.account(if is_limited { len } else { 0 });
         Ok((len == 0).then(|| self.wanted()))
+    }
+
+    /// Bytes that were given out may not have been sent.
+    pub(super) fn lose(&mut self) {
+        match &mut self.wire {
+            Wire::Native(native) => native.is_lost = true,
+            Wire::Qemu(_) => self.fail(OutgoingError::Lost),
+        }
     }
 
     /// So many more bytes were given out.

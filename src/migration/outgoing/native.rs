@@ -24,6 +24,8 @@ pub(super) struct Native {
     pub(super) has_greeted: bool,
     /// After a connection broke: whether the other end has not yet said what it has.
     pub(super) is_waiting: bool,
+    /// Whether bytes of this connection may not have been sent.
+    pub(super) is_lost: bool,
     pub(super) has_ended: bool,
     /// Bytes of an answer that is not whole.
     pub(super) kept: Vec<u8>,
@@ -95,6 +97,7 @@ impl OutgoingMigration {
         };
         native.has_greeted = false;
         native.is_waiting = true;
+        native.is_lost = false;
         native.kept.clear();
         native.heard = 0;
         self.ready.clear();
@@ -216,6 +219,7 @@ impl Native {
             unconfirmed: VecDeque::new(),
             has_greeted: false,
             is_waiting: false,
+            is_lost: false,
             has_ended: false,
             kept: Vec::new(),
             heard: 0,

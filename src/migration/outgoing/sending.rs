@@ -3,7 +3,7 @@
 use super::super::error::SetupError;
 use super::super::mapping::BitmapId;
 use super::super::setup::Selected;
-use super::super::wire::{CHUNK, Shape};
+use super::super::wire::Shape;
 use crate::bitmap::HBitmap;
 use crate::node::BitmapHold;
 use crate::units::ByteRange;
@@ -94,7 +94,8 @@ impl Sending {
             (Walk::Changes { .. }, Some(hold)) => {
                 let held = hold.lock();
                 let changed = held.changes().map_or(0, HBitmap::count);
-                changed.saturating_mul(CHUNK).min(self.shape.bytes())
+                let chunk = self.shape.tracked_chunk() / self.shape.align() * 8;
+                changed.saturating_mul(chunk).min(self.shape.bytes())
             }
         }
     }
@@ -111,32 +112,38 @@ impl Sending {
 }
 
 impl Walk {
-    /// The chunk that comes next, and none after it yet.
-    pub(super) fn peek(&self, shape: Shape, changes: Option<&HBitmap>) -> Option<ByteRange> {
+    /// Whether any chunk is to be sent.
+    pub(super) fn is_left(&self, changes: Option<&HBitmap>) -> bool {
         match *self {
-            Walk::Once(from) => Some(shape.chunk_at(from?, shape.chunk())),
-            Walk::Changes {
-                owes_empty: true, ..
-            } => Some((0..0).into()),
-            Walk::Changes { from, .. } => {
-                let changes = changes?;
-                let found = changes.next_dirty(from..shape.len);
-                let start = found.or_else(|| changes.next_dirty(0..from))?;
-                let start = changes.granularity().align_down(start);
-                Some(shape.chunk_at(start, shape.tracked_chunk()))
+            Walk::Once(from) => from.is_some(),
+            Walk::Changes { owes_empty, .. } => {
+                owes_empty || changes.is_some_and(|changes| !changes.is_clean())
             }
         }
     }
 
+    /// The chunk that comes next. `None` at the end, after which it is looked for from the start.
     pub(super) fn next(&mut self, shape: Shape, changes: Option<&HBitmap>) -> Option<ByteRange> {
-        let range = self.peek(shape, changes)?;
         match self {
-            Walk::Once(from) => *from = (range.end() < shape.len).then_some(range.end()),
+            Walk::Once(from) => {
+                let range = shape.chunk_at((*from)?, shape.chunk());
+                *from = (range.end() < shape.len).then_some(range.end());
+                Some(range)
+            }
             Walk::Changes { from, owes_empty } => {
+                if std::mem::take(owes_empty) {
+                    return Some((0..0).into());
+                }
+                let changes = changes?;
+                let Some(start) = changes.next_dirty(*from..shape.len) else {
+                    *from = 0;
+                    return None;
+                };
+                let start = changes.granularity().align_down(start);
+                let range = shape.chunk_at(start, shape.tracked_chunk());
                 *from = range.end();
-                *owes_empty = false;
+                Some(range)
             }
         }
-        Some(range)
     }
 }

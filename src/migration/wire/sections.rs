@@ -95,7 +95,8 @@ pub struct SkipRam {
 }
 
 impl SkipRam {
-    /// For machines with pages of so many bytes: 4096 on x86. Rounded **up** to a power of two, 4096 at least.
+    /// For machines with pages of so many bytes: 4096 on x86. Rounded **up** to a power of two, 4096 at least and
+    /// 32768 at most.
     #[must_use]
     pub fn new(page: u64) -> Self {
         Self {
@@ -183,10 +184,10 @@ fn be64(bytes: &[u8], at: usize) -> Option<u64> {
 
 /// What comes next outside of bodies.
 pub(super) enum Item {
-    /// Nothing that matters, or the header of the file, or a command.
-    Passed,
     /// As many bytes belong to it that are not looked at.
     Skip(u64),
+    /// As many names follow that are not looked at.
+    Names(u32),
     Part {
         kind: u8,
         id: u32,
@@ -286,12 +287,7 @@ impl Cut<'_> {
         match &name[..] {
             b"configuration/target-page-bits" => Ok(Item::Skip(4)),
             b"configuration/uuid" => Ok(Item::Skip(16)),
-            b"configuration/capabilities" => {
-                for _ in 0..self.be32()? {
-                    self.name()?;
-                }
-                Ok(Item::Passed)
-            }
+            b"configuration/capabilities" => Ok(Item::Names(self.be32()?)),
             _ => Err(Stop::Wrong(1, Fault::Subsection)),
         }
     }
