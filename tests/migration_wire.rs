@@ -19,6 +19,8 @@ mod odd;
 #[path = "sim/rng.rs"]
 #[allow(dead_code, reason = "not everybody needs all of it")]
 mod rng;
+#[path = "migration/rules.rs"]
+mod rules;
 #[path = "migration/truth.rs"]
 mod truth;
 
