@@ -120,7 +120,7 @@ fn sent(
 }
 
 #[test]
-fn every_fixture_is_read_as_what_it_was() {
+pub(crate) fn every_fixture_is_read_as_what_it_was() {
     for fixture in Fixture::all() {
         for (framing, bytes) in [
             (Framing::Whole, fixture.stream.clone()),
@@ -367,4 +367,68 @@ fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
     }
     let piece = [1, 3, 100, 5000, 1 << 20][rng.below(5) as usize];
     survive(fixture, framing, &bytes, piece)
+}
+
+/// Breaks each invariant of what reads a stream on purpose: the test of it must notice.
+#[cfg(debug_assertions)]
+mod sabotage {
+    use super::{cases, hostile};
+    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+    const BROKEN: &[(Sabotage, fn())] = &[
+        (
+            Sabotage::ReplaceLocal,
+            hostile::a_local_bitmap_is_never_written_to,
+        ),
+        (
+            Sabotage::IgnoreLimits,
+            hostile::a_receiver_takes_no_more_than_it_allows,
+        ),
+        (Sabotage::AddLoaded, hostile::what_has_one_meaning_is_taken),
+        (
+            Sabotage::CompleteWithGaps,
+            hostile::a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said,
+        ),
+        (
+            Sabotage::TrustLength,
+            hostile::bits_of_what_is_not_there_are_refused,
+        ),
+        (
+            Sabotage::TakeCutNames,
+            super::every_fixture_is_read_as_what_it_was,
+        ),
+        (
+            Sabotage::ForgetPlace,
+            hostile::whoever_knows_a_section_is_not_given_all_memory,
+        ),
+        (
+            Sabotage::KeepAll,
+            hostile::whoever_knows_a_section_is_not_given_all_memory,
+        ),
+        (Sabotage::IgnoreNumbers, cases::native_frames_are_checked),
+        (Sabotage::TrustFrameLength, cases::native_frames_are_checked),
+    ];
+
+    #[test]
+    fn every_broken_invariant_is_noticed() {
+        // Panics are what is wanted here.
+        let hook = std::panic::take_hook();
+        let here = std::thread::current().id();
+        std::panic::set_hook(Box::new(move |info| {
+            if std::thread::current().id() != here {
+                hook(info);
+            }
+        }));
+        let mut missed = Vec::new();
+        for &(sabotage, test) in BROKEN {
+            break_on_this_thread(Some(sabotage));
+            let noticed = std::panic::catch_unwind(test).is_err();
+            break_on_this_thread(None);
+            if !noticed {
+                missed.push(sabotage);
+            }
+        }
+        drop(std::panic::take_hook());
+        assert!(missed.is_empty(), "not noticed: {missed:?}");
+    }
 }

@@ -220,6 +220,9 @@ impl Loader {
         let place = &self.nodes[node];
         let bitmap = id(&place.name, &name);
         let is_known = |known: &Arriving| known.id == bitmap;
+        if is_broken(Sabotage::ReplaceLocal) {
+            let _ = place.node.bitmaps().remove(&name);
+        }
         if self.bitmaps.iter().any(is_known) || place.node.bitmaps().query(&name).is_ok() {
             return Err(Fault::Exists { bitmap }.into());
         }
@@ -237,7 +240,7 @@ impl Loader {
             }
             .into());
         }
-        if memory > self.allowed.memory {
+        if memory > self.allowed.memory && !is_broken(Sabotage::IgnoreLimits) {
             return Err(Fault::Limit { what: "memory" }.into());
         }
         let is_persistent = persistent.unwrap_or(begins.is_persistent);
@@ -296,6 +299,7 @@ impl Loader {
         let range = range.intersection((0..shape.len).into());
         let len = shape.bytes_of(range);
         let loaded = match bits_of {
+            Bits::Zeroes if is_broken(Sabotage::AddLoaded) => Ok(false),
             Bits::Zeroes => bits.deserialize_zeroes(range),
             Bits::Ones => bits.deserialize_ones(range),
             Bits::Bytes(bytes) => {

@@ -1059,7 +1059,7 @@ pub(crate) fn forged(mut frame: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> V
 }
 
 #[test]
-fn native_frames_are_checked() {
+pub(crate) fn native_frames_are_checked() {
     let from = disk(&[bitmap("a", true, false)]);
     let mut outgoing = one(&from).outgoing(native().0).unwrap();
     stop(&mut outgoing, &from);

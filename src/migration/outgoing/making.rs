@@ -8,6 +8,7 @@ use super::super::wire::writer::PartKind;
 use super::native::Sent;
 use super::{OutgoingMigration, Phase, Wire};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 /// Chunks that are made under one hold of the node's lock, and that a part has before the guest stands still or
@@ -162,6 +163,9 @@ impl OutgoingMigration {
                 continue;
             }
             let mut held = one.hold.as_ref().expect("it is not over").lock();
+            if is_broken(Sabotage::ClearAfterRead) {
+                held.clear_changes(one.walk.read(one.shape));
+            }
             while made < BATCH {
                 let Some(range) = one.walk.next(one.shape, held.changes()) else {
                     break;

@@ -112,6 +112,14 @@ impl Sending {
 }
 
 impl Walk {
+    /// Where chunks were read since the start was passed.
+    pub(super) fn read(&self, shape: Shape) -> ByteRange {
+        match *self {
+            Walk::Once(from) => (0..from.unwrap_or(shape.len)).into(),
+            Walk::Changes { from, .. } => (0..from).into(),
+        }
+    }
+
     /// Whether any chunk is to be sent.
     pub(super) fn is_left(&self, changes: Option<&HBitmap>) -> bool {
         match *self {

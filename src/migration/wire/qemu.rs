@@ -16,6 +16,7 @@
 
 use super::{SECTOR, Shape};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 const END: u8 = 0x01;
@@ -216,6 +217,10 @@ fn name<'a>(rest: &mut Rest<'a>) -> Result<&'a [u8], Stop> {
     let at = rest.at;
     match rest.number()? {
         [0] => Err(Stop::Wrong(at, RecordError::NameEmpty)),
+        [len] if is_broken(Sabotage::TakeCutNames) => {
+            let there = rest.bytes.len() - rest.at;
+            Ok(rest.take(there.min(usize::from(len)))?)
+        }
         [len] => Ok(rest.take(usize::from(len))?),
     }
 }
@@ -242,7 +247,7 @@ fn bits<'a>(rest: &mut Rest<'a>, flags: u8) -> Result<RecordBody<'a>, Stop> {
     } else {
         let at = rest.at;
         let len = u64::from_be_bytes(rest.number()?);
-        if len > BUFFER_MAX {
+        if len > BUFFER_MAX && !is_broken(Sabotage::TrustLength) {
             return Err(Stop::Wrong(at, RecordError::BufferTooLong { len }));
         }
         Some(rest.take(len as usize)?)

@@ -19,6 +19,7 @@ use super::sections::{
     BodyPart, Cut, ForeignSection, ForeignSections, Framing, Item, NAME, SECTION_END, SECTION_FULL,
     SECTION_VERSION, Stop,
 };
+use crate::sabotage::{Sabotage, is_broken};
 
 /// Most bytes that a foreign section may want at once, and that an item between bodies has.
 const NEEDS_MAX: usize = 64 << 10;
@@ -282,7 +283,11 @@ impl RecordReader {
         bytes: &[u8],
         sink: &mut impl FnMut(&Record<'_>) -> Result<(), E>,
     ) -> Result<Read, E> {
-        let here = self.at;
+        let here = if is_broken(Sabotage::ForgetPlace) {
+            0
+        } else {
+            self.at
+        };
         let wrong = |at: usize, why| StreamError {
             at: here + at as u64,
             why,
@@ -326,7 +331,9 @@ impl RecordReader {
         };
         match read {
             Ok(used) => Ok(Read::used(used)),
-            Err(Stop::Needs(needed)) if needed <= NEEDS_MAX => Ok(Read::Needs(needed)),
+            Err(Stop::Needs(needed)) if needed <= NEEDS_MAX || is_broken(Sabotage::KeepAll) => {
+                Ok(Read::Needs(needed))
+            }
             Err(Stop::Needs(_)) => Err(wrong(0, Fault::TooMuch).into()),
             Err(Stop::Wrong(at, why)) => Err(wrong(at, why).into()),
         }
@@ -424,6 +431,12 @@ impl RecordReader {
             instance: *instance,
             version: *version,
             is_full: part.kind == SECTION_FULL,
+        };
+        // No more than could be kept, so that it does not depend on the pieces what comes of it.
+        let bytes = if is_broken(Sabotage::KeepAll) {
+            bytes
+        } else {
+            &bytes[..bytes.len().min(NEEDS_MAX)]
         };
         let text = String::from_utf8_lossy(name).into_owned();
         let opaque = |name| Err(Stop::Wrong(0, Fault::ForeignSection { name }));
