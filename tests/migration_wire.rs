@@ -27,8 +27,8 @@ mod truth;
 use std::time::Duration;
 
 use blockjob::migration::{
-    ArrivalState, Framing, IncomingMigration, IncomingOptions, Next, OutgoingOptions, SkipRam,
-    StreamKind,
+    ArrivalState, Framing, IncomingMigration, IncomingOptions, Mode, Next, OutgoingOptions,
+    RecordBody, RecordReader, SkipRam, StreamError, StreamKind,
 };
 use blockjob::{BitmapMigration, Node};
 
@@ -198,6 +198,61 @@ fn every_fixture_is_made_byte_for_byte() {
             fixture.name
         );
     }
+}
+
+/// The parts of post-copy, each with as many chunks as the speed let through there.
+#[test]
+fn the_post_copy_fixture_is_made_part_by_part() {
+    let fixture = Fixture::load("bitmap-postcopy");
+    let (source, nodes) = fixture.truth.source().unwrap();
+    let mut options = OutgoingOptions::default();
+    options.stream = StreamKind::Qemu(Framing::Sections);
+    options.section = fixture.truth.section().unwrap();
+    options.mode = Mode::PostCopy;
+    options.completes_last = true;
+    let mut outgoing = source.outgoing(options).unwrap();
+    let sections = fixture.truth.json["dirty_bitmap_sections"]
+        .as_array()
+        .unwrap();
+    let mut parts = Vec::new();
+    for section in sections {
+        // Of a part without anything there are as many as the machine had time for.
+        if section["type"] == "part" && section["body_length"] == 1 {
+            continue;
+        }
+        let place = |name: &str| section[name].as_u64().unwrap() as usize;
+        let bytes = &fixture.stream[place("offset")..][..place("length")];
+        parts.push((
+            &section["type"],
+            bytes,
+            &fixture.stream[place("body_offset")..][..place("body_length")],
+        ));
+    }
+    assert_eq!(parts.len(), 7);
+    for (kind, expected, body) in parts {
+        if *kind == "part" {
+            let mut chunks = 0;
+            let mut reader = RecordReader::new(Framing::Bare);
+            reader
+                .feed(body, &mut |record| {
+                    chunks += u32::from(matches!(record.body, RecordBody::Bits { .. }));
+                    Ok::<(), StreamError>(())
+                })
+                .unwrap();
+            outgoing.set_part_chunks(chunks);
+        }
+        assert!(outgoing.is_between_parts());
+        let (_, made) = outgoing.next_slice(Duration::ZERO).unwrap();
+        assert!(made == expected, "{kind}");
+        assert!(outgoing.is_between_parts());
+        if *kind == "start" {
+            let guards: Vec<_> = nodes.iter().map(|(_, node)| quiesce(node)).collect();
+            outgoing.stop(&guards.iter().collect::<Vec<_>>()).unwrap();
+            outgoing.guest_started().unwrap();
+        }
+    }
+    outgoing.finish().unwrap();
+    assert_eq!(outgoing.bytes_sent_stopped(), 0);
 }
 
 /// The bitmaps that there are, by node and name.

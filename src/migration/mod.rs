@@ -65,6 +65,17 @@
 //! are compared by length, identity and generation, contents by a digest, and a stream that broke is taken up
 //! where it was.
 
+//!
+//! # Limits
+//!
+//! - QEMU 10.0.2 as a destination aborts when after the start of its guest a record names a node. So it takes
+//!   [`PostCopy`](Mode::PostCopy) and [`Hybrid`](Mode::Hybrid) of the bitmaps of one node only; those of several
+//!   have to go to it by the other modes. A destination of this crate takes them.
+//! - A [whole](Framing::Whole) stream that is made here has no state of devices. Who has some puts
+//!   [sections](Framing::Sections) into a stream of his own.
+//! - A write while the guest stands still is noticed on a node with a bitmap that records. On others it changes
+//!   no bitmap.
+
 pub mod driver;
 mod error;
 mod event;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use blockjob::migration::{
-    ArrivalState, Fault, IncomingOptions, MigratingNode, Mode, Next, OutgoingEvent,
-    OutgoingOptions, SetupError, Unusable,
+    ArrivalState, Fault, Framing, IncomingOptions, MigratingNode, Mode, Next, OutgoingEvent,
+    OutgoingOptions, SetupError, StreamKind, Unusable,
 };
 use blockjob::{
     BitmapMigration, BitmapOptions, BitmapState, BusyWith, ClaimFor, Granularity, Grown, HBitmap,
@@ -609,4 +609,41 @@ fn native_is_taken_up_wherever_it_broke() {
             from.bitmaps().take_back();
         }
     }
+}
+
+/// What makes a whole stream one of post-copy, byte for byte, and that it is read here.
+#[test]
+fn a_whole_stream_of_post_copy_has_the_guest_run_before_the_bits() {
+    let (from, to) = (disk(&[bitmap("a", true, false)]), Node::new(LEN));
+    let mut options = OutgoingOptions::default();
+    options.stream = StreamKind::Qemu(Framing::Whole);
+    options.mode = Mode::PostCopy;
+    let mut outgoing = one(&from).outgoing(options).unwrap();
+    let begin = pull(&mut outgoing);
+    let expected =
+        b"QEVM\0\0\0\x03\x07\0\0\0\0\x08\0\x03\0\0\x01\0\0\0\x02\x0cdirty-bitmap\0\0\0\0\0\0\0\x01\
+        \x1c\x01d\x01a\0\x01\0\0\x01\x01\x7e\0\0\0\x02";
+    assert_eq!(begin, expected);
+    stop(&mut outgoing, &from);
+    assert!(pull(&mut outgoing).is_empty());
+    outgoing.guest_started().unwrap();
+    let end = pull(&mut outgoing);
+    let package = b"\x08\0\x07\0\x04\0\0\0\x0a\x08\0\x04\0\0\x08\0\x05\0\0\x02\0\0\0\x02\x40";
+    assert!(end.starts_with(package));
+    assert!(end.ends_with(b"\x20\x01\x7e\0\0\0\x02\x03\0\0\0\x02\x01\x7e\0\0\0\x02\0"));
+    let mut options = IncomingOptions::default();
+    options.stream = StreamKind::Qemu(Framing::Whole);
+    let mut incoming = one(&to).incoming(options);
+    for byte in begin.chunks(1) {
+        incoming.feed(byte).unwrap();
+    }
+    start(&mut incoming, &to);
+    write(&to, 80 << 20);
+    for byte in end.chunks(1) {
+        incoming.feed(byte).unwrap();
+    }
+    incoming.finish().unwrap();
+    let mut expected = bits_of(&from, "a");
+    expected.set_at(80 << 20).unwrap();
+    assert_eq!(bits_of(&to, "a"), expected);
 }

@@ -11,8 +11,7 @@ use crate::bitmap::HBitmap;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
-/// Chunks that are made under one hold of the node's lock, and that a part has before the guest stands still or
-/// after it runs elsewhere.
+/// Chunks that are made under one hold of the node's lock.
 const BATCH: usize = 16;
 
 impl OutgoingMigration {
@@ -69,28 +68,43 @@ impl OutgoingMigration {
             return Ok(());
         }
         match self.phase {
-            Phase::Running => {
-                self.chunks(PartKind::Part, false);
-                self.close();
-            }
+            Phase::Running => drop(self.part(false)),
             Phase::Away if self.mode.is_deferred() => {
-                if self.chunks(PartKind::Part, true) {
-                    self.close();
-                } else {
+                self.package();
+                if !self.part(!self.completes_last) {
                     self.end();
                 }
             }
             Phase::Stopped | Phase::Away => {
-                if !self.chunks(PartKind::End, false) {
-                    for bitmap in 0..self.bitmaps.len() {
-                        self.complete(bitmap, PartKind::End);
-                    }
+                if self.chunks(PartKind::End, false, BATCH) == 0 {
                     self.end();
                 }
             }
             Phase::SetUp | Phase::Over => {}
         }
         Ok(())
+    }
+
+    /// Makes a part of what there is to be sent, and says whether there was anything.
+    fn part(&mut self, completes: bool) -> bool {
+        let mut made = 0;
+        while made < self.part_chunks {
+            let wanted = BATCH.min(self.part_chunks - made);
+            let more = self.chunks(PartKind::Part, completes, wanted);
+            made += more;
+            if more < wanted {
+                break;
+            }
+        }
+        self.close();
+        made > 0
+    }
+
+    /// Has the guest run at the other end, once, if that is said by the stream itself.
+    fn package(&mut self) {
+        if let Wire::Qemu(writer) = &mut self.wire {
+            writer.package(&mut self.ready);
+        }
     }
 
     /// Says which bitmaps come, those of which that was not said.
@@ -149,9 +163,10 @@ impl OutgoingMigration {
         }
     }
 
-    /// Makes chunks of the bitmap whose turn it is, and says whether there were any left. A bitmap that has all
-    /// its chunks out is said to be complete at once if that is wanted.
-    fn chunks(&mut self, kind: PartKind, completes: bool) -> bool {
+    /// Makes as many chunks as are wanted, or all that are left, from the bitmap on whose turn it is, and says how
+    /// many. A bitmap that has all its chunks out is said to be complete at once if that is wanted, and that
+    /// counts as one.
+    fn chunks(&mut self, kind: PartKind, completes: bool, wanted: usize) -> usize {
         let mut made = 0;
         let all = self.bitmaps.len();
         // Each has its turn from where it was to its end, and then from its start. So one that changes faster
@@ -166,7 +181,7 @@ impl OutgoingMigration {
             if is_broken(Sabotage::ClearAfterRead) {
                 held.clear_changes(one.walk.read(one.shape));
             }
-            while made < BATCH {
+            while made < wanted {
                 let Some(range) = one.walk.next(one.shape, held.changes()) else {
                     break;
                 };
@@ -190,12 +205,12 @@ impl OutgoingMigration {
                 self.complete(index, kind);
                 made += 1;
             }
-            if made >= BATCH {
+            if made >= wanted {
                 self.turn = index;
-                return true;
+                break;
             }
         }
-        made > 0
+        made
     }
 
     /// Says that a bitmap has all its bits.
@@ -226,8 +241,11 @@ impl OutgoingMigration {
         }
     }
 
-    /// Ends the stream.
+    /// Says that all bitmaps are complete of which that was not said, and ends the stream.
     fn end(&mut self) {
+        for bitmap in 0..self.bitmaps.len() {
+            self.complete(bitmap, PartKind::End);
+        }
         match &mut self.wire {
             Wire::Qemu(writer) => {
                 writer.open(PartKind::End, &mut self.ready);

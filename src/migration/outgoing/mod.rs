@@ -34,6 +34,9 @@ use sending::Sending;
 /// Below so many serialized bytes in all nothing is sent live.
 const LIVE_MIN: u64 = 1 << 20;
 
+/// Chunks of a part at most: it is made as a whole.
+const PART_CHUNKS_MAX: u32 = 1024;
+
 /// The source of a migration of dirty bitmaps.
 ///
 /// Made by [`BitmapMigration::outgoing`]. [`next_bytes`](Self::next_bytes) gives what is to be sent;
@@ -59,6 +62,8 @@ pub struct OutgoingMigration {
     ready: Vec<u8>,
     taken: usize,
     rate: RateLimit,
+    part_chunks: usize,
+    completes_last: bool,
     bytes: u64,
     bytes_stopped: u64,
     events: VecDeque<OutgoingEvent>,
@@ -108,7 +113,9 @@ impl BitmapMigration {
                 .collect::<Result<_, _>>()?,
             mode,
             wire: match options.stream {
-                StreamKind::Qemu(framing) => Wire::Qemu(Writer::new(framing, options.section)),
+                StreamKind::Qemu(framing) => {
+                    Wire::Qemu(Writer::new(framing, options.section, mode.is_deferred()))
+                }
                 StreamKind::Native { session } => Wire::Native(Box::new(Native::new(session))),
             },
             phase: Phase::SetUp,
@@ -117,6 +124,8 @@ impl BitmapMigration {
             ready: Vec::new(),
             taken: 0,
             rate: RateLimit::new(options.speed),
+            part_chunks: part_chunks(options.part_chunks),
+            completes_last: options.completes_last,
             bytes: 0,
             bytes_stopped: 0,
             events: VecDeque::new(),
@@ -324,6 +333,19 @@ impl OutgoingMigration {
         self.rate.set_speed(now, speed);
     }
 
+    /// Has the parts that begin from now on have so many [chunks](OutgoingOptions::part_chunks).
+    pub fn set_part_chunks(&mut self, chunks: u32) {
+        self.part_chunks = part_chunks(chunks);
+    }
+
+    /// Whether everything was given out that was made, and no part of QEMU's section is open: where others may put
+    /// sections of their own. A native stream has no parts, and is always so between two frames.
+    #[must_use]
+    pub fn is_between_parts(&self) -> bool {
+        let is_open = matches!(&self.wire, Wire::Qemu(writer) if writer.is_open());
+        self.taken == self.ready.len() && !is_open
+    }
+
     /// When bits are sent; of the modes that were asked for the one that it has become, as nothing is sent live
     /// below 1 MiB.
     #[must_use]
@@ -399,6 +421,11 @@ impl OutgoingMigration {
             }
         }
     }
+}
+
+/// What is taken for a number of chunks.
+fn part_chunks(chunks: u32) -> usize {
+    chunks.clamp(1, PART_CHUNKS_MAX) as usize
 }
 
 impl Drop for OutgoingMigration {

@@ -42,6 +42,12 @@ pub struct OutgoingOptions {
     pub section: u32,
     /// Bytes per second while a guest runs; 0, the default, for no limit. While none does there is no limit.
     pub speed: u64,
+    /// Chunks of 1 KiB of bits that a part of QEMU's section has while a guest runs on either side: for so long
+    /// other sections of the stream wait. From 1 to 1024, others are taken for the nearest. Default 16.
+    pub part_chunks: u32,
+    /// Whether bitmaps that are sent after the guest has moved are said to be complete when all have their bits,
+    /// as QEMU does it. Default no: each is as soon as it has, and can be used at the other end.
+    pub completes_last: bool,
 }
 
 impl Default for OutgoingOptions {
@@ -51,6 +57,8 @@ impl Default for OutgoingOptions {
             mode: Mode::PreCopy,
             section: 2,
             speed: 0,
+            part_chunks: 16,
+            completes_last: false,
         }
     }
 }

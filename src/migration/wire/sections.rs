@@ -11,6 +11,12 @@ pub(super) const SECTION_PART: u8 = 0x02;
 pub(super) const SECTION_END: u8 = 0x03;
 pub(super) const SECTION_FULL: u8 = 0x04;
 pub(super) const COMMAND: u8 = 0x08;
+/// Bits may come after the guest has started.
+pub(super) const ADVISE: u16 = 3;
+/// They are listened for.
+pub(super) const LISTEN: u16 = 4;
+/// The guest runs.
+pub(super) const RUN: u16 = 5;
 pub(super) const PACKAGED: u16 = 7;
 pub(super) const FOOTER: u8 = 0x7e;
 pub(super) const END_OF_FILE: u8 = 0x00;
@@ -31,7 +37,9 @@ pub enum Framing {
     /// Sections with headers and footers, of the `dirty-bitmap` section and others, but not what stands before
     /// and after them.
     Sections,
-    /// A whole file or stream, from the header on.
+    /// A whole file or stream, from the header on. One that is made brings bitmaps and no guest: the destination's
+    /// devices stay as they are. Where bits come after the guest has moved, it says when that is, as QEMU's
+    /// post-copy does: advise at the start, and a package that has the destination run.
     Whole,
 }
 
