@@ -580,6 +580,17 @@ fn no_sectors_are_none_wherever_they_are() {
     }
 }
 
+#[test]
+fn an_error_is_one_line_whatever_the_names_are() {
+    let error = refused(
+        Framing::Bare,
+        &stream().start("a\nb\x1b[1m").bytes(&[0x20, 1]).0,
+    );
+    let text = error.to_string();
+    assert!(!text.contains(char::is_control), "{text}");
+    assert!(text.contains("d/a\\nb\\u{1b}[1m"), "{text}");
+}
+
 /// Wants as much as it is told to.
 struct Wants(usize);
 

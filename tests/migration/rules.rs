@@ -322,8 +322,7 @@ fn chunks_cover_the_disk_in_order() {
             stop(&mut outgoing, &from);
             let bytes = pull(&mut outgoing);
             let mut at = 0;
-            let mut reader =
-                blockjob::migration::RecordReader::new(blockjob::migration::Framing::Bare);
+            let mut reader = blockjob::migration::RecordReader::new(Framing::Bare);
             reader
                 .feed(&bytes, &mut |record| {
                     if let blockjob::migration::RecordBody::Bits {
