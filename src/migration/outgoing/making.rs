@@ -185,7 +185,9 @@ impl OutgoingMigration {
                 let Some(range) = one.walk.next(one.shape, held.changes()) else {
                     break;
                 };
-                held.clear_changes(range);
+                if one.walk.is_tracked() {
+                    held.clear_changes(range);
+                }
                 let bytes = one.shape.bytes_of(range);
                 one.sent += bytes;
                 made += 1;

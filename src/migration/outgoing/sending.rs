@@ -120,6 +120,11 @@ impl Walk {
         }
     }
 
+    /// Whether it goes by which chunks have changed.
+    pub(super) fn is_tracked(&self) -> bool {
+        matches!(self, Walk::Changes { .. })
+    }
+
     /// Whether any chunk is to be sent.
     pub(super) fn is_left(&self, changes: Option<&HBitmap>) -> bool {
         match *self {

@@ -331,7 +331,8 @@ pub(crate) fn make_start(number: u64, start: &StartFrame<'_>, out: &mut Vec<u8>)
 /// The bits of a chunk of `map`.
 pub(crate) fn bits(number: u64, bitmap: u32, map: &HBitmap, range: ByteRange, out: &mut Vec<u8>) {
     frame(BITS, number, out, |out| {
-        let form = if !map.any_dirty_in(range) {
+        let part = map.part_of(range).expect("it is a chunk");
+        let form = if part.is_clean() {
             ZEROES
         } else if map.all_dirty_in(range) {
             ONES
@@ -343,7 +344,7 @@ pub(crate) fn bits(number: u64, bitmap: u32, map: &HBitmap, range: ByteRange, ou
         out.extend(range.start().to_le_bytes());
         out.extend(range.len().to_le_bytes());
         if form == BYTES {
-            map.append_part(range, out).expect("it is a chunk");
+            part.append_to(out);
         }
     });
 }

@@ -288,20 +288,25 @@ impl Maker {
         range: ByteRange,
         out: &mut Vec<u8>,
     ) {
-        let is_clean = !map.any_dirty_in(range);
+        let part = map.part_of(range).expect("it is a chunk");
+        let is_clean = part.is_clean();
         self.head(if is_clean { BITS | ZEROES } else { BITS }, names, out);
-        out.extend((range.start() / SECTOR).to_be_bytes());
+        // In one piece: a chunk is so short that each would cost a good part of copying it.
+        let padded = part.len().next_multiple_of(PADDING);
+        let mut place = [0; 20];
+        place[..8].copy_from_slice(&(range.start() / SECTOR).to_be_bytes());
         // Chunks are no longer than 32 bits count.
-        out.extend((range.len().div_ceil(SECTOR) as u32).to_be_bytes());
+        place[8..12].copy_from_slice(&(range.len().div_ceil(SECTOR) as u32).to_be_bytes());
+        place[12..].copy_from_slice(&(padded as u64).to_be_bytes());
         if is_clean {
+            out.extend_from_slice(&place[..12]);
             return;
         }
-        let len = map.serialized_len(range).expect("it is a chunk");
-        let padded = len.next_multiple_of(PADDING);
-        out.extend((padded as u64).to_be_bytes());
-        let end = out.len() + padded;
-        map.append_part(range, out).expect("it is a chunk");
-        out.resize(end, 0);
+        out.reserve(place.len() + padded);
+        out.extend_from_slice(&place);
+        part.append_to(out);
+        let padding = padded - part.len();
+        out.extend_from_slice(&[0; PADDING][..padding]);
     }
 
     pub(crate) fn complete(&mut self, names: (&str, &str), out: &mut Vec<u8>) {
