@@ -148,7 +148,7 @@ fn received(
 fn bytes_come_over_however_they_are_cut() {
     for read_max in [0, 1, 7, 1000] {
         for spoils in [false, true] {
-            let (from, to) = (large(1 << 18, "a"), Node::new(8 * 512 << 18));
+            let (from, to) = (large(1 << 18, "a"), Node::new((8 * 512) << 18));
             let mut outgoing = one(&from).outgoing(OutgoingOptions::default()).unwrap();
             let mut pipe = Pipe::default();
             assert_eq!(sent(&mut outgoing, &mut pipe).unwrap().unwrap(), Sent::Idle);

@@ -383,7 +383,10 @@ fn either_end_may_be_closed_early() {
 /// BM-70: a chunk that changes after it was read, and before its bytes have gone out, is sent again.
 #[test]
 fn a_chunk_that_changes_while_it_waits_to_be_sent_is_sent_again() {
-    let (from, to) = (crate::cases::large(1 << 20, "a"), Node::new(8 * 512 << 20));
+    let (from, to) = (
+        crate::cases::large(1 << 20, "a"),
+        Node::new((8 * 512) << 20),
+    );
     let mut options = OutgoingOptions::default();
     options.mode = Mode::Live;
     let mut outgoing = one(&from).outgoing(options).unwrap();

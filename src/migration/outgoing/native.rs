@@ -153,8 +153,6 @@ impl OutgoingMigration {
     }
 
     /// What was sent and did not arrive is to be sent.
-
-    /// What was sent and did not arrive is to be sent.
     fn send_again(&mut self, lost: VecDeque<Sent>) {
         let mut chunks = 0;
         for sent in lost {

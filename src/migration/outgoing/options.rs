@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::super::StreamKind;
 use super::super::wire::sections::Framing;
 
-/// When bits are sent. The table of the [module](super) says more.
+/// When bits are sent. The table of the [module](crate::migration) says more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Mode {
     /// All while the guest stands still.
