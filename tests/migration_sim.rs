@@ -239,6 +239,8 @@ impl Sim {
         options.stream = stream;
         options.mode = self.mode;
         options.speed = self.rng.pick(&[0, 0, 1 << 20, 100 << 20]);
+        options.part_chunks = self.rng.pick(&[1, 16, 50]);
+        options.completes_last = self.rng.one_in(2);
         match (source.outgoing(options), claim) {
             (Ok(outgoing), None) => {
                 self.mode = outgoing.mode();

@@ -390,6 +390,9 @@ fn nothing_that_comes_does_harm() {
 
 fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
     let mut rng = Rng::new(seed);
+    if rng.one_in(4) {
+        return fuzz_native(&mut rng);
+    }
     let fixture = &fixtures[rng.below(fixtures.len() as u64) as usize];
     let is_whole = rng.one_in(2);
     let (framing, mut bytes) = if is_whole {
@@ -422,6 +425,86 @@ fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
     }
     let piece = [1, 3, 100, 5000, 1 << 20][rng.below(5) as usize];
     survive(fixture, framing, &bytes, piece)
+}
+
+/// A native stream with frames changed, left out, repeated and in another order, all of them with the checksum
+/// and the number that they should have.
+fn fuzz_native(rng: &mut Rng) -> bool {
+    let bitmaps = [
+        cases::bitmap("a", true, true),
+        cases::bitmap("b", false, false),
+    ];
+    let from = cases::disk(&bitmaps);
+    let mut outgoing = cases::one(&from).outgoing(cases::native().0).unwrap();
+    cases::stop(&mut outgoing, &from);
+    let mut frames = cases::frames(&cases::pull(&mut outgoing));
+    for _ in 0..rng.between(1, 3) {
+        let at = rng.below(frames.len() as u64) as usize;
+        match rng.below(4) {
+            0 => {
+                let other = rng.below(frames.len() as u64) as usize;
+                frames.swap(at, other);
+            }
+            1 => drop(frames.remove(at)),
+            2 => frames.insert(at, frames[at].clone()),
+            _ => {
+                frames[at] = cases::forged(frames[at].clone(), |frame| {
+                    // The kind, or something of the payload.
+                    let len = frame.len() as u64;
+                    let at = if len == 16 || rng.one_in(8) {
+                        0
+                    } else {
+                        rng.between(16, len - 1)
+                    };
+                    match rng.below(4) {
+                        0 => frame[at as usize] = rng.next() as u8,
+                        1 => frame[at as usize] ^= 1 << rng.below(8),
+                        2 => frame.truncate(16.max(at as usize)),
+                        _ => frame.extend([0, 1, 0xff].iter().cycle().take(rng.below(40) as usize)),
+                    }
+                });
+            }
+        }
+        if frames.is_empty() {
+            return false;
+        }
+    }
+    let mut number = 0u64;
+    for frame in &mut frames {
+        *frame = cases::forged(frame.clone(), |frame| {
+            frame[8..16].copy_from_slice(&number.to_le_bytes());
+        });
+        number += u64::from(frame[0] != 1);
+    }
+    let to = Node::new(cases::LEN);
+    truth::add(&to, &cases::bitmap("of this host", true, true)).unwrap();
+    let local = bits_of(&to, "of this host");
+    let mut incoming = cases::one(&to).incoming(cases::native().1);
+    let has_guest = rng.one_in(2);
+    let starts_at = rng.below(frames.len() as u64) as usize;
+    let mut fed = Ok(0);
+    for (index, frame) in frames.iter().enumerate() {
+        if has_guest && index == starts_at {
+            cases::start(&mut incoming, &to);
+        }
+        let (one, other) = frame.split_at(rng.below(frame.len() as u64) as usize);
+        for piece in [one, other] {
+            fed = fed.and_then(|_| incoming.feed(piece));
+        }
+        let mut answer = [0; 100];
+        let _ = incoming.next_bytes(&mut answer);
+    }
+    let is_taken = fed.and_then(|_| incoming.finish()).is_ok();
+    drop(incoming);
+    to.bitmaps().check_invariants();
+    assert_eq!(bits_of(&to, "of this host"), local);
+    for info in to.bitmaps().query_all() {
+        // What is there is whole: the digest was compared.
+        assert!(!info.is_busy());
+        let sent = bits_of(&from, bitmaps[0].name.as_str());
+        assert!(info.name == "of this host" || bits_of(&to, &info.name) == sent);
+    }
+    is_taken
 }
 
 /// Breaks each invariant of what reads a stream on purpose: the test of it must notice.

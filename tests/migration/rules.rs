@@ -649,3 +649,52 @@ fn a_whole_stream_of_post_copy_has_the_guest_run_before_the_bits() {
     expected.set_at(80 << 20).unwrap();
     assert_eq!(bits_of(&to, "a"), expected);
 }
+
+/// BM-2 and BM-62: after the guest has started, wherever the stream ends, a bitmap is whole or gone.
+#[test]
+fn wherever_post_copy_breaks_a_bitmap_is_whole_or_gone() {
+    let names = ["a", "b", "c"];
+    let from = disk(&names.map(|name| bitmap(name, name != "b", false)));
+    for completes_last in [false, true] {
+        let mut options = OutgoingOptions::default();
+        options.mode = Mode::PostCopy;
+        options.completes_last = completes_last;
+        let mut outgoing = one(&from).outgoing(options).unwrap();
+        let begin = pull(&mut outgoing);
+        stop(&mut outgoing, &from);
+        outgoing.guest_started().unwrap();
+        let end = pull(&mut outgoing);
+        outgoing.finish().unwrap();
+        from.bitmaps().take_back();
+        let mut left = std::collections::BTreeSet::new();
+        for cut in 0..=end.len() {
+            let to = Node::new(LEN);
+            let mut incoming = incoming(&to);
+            incoming.feed(&begin).unwrap();
+            start(&mut incoming, &to);
+            write(&to, 90 << 20);
+            incoming.feed(&end[..cut]).unwrap();
+            write(&to, 91 << 20);
+            let is_all = incoming.finish().is_ok();
+            drop(incoming);
+            to.bitmaps().check_invariants();
+            let there = to.bitmaps().query_all();
+            assert!(!is_all || there.len() == 3, "{cut}");
+            assert!(is_all || cut < end.len());
+            for info in &there {
+                assert!(!info.is_busy());
+                let mut expected = bits_of(&from, &info.name);
+                for at in [90 << 20, 91 << 20]
+                    .into_iter()
+                    .filter(|_| info.name != "b")
+                {
+                    expected.set_at(at).unwrap();
+                }
+                assert_eq!(bits_of(&to, &info.name), expected, "{} at {cut}", info.name);
+            }
+            left.insert(there.len());
+        }
+        // One after the other, or all that came with the last part.
+        assert!(left.len() == 4, "{left:?}");
+    }
+}
