@@ -155,6 +155,9 @@ pub async fn answers(
 /// Loads what comes, until `is_enough` says so or the stream is over; it is asked after each piece. Says which
 /// it was: `true` if there may be more. What is to be answered is written to `back` before more is read.
 ///
+/// What was read past the end of the bitmaps is dropped. Who has others on the same stream gives the bytes to
+/// [`feed`](IncomingMigration::feed) himself, which tells how many were read.
+///
 /// # Errors
 ///
 /// [`Io`](DriveError::Io) of either stream, [`Incoming`](DriveError::Incoming) of the destination.

@@ -54,7 +54,7 @@ impl fmt::Debug for IncomingOptions {
     }
 }
 
-/// The destination of a migration of dirty bitmaps, in QEMU's stream.
+/// The destination of a migration of dirty bitmaps, in either stream.
 ///
 /// Made by [`BitmapMigration::incoming`]. Bytes are [fed](Self::feed) as they come; when the guest is about to
 /// run, [`guest_starts`](Self::guest_starts) is told, be it before all bits came or after. A bitmap becomes

@@ -698,3 +698,36 @@ fn wherever_post_copy_breaks_a_bitmap_is_whole_or_gone() {
         assert!(left.len() == 4, "{left:?}");
     }
 }
+
+/// Of a native stream no more is on its way than can be noted, and what was confirmed makes room.
+#[test]
+fn native_waits_when_too_much_is_on_its_way() {
+    // 1 GiB of bits and one chunk more, all clean: a frame each has 44 bytes.
+    let chunks = (1 << 20) + 1;
+    let node = Node::new(chunks * (4 << 20));
+    let mut options = BitmapOptions::default();
+    options.granularity = Granularity::from_bytes(512);
+    node.bitmaps().add_disabled("a", options).unwrap();
+    let mut outgoing = one(&node).outgoing(native().0).unwrap();
+    stop(&mut outgoing, &node);
+    let mut sent = 0;
+    let next = loop {
+        match outgoing.next_slice(Duration::ZERO).unwrap() {
+            (Next::Bytes(_), bytes) => sent += bytes.len() as u64,
+            (next, _) => break next,
+        }
+    };
+    assert_eq!(next, Next::Answer);
+    // HELLO and START have 112 bytes. Frames are made 16 at a time.
+    let frames = (sent - 112) / 44;
+    assert!((chunks - 2..=chunks).contains(&frames), "{frames}");
+    let left = outgoing.bytes_left();
+    assert_eq!(left, (chunks - frames) * 1024);
+    let mut ack = vec![0x81, 0, 0, 0, 0, 0, 0, 0];
+    ack.extend(1000u64.to_le_bytes());
+    ack.extend([9; 16]);
+    ack.extend([0; 4]);
+    outgoing.feed(&forged(ack, |_| {})).unwrap();
+    let (next, _) = outgoing.next_slice(Duration::ZERO).unwrap();
+    assert!(matches!(next, Next::Bytes(_)), "{next:?}");
+}
