@@ -34,7 +34,7 @@ mod truth;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fs::{self, File};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -44,17 +44,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use blockjob::driver::Driver;
+use blockjob::io::{AlignedBuf, BlockDevice, BufResult, WriteAt};
 use blockjob::migration::driver::{self, ReadStream, Sent, WriteStream};
 use blockjob::migration::{
     Framing, IncomingMigration, IncomingOptions, Mode, Next, OutgoingMigration, OutgoingOptions,
     RecordBody, RecordReader, SkipRam, StreamError, StreamKind,
 };
 use blockjob::{
-    Begin, BitmapMigration, BitmapOptions, Granularity, IncomingError, Node, SnapshotOf,
+    Backup, BackupOptions, BackupSync, Begin, BitmapMigration, BitmapOptions, ByteRange,
+    Granularity, IncomingError, Limits, Node, SnapshotOf, Unmap,
 };
 use serde_json::json;
 
 use support::clock::{TimerClock, block_on};
+use support::file::FileDevice;
 use support::temp::TempFolder;
 use truth::{Truth, bits_of, digest, migration_of, quiesce};
 
@@ -134,6 +138,9 @@ struct Inspect {
 impl Inspect {
     fn run(self) -> Result<()> {
         let stream = fs::read(&self.file).map_err(|error| format!("{}: {error}", self.file))?;
+        if stream.is_empty() {
+            return Err("the stream is bad: at byte 0: there is nothing".into());
+        }
         let framing = match stream.starts_with(b"QEVM") {
             true => Framing::Whole,
             false => Framing::Bare,
@@ -526,44 +533,107 @@ fn name_of(stream: StreamKind) -> &'static str {
     }
 }
 
-/// Copies what the bitmap says, and looks whether that is what was written since the full backup.
+/// An incremental backup on the host that the machine has come to, by the bitmap that came with it.
 fn incremental_backup(stream: StreamKind, node: &Node, disk: &Disk, backup: &File) -> Result<()> {
     let info = node.bitmaps().query("daily")?;
     assert!(info.is_recording && !info.is_busy());
-    let bits = bits_of(node, "daily");
-    let mut copied = BTreeSet::new();
-    let mut bytes = vec![0; BLOCK as usize];
-    for run in bits.runs() {
-        assert_eq!(
-            (run.start() % BLOCK, run.len() % BLOCK),
-            (0, 0),
-            "no more than was written"
-        );
-        for block in run.start() / BLOCK..run.end() / BLOCK {
-            disk.file.read_exact_at(&mut bytes, block * BLOCK)?;
-            backup.write_all_at(&bytes, block * BLOCK)?;
-            copied.insert(block);
-        }
-    }
     let written = disk.written.lock();
-    assert!(copied == *written, "exactly what has changed is copied");
-    let mut other = bytes.clone();
+    // The bitmap has what was written since the full backup, on whichever host, and nothing else.
+    let blocks: BTreeSet<u64> = bits_of(node, "daily")
+        .runs()
+        .inspect(|run| assert_eq!((run.start() % BLOCK, run.len() % BLOCK), (0, 0)))
+        .flat_map(|run| run.start() / BLOCK..run.end() / BLOCK)
+        .collect();
+    assert!(blocks == *written, "exactly what has changed is dirty");
+
+    let source = FileDevice::new(disk.file.try_clone()?, 2)?;
+    let target = Recorded {
+        device: FileDevice::new(backup.try_clone()?, 2)?,
+        clusters: parking_lot::Mutex::new(BTreeSet::new()),
+    };
+    let mut options = BackupOptions::default();
+    options.sync = BackupSync::Incremental;
+    options.bitmap = Some("daily".to_owned());
+    let mut job = Backup::new(node, source.limits(), target.limits(), options)?;
+    assert_eq!(job.cluster_size(), CLUSTER);
+    job.job().start()?;
+    let driver = Driver::new(&source, &target, TimerClock::new());
+    block_on(driver.run_backup(&mut job))?;
+
+    let expected: BTreeSet<u64> = written
+        .iter()
+        .map(|block| block * BLOCK / CLUSTER)
+        .collect();
+    let copied = target.clusters.lock();
+    assert!(*copied == expected, "exactly what has changed is copied");
+    assert_eq!(node.bitmaps().query("daily")?.dirty_bytes, 0);
+    let (mut here, mut there) = (vec![0; BLOCK as usize], vec![0; BLOCK as usize]);
     for block in written
         .iter()
         .copied()
         .chain((0..200).map(|block| block * 31))
     {
-        disk.file.read_exact_at(&mut bytes, block * BLOCK)?;
-        backup.read_exact_at(&mut other, block * BLOCK)?;
-        assert!(bytes == other, "block {block} of the backup");
+        disk.file.read_exact_at(&mut here, block * BLOCK)?;
+        backup.read_exact_at(&mut there, block * BLOCK)?;
+        assert!(here == there, "block {block} of the backup");
     }
     println!(
-        "{}: {} blocks copied, of {} guest writes",
+        "{}: {} clusters copied, those of {} blocks in {} guest writes",
         name_of(stream),
         copied.len(),
+        written.len(),
         disk.writes.load(Ordering::Relaxed)
     );
     Ok(())
+}
+
+/// The least that a backup copies.
+const CLUSTER: u64 = 64 << 10;
+
+/// The target of a backup, which notes what is written to it.
+struct Recorded {
+    device: FileDevice,
+    clusters: parking_lot::Mutex<BTreeSet<u64>>,
+}
+
+impl Recorded {
+    fn note(&self, range: ByteRange) {
+        let clusters = range.start() / CLUSTER..range.end().div_ceil(CLUSTER);
+        self.clusters.lock().extend(clusters);
+    }
+}
+
+impl BlockDevice for Recorded {
+    type Buf = AlignedBuf;
+
+    fn limits(&self) -> Limits {
+        self.device.limits()
+    }
+}
+
+impl WriteAt for Recorded {
+    async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.note((offset..offset + buf.as_ref().len() as u64).into());
+        self.device.write_at(offset, buf).await
+    }
+
+    async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+        self.note(range);
+        self.device.write_zeroes(range, unmap).await
+    }
+
+    async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.note(range);
+        self.device.discard(range).await
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        self.device.flush().await
+    }
+
+    fn settle(&self) -> impl Future<Output = ()> {
+        self.device.settle()
+    }
 }
 
 /// A socket on which bytes go in messages: an empty one is the VMM's own, "the bitmaps have this as far as they

@@ -182,6 +182,26 @@ pub enum Sabotage {
     DeliverOverWrites,
     /// Loader 3: a bitmap is taken for whole although parts did not come.
     CompleteWithGaps,
+    /// Loader 2: zeroes that come do not replace what came before.
+    AddLoaded,
+    /// Loader 4 and migration 7: what a receiver allows is not looked at before memory is taken.
+    IgnoreLimits,
+    /// Migration 7: a bitmap that begins takes the place of one of this host.
+    ReplaceLocal,
+    /// Migration 5: whether a chunk has changed is cleared after it was read.
+    ClearAfterRead,
+    /// Records 1: as many bytes are waited for as a record says.
+    TrustLength,
+    /// Records 2: a name that was cut is taken for whole.
+    TakeCutNames,
+    /// Reader 1: an error is said to be where it is in the piece that was fed.
+    ForgetPlace,
+    /// Reader 2: as much is kept as whoever knows another section asks for.
+    KeepAll,
+    /// Frames 1: a frame that is missing or comes again is not noticed.
+    IgnoreNumbers,
+    /// Frames 2: as many bytes are waited for as a frame says.
+    TrustFrameLength,
     /// Migration 4: bitmaps are taken one by one, and kept when one is refused.
     HoldBeforeCheck,
     /// Migration 3: what was not handed over is left out of exports.

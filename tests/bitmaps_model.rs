@@ -350,6 +350,11 @@ impl World {
             state.name = NAMES[self.rng.below(4) as usize].to_owned();
             let answer = bitmaps.import_state(&guard, vec![state.clone()]);
             let expected = twin.check_free(&state.name);
+            // What was in use and is here came another way: it stays as it is.
+            if state.is_in_use && matches!(expected, Err(BitmapError::NameExists { .. })) {
+                assert_eq!(answer, Ok(()));
+                return;
+            }
             assert_eq!(answer, expected);
             if expected.is_err() {
                 return;

@@ -239,6 +239,8 @@ impl Sim {
         options.stream = stream;
         options.mode = self.mode;
         options.speed = self.rng.pick(&[0, 0, 1 << 20, 100 << 20]);
+        options.part_chunks = self.rng.pick(&[1, 16, 50]);
+        options.completes_last = self.rng.one_in(2);
         match (source.outgoing(options), claim) {
             (Ok(outgoing), None) => {
                 self.mode = outgoing.mode();
@@ -432,8 +434,10 @@ impl Sim {
         let len = self.rng.pick(&[0, 1, 10, 100]).min(self.back.len());
         let bytes: Vec<u8> = self.back.drain(..len).collect();
         if self.is_native {
-            if let Err(error) = outgoing.feed(&bytes) {
-                panic!("{error}");
+            match outgoing.feed(&bytes) {
+                Ok(()) => {}
+                Err(OutgoingError::Answer(_)) => self.reconnect(),
+                Err(error) => panic!("{error}"),
             }
         }
     }
@@ -574,11 +578,16 @@ impl Sim {
         self.report.resumed += 1;
     }
 
-    /// A byte is not what was sent.
+    /// A byte is not what was sent, in either direction.
     fn spoil(&mut self) {
-        if self.is_native && !self.forth.is_empty() {
-            let at = self.rng.below(self.forth.len() as u64) as usize;
-            self.forth[at] ^= 1 << self.rng.below(8);
+        let bytes = if self.rng.one_in(3) {
+            &mut self.back
+        } else {
+            &mut self.forth
+        };
+        if self.is_native && !bytes.is_empty() {
+            let at = self.rng.below(bytes.len() as u64) as usize;
+            bytes[at] ^= 1 << self.rng.below(8);
         }
     }
 
@@ -838,6 +847,7 @@ mod sabotage {
         (Sabotage::HoldBeforeCheck, 200),
         (Sabotage::CancelHandsOver, 200),
         (Sabotage::IgnoreWrites, 500),
+        (Sabotage::ClearAfterRead, 500),
         (Sabotage::ForgetUnconfirmed, 200),
     ];
 

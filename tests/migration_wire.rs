@@ -10,19 +10,25 @@
 
 #[path = "migration/cases.rs"]
 mod cases;
+#[path = "migration/driving.rs"]
+mod driving;
 #[path = "migration/hostile.rs"]
 mod hostile;
+#[path = "migration/odd.rs"]
+mod odd;
 #[path = "sim/rng.rs"]
 #[allow(dead_code, reason = "not everybody needs all of it")]
 mod rng;
+#[path = "migration/rules.rs"]
+mod rules;
 #[path = "migration/truth.rs"]
 mod truth;
 
 use std::time::Duration;
 
 use blockjob::migration::{
-    ArrivalState, Framing, IncomingMigration, IncomingOptions, Next, OutgoingOptions, SkipRam,
-    StreamKind,
+    ArrivalState, Framing, IncomingMigration, IncomingOptions, Mode, Next, OutgoingOptions,
+    RecordBody, RecordReader, SkipRam, StreamError, StreamKind,
 };
 use blockjob::{BitmapMigration, Node};
 
@@ -114,7 +120,7 @@ fn sent(
 }
 
 #[test]
-fn every_fixture_is_read_as_what_it_was() {
+pub(crate) fn every_fixture_is_read_as_what_it_was() {
     for fixture in Fixture::all() {
         for (framing, bytes) in [
             (Framing::Whole, fixture.stream.clone()),
@@ -192,6 +198,61 @@ fn every_fixture_is_made_byte_for_byte() {
             fixture.name
         );
     }
+}
+
+/// The parts of post-copy, each with as many chunks as the speed let through there.
+#[test]
+fn the_post_copy_fixture_is_made_part_by_part() {
+    let fixture = Fixture::load("bitmap-postcopy");
+    let (source, nodes) = fixture.truth.source().unwrap();
+    let mut options = OutgoingOptions::default();
+    options.stream = StreamKind::Qemu(Framing::Sections);
+    options.section = fixture.truth.section().unwrap();
+    options.mode = Mode::PostCopy;
+    options.completes_last = true;
+    let mut outgoing = source.outgoing(options).unwrap();
+    let sections = fixture.truth.json["dirty_bitmap_sections"]
+        .as_array()
+        .unwrap();
+    let mut parts = Vec::new();
+    for section in sections {
+        // Of a part without anything there are as many as the machine had time for.
+        if section["type"] == "part" && section["body_length"] == 1 {
+            continue;
+        }
+        let place = |name: &str| section[name].as_u64().unwrap() as usize;
+        let bytes = &fixture.stream[place("offset")..][..place("length")];
+        parts.push((
+            &section["type"],
+            bytes,
+            &fixture.stream[place("body_offset")..][..place("body_length")],
+        ));
+    }
+    assert_eq!(parts.len(), 7);
+    for (kind, expected, body) in parts {
+        if *kind == "part" {
+            let mut chunks = 0;
+            let mut reader = RecordReader::new(Framing::Bare);
+            reader
+                .feed(body, &mut |record| {
+                    chunks += u32::from(matches!(record.body, RecordBody::Bits { .. }));
+                    Ok::<(), StreamError>(())
+                })
+                .unwrap();
+            outgoing.set_part_chunks(chunks);
+        }
+        assert!(outgoing.is_between_parts());
+        let (_, made) = outgoing.next_slice(Duration::ZERO).unwrap();
+        assert!(made == expected, "{kind}");
+        assert!(outgoing.is_between_parts());
+        if *kind == "start" {
+            let guards: Vec<_> = nodes.iter().map(|(_, node)| quiesce(node)).collect();
+            outgoing.stop(&guards.iter().collect::<Vec<_>>()).unwrap();
+            outgoing.guest_started().unwrap();
+        }
+    }
+    outgoing.finish().unwrap();
+    assert_eq!(outgoing.bytes_sent_stopped(), 0);
 }
 
 /// The bitmaps that there are, by node and name.
@@ -329,6 +390,9 @@ fn nothing_that_comes_does_harm() {
 
 fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
     let mut rng = Rng::new(seed);
+    if rng.one_in(4) {
+        return fuzz_native(&mut rng);
+    }
     let fixture = &fixtures[rng.below(fixtures.len() as u64) as usize];
     let is_whole = rng.one_in(2);
     let (framing, mut bytes) = if is_whole {
@@ -361,4 +425,148 @@ fn fuzz(fixtures: &[Fixture], seed: u64) -> bool {
     }
     let piece = [1, 3, 100, 5000, 1 << 20][rng.below(5) as usize];
     survive(fixture, framing, &bytes, piece)
+}
+
+/// A native stream with frames changed, left out, repeated and in another order, all of them with the checksum
+/// and the number that they should have.
+fn fuzz_native(rng: &mut Rng) -> bool {
+    let bitmaps = [
+        cases::bitmap("a", true, true),
+        cases::bitmap("b", false, false),
+    ];
+    let from = cases::disk(&bitmaps);
+    let mut outgoing = cases::one(&from).outgoing(cases::native().0).unwrap();
+    cases::stop(&mut outgoing, &from);
+    let mut frames = cases::frames(&cases::pull(&mut outgoing));
+    for _ in 0..rng.between(1, 3) {
+        let at = rng.below(frames.len() as u64) as usize;
+        match rng.below(4) {
+            0 => {
+                let other = rng.below(frames.len() as u64) as usize;
+                frames.swap(at, other);
+            }
+            1 => drop(frames.remove(at)),
+            2 => frames.insert(at, frames[at].clone()),
+            _ => {
+                frames[at] = cases::forged(frames[at].clone(), |frame| {
+                    // The kind, or something of the payload.
+                    let len = frame.len() as u64;
+                    let at = if len == 16 || rng.one_in(8) {
+                        0
+                    } else {
+                        rng.between(16, len - 1)
+                    };
+                    match rng.below(4) {
+                        0 => frame[at as usize] = rng.next() as u8,
+                        1 => frame[at as usize] ^= 1 << rng.below(8),
+                        2 => frame.truncate(16.max(at as usize)),
+                        _ => frame.extend([0, 1, 0xff].iter().cycle().take(rng.below(40) as usize)),
+                    }
+                });
+            }
+        }
+        if frames.is_empty() {
+            return false;
+        }
+    }
+    let mut number = 0u64;
+    for frame in &mut frames {
+        *frame = cases::forged(frame.clone(), |frame| {
+            frame[8..16].copy_from_slice(&number.to_le_bytes());
+        });
+        number += u64::from(frame[0] != 1);
+    }
+    let to = Node::new(cases::LEN);
+    truth::add(&to, &cases::bitmap("of this host", true, true)).unwrap();
+    let local = bits_of(&to, "of this host");
+    let mut incoming = cases::one(&to).incoming(cases::native().1);
+    let has_guest = rng.one_in(2);
+    let starts_at = rng.below(frames.len() as u64) as usize;
+    let mut fed = Ok(0);
+    for (index, frame) in frames.iter().enumerate() {
+        if has_guest && index == starts_at {
+            cases::start(&mut incoming, &to);
+        }
+        let (one, other) = frame.split_at(rng.below(frame.len() as u64) as usize);
+        for piece in [one, other] {
+            fed = fed.and_then(|_| incoming.feed(piece));
+        }
+        let mut answer = [0; 100];
+        let _ = incoming.next_bytes(&mut answer);
+    }
+    let is_taken = fed.and_then(|_| incoming.finish()).is_ok();
+    drop(incoming);
+    to.bitmaps().check_invariants();
+    assert_eq!(bits_of(&to, "of this host"), local);
+    for info in to.bitmaps().query_all() {
+        // What is there is whole: the digest was compared.
+        assert!(!info.is_busy());
+        let sent = bits_of(&from, bitmaps[0].name.as_str());
+        assert!(info.name == "of this host" || bits_of(&to, &info.name) == sent);
+    }
+    is_taken
+}
+
+/// Breaks each invariant of what reads a stream on purpose: the test of it must notice.
+#[cfg(debug_assertions)]
+mod sabotage {
+    use super::{cases, hostile};
+    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+    const BROKEN: &[(Sabotage, fn())] = &[
+        (
+            Sabotage::ReplaceLocal,
+            hostile::a_local_bitmap_is_never_written_to,
+        ),
+        (
+            Sabotage::IgnoreLimits,
+            hostile::a_receiver_takes_no_more_than_it_allows,
+        ),
+        (Sabotage::AddLoaded, hostile::what_has_one_meaning_is_taken),
+        (
+            Sabotage::CompleteWithGaps,
+            hostile::a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said,
+        ),
+        (
+            Sabotage::TrustLength,
+            hostile::bits_of_what_is_not_there_are_refused,
+        ),
+        (
+            Sabotage::TakeCutNames,
+            super::every_fixture_is_read_as_what_it_was,
+        ),
+        (
+            Sabotage::ForgetPlace,
+            hostile::whoever_knows_a_section_is_not_given_all_memory,
+        ),
+        (
+            Sabotage::KeepAll,
+            hostile::whoever_knows_a_section_is_not_given_all_memory,
+        ),
+        (Sabotage::IgnoreNumbers, cases::native_frames_are_checked),
+        (Sabotage::TrustFrameLength, cases::native_frames_are_checked),
+    ];
+
+    #[test]
+    fn every_broken_invariant_is_noticed() {
+        // Panics are what is wanted here.
+        let hook = std::panic::take_hook();
+        let here = std::thread::current().id();
+        std::panic::set_hook(Box::new(move |info| {
+            if std::thread::current().id() != here {
+                hook(info);
+            }
+        }));
+        let mut missed = Vec::new();
+        for &(sabotage, test) in BROKEN {
+            break_on_this_thread(Some(sabotage));
+            let noticed = std::panic::catch_unwind(test).is_err();
+            break_on_this_thread(None);
+            if !noticed {
+                missed.push(sabotage);
+            }
+        }
+        drop(std::panic::take_hook());
+        assert!(missed.is_empty(), "not noticed: {missed:?}");
+    }
 }

@@ -22,6 +22,7 @@
 
 use std::ops::Range;
 
+use super::word::{bits_from, bits_to};
 use super::words::Span;
 use super::{CreateError, HBitmap};
 use crate::units::{ByteRange, Granularity};
@@ -234,22 +235,12 @@ impl HBitmap {
         Ok(self.set_run(self.granules_of(&words)))
     }
 
-    /// As [`serialize_part`](Self::serialize_part), to the end of a vector, whose memory is written once.
-    pub(crate) fn append_part(&self, range: ByteRange, out: &mut Vec<u8>) -> Result<(), PartError> {
-        let words = self.part(range)?;
-        out.reserve(words.len() * 8);
-        for span in self.spans(words) {
-            let end = out.len() + span.len() * 8;
-            match span {
-                Span::Clean(_) => out.resize(end, 0),
-                Span::Dirty(_) => out.resize(end, 0xff),
-                Span::Words(words) if cfg!(target_endian = "little") => {
-                    out.extend_from_slice(bytemuck::cast_slice(words));
-                }
-                Span::Words(words) => out.extend(words.iter().flat_map(|word| word.to_le_bytes())),
-            }
-        }
-        Ok(())
+    /// The part of `range`, for who wants to know of it first.
+    pub(crate) fn part_of(&self, range: ByteRange) -> Result<Part<'_>, PartError> {
+        Ok(Part {
+            words: self.part(range)?,
+            map: self,
+        })
     }
 
     /// The words of a part.
@@ -305,6 +296,53 @@ impl HBitmap {
                 Span::Clean(_) => out.fill(0),
                 Span::Dirty(_) => out.fill(0xff),
                 Span::Words(words) => write_le(words, out),
+            }
+        }
+    }
+}
+
+/// A part of a map that is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Part<'a> {
+    map: &'a HBitmap,
+    words: Range<usize>,
+}
+
+impl Part<'_> {
+    /// Its bytes.
+    #[inline]
+    pub(crate) fn len(&self) -> usize {
+        self.words.len() * 8
+    }
+
+    /// Whether it has no dirty granule. No word is read for that.
+    #[inline]
+    pub(crate) fn is_clean(&self) -> bool {
+        let mut at = self.words.start;
+        while at < self.words.end {
+            let end = (at / 64 * 64 + 64).min(self.words.end);
+            let wanted = bits_from(at as u64) & bits_to(end as u64 - 1);
+            let pair = self.map.summary.block(at / 64);
+            if pair.is_some_and(|pair| pair.any() & wanted != 0) {
+                return false;
+            }
+            at = end;
+        }
+        true
+    }
+
+    /// As [`HBitmap::serialize_part`], to the end of a vector, whose memory is written once.
+    pub(crate) fn append_to(&self, out: &mut Vec<u8>) {
+        out.reserve(self.len());
+        for span in self.map.spans(self.words.clone()) {
+            let end = out.len() + span.len() * 8;
+            match span {
+                Span::Clean(_) => out.resize(end, 0),
+                Span::Dirty(_) => out.resize(end, 0xff),
+                Span::Words(words) if cfg!(target_endian = "little") => {
+                    out.extend_from_slice(bytemuck::cast_slice(words));
+                }
+                Span::Words(words) => out.extend(words.iter().flat_map(|word| word.to_le_bytes())),
             }
         }
     }

@@ -11,9 +11,10 @@
 //! ```
 //!
 //! The caller asks [`send`] again after he has told the source that the guest has stopped, or started at the
-//! other end. All machines go on from where they are when a future is dropped between two calls; dropped
-//! amid one, bytes that were taken from the source may not have been sent: the connection is lost, and a
-//! native stream takes up another.
+//! other end. All machines go on from where they are when a future is dropped between two calls, or while it waits
+//! for the clock. What a failed or dropped write has taken from the source may not have been sent, and nothing can
+//! follow it: the connection is lost. A native stream takes up another; QEMU's, which could lose a chunk that
+//! way and nobody would know, has ended, and the source has [failed](OutgoingError::Lost).
 
 use std::fmt;
 use std::future::Future;
@@ -26,10 +27,13 @@ use crate::driver::Clock;
 
 /// Bytes that are read or written at once.
 const PIECE: usize = 64 << 10;
+/// Bytes of an answer that are written at once.
+const ANSWER: usize = 64;
 
 /// Where bytes come from.
 pub trait ReadStream {
-    /// Reads at least one byte into the buffer, and says how many; 0 at the end. The buffer comes back with them.
+    /// Reads at least one byte into the buffer, and says how many; 0 at the end. The buffer comes back with them;
+    /// that it has fewer is an [error](io::ErrorKind::InvalidData).
     fn read(&mut self, buf: Vec<u8>) -> impl Future<Output = (io::Result<usize>, Vec<u8>)>;
 }
 
@@ -79,7 +83,9 @@ pub enum Sent {
 ///
 /// # Cancel safety
 ///
-/// Not cancel safe: what was taken and not written is lost, and the connection with it.
+/// Cancel safe while it waits for the clock. Dropped amid a write, or after a write has failed, the connection is
+/// lost: [`Lost`](OutgoingError::Lost) is what every later call comes to, until a native stream has
+/// [another](OutgoingMigration::reconnect).
 ///
 /// # Examples
 ///
@@ -93,14 +99,35 @@ pub async fn send(
     loop {
         match outgoing.next_bytes(clock.now(), &mut buf)? {
             Next::Bytes(len) => {
+                let mut lent = Lent {
+                    outgoing,
+                    is_sent: false,
+                };
                 let (written, back) = stream.write_all(buf, len).await;
+                lent.is_sent = written.is_ok();
+                drop(lent);
                 written?;
                 buf = back;
+                buf.resize(PIECE, 0);
             }
             Next::Until(until) => clock.sleep_until(until).await,
             Next::Idle => return Ok(Sent::Idle),
             Next::Answer => return Ok(Sent::Answer),
             Next::Done => return Ok(Sent::Done),
+        }
+    }
+}
+
+/// Bytes that are being written.
+struct Lent<'a> {
+    outgoing: &'a mut OutgoingMigration,
+    is_sent: bool,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        if !self.is_sent {
+            self.outgoing.lose();
         }
     }
 }
@@ -120,13 +147,16 @@ pub async fn answers(
     stream: &mut impl ReadStream,
 ) -> Result<bool, DriveError> {
     let (read, buf) = stream.read(vec![0; 1024]).await;
-    let len = read?;
-    outgoing.feed(&buf[..len])?;
-    Ok(len > 0)
+    let bytes = filled(&buf, read?)?;
+    outgoing.feed(bytes)?;
+    Ok(!bytes.is_empty())
 }
 
 /// Loads what comes, until `is_enough` says so or the stream is over; it is asked after each piece. Says which
 /// it was: `true` if there may be more. What is to be answered is written to `back` before more is read.
+///
+/// What was read past the end of the bitmaps is dropped. Who has others on the same stream gives the bytes to
+/// [`feed`](IncomingMigration::feed) himself, which tells how many were read.
 ///
 /// # Errors
 ///
@@ -142,7 +172,7 @@ pub async fn receive(
     mut is_enough: impl FnMut(&IncomingMigration) -> bool,
 ) -> Result<bool, DriveError> {
     let mut buf = vec![0; PIECE];
-    let mut answer = vec![0; 64];
+    let mut answer = vec![0; ANSWER];
     loop {
         loop {
             let len = incoming.next_bytes(&mut answer);
@@ -152,18 +182,26 @@ pub async fn receive(
             let (written, again) = back.write_all(answer, len).await;
             written?;
             answer = again;
+            answer.resize(ANSWER, 0);
         }
         if incoming.is_done() || is_enough(incoming) {
             return Ok(true);
         }
         let (read, again) = stream.read(buf).await;
-        let len = read?;
-        if len == 0 {
+        let bytes = filled(&again, read?)?;
+        if bytes.is_empty() {
             return Ok(false);
         }
-        incoming.feed(&again[..len])?;
+        incoming.feed(bytes)?;
         buf = again;
+        buf.resize(PIECE, 0);
     }
+}
+
+/// The bytes that were read into a buffer.
+fn filled(buf: &[u8], len: usize) -> io::Result<&[u8]> {
+    buf.get(..len)
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// A way back that nobody listens on: QEMU's stream has none.

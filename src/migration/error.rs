@@ -402,6 +402,11 @@ pub enum OutgoingError {
     /// The other end has lost bitmaps that it had, and this one does not have all of them any more.
     #[error("the other end has lost what it had")]
     PeerForgot,
+    /// Bytes were taken from the source and may not have been sent, so no other can follow them. A native
+    /// migration can go on over [another connection](crate::OutgoingMigration::reconnect); one in QEMU's stream
+    /// has ended.
+    #[error("bytes of the stream were lost on their way out")]
+    Lost,
     /// It is over for an error that was told before.
     #[error("the migration is over")]
     Over,

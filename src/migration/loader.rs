@@ -153,7 +153,7 @@ impl Loader {
             None => self
                 .nodes
                 .iter()
-                .position(|node| node.device.as_deref() == Some(text))
+                .position(|node| node.device() == Some(text))
                 .or_else(|| by_name(text)),
         };
         found.ok_or_else(unknown)
@@ -220,6 +220,9 @@ impl Loader {
         let place = &self.nodes[node];
         let bitmap = id(&place.name, &name);
         let is_known = |known: &Arriving| known.id == bitmap;
+        if is_broken(Sabotage::ReplaceLocal) {
+            let _ = place.node.bitmaps().remove(&name);
+        }
         if self.bitmaps.iter().any(is_known) || place.node.bitmaps().query(&name).is_ok() {
             return Err(Fault::Exists { bitmap }.into());
         }
@@ -237,7 +240,7 @@ impl Loader {
             }
             .into());
         }
-        if memory > self.allowed.memory {
+        if memory > self.allowed.memory && !is_broken(Sabotage::IgnoreLimits) {
             return Err(Fault::Limit { what: "memory" }.into());
         }
         let is_persistent = persistent.unwrap_or(begins.is_persistent);
@@ -296,6 +299,7 @@ impl Loader {
         let range = range.intersection((0..shape.len).into());
         let len = shape.bytes_of(range);
         let loaded = match bits_of {
+            Bits::Zeroes if is_broken(Sabotage::AddLoaded) => Ok(false),
             Bits::Zeroes => bits.deserialize_zeroes(range),
             Bits::Ones => bits.deserialize_ones(range),
             Bits::Bytes(bytes) => {
@@ -355,6 +359,9 @@ impl Loader {
 
     /// The guest starts here, with the next write.
     pub(super) fn guest_starts(&mut self, guards: &[&QuiesceGuard]) -> Result<(), GuestStartError> {
+        if self.has_guest {
+            return Ok(());
+        }
         let guard_of = |node: &MigratingNode| {
             let mut found = guards.iter().filter(|guard| guard.is_of(&node.node));
             found.next().ok_or_else(|| GuestStartError::NotQuiesced {
@@ -375,6 +382,7 @@ impl Loader {
             arrival.record(guard_of(&self.nodes[node])?)?;
         }
         self.has_guest = true;
+        self.events.push_back(IncomingEvent::GuestStarted);
         for known in &mut self.bitmaps {
             known.stage = match std::mem::replace(&mut known.stage, Stage::Dropped) {
                 Stage::Whole(mut arrival) => {

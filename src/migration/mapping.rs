@@ -1,6 +1,6 @@
 //! Names that stand in the stream in place of those of this host.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 /// The longest node name that a mapping takes, in bytes.
 const NODE_NAME_MAX: usize = 31;
@@ -304,9 +304,17 @@ pub struct BitmapId {
     pub bitmap: String,
 }
 
-/// `disk0/daily`
+/// `disk0/daily`. Names may be those of a stream: what would end the line, or move the cursor, is escaped.
 impl fmt::Display for BitmapId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.node, self.bitmap)
+        let mut name = |name: &str| {
+            name.chars().try_for_each(|char| match char.is_control() {
+                true => write!(f, "{}", char.escape_default()),
+                false => f.write_char(char),
+            })
+        };
+        name(&self.node)?;
+        name("/")?;
+        name(&self.bitmap)
     }
 }

@@ -65,6 +65,17 @@
 //! are compared by length, identity and generation, contents by a digest, and a stream that broke is taken up
 //! where it was.
 
+//!
+//! # Limits
+//!
+//! - QEMU 10.0.2 as a destination aborts when after the start of its guest a record names a node. So it takes
+//!   [`PostCopy`](Mode::PostCopy) and [`Hybrid`](Mode::Hybrid) of the bitmaps of one node only; those of several
+//!   have to go to it by the other modes. A destination of this crate takes them.
+//! - A [whole](Framing::Whole) stream that is made here has no state of devices. Who has some puts
+//!   [sections](Framing::Sections) into a stream of his own.
+//! - A write while the guest stands still is noticed on a node with a bitmap that records. On others it changes
+//!   no bitmap.
+
 pub mod driver;
 mod error;
 mod event;
@@ -133,6 +144,11 @@ pub struct MigratingNode {
 }
 
 impl MigratingNode {
+    /// The device that it is attached to. An empty name is none.
+    fn device(&self) -> Option<&str> {
+        self.device.as_deref().filter(|device| !device.is_empty())
+    }
+
     /// A disk by its name.
     #[must_use]
     pub fn new(name: impl Into<String>, node: &Node) -> Self {
@@ -166,7 +182,8 @@ impl BitmapMigration {
         Self::default()
     }
 
-    /// With one more disk. Of two that are the same disk, or that have the same name, the first counts.
+    /// With one more disk. Of two entries for one disk the first is sent. Two disks of one name cannot both be
+    /// [sent](SetupError::NodeTwice); what comes for that name comes to the first.
     #[must_use]
     pub fn with(mut self, node: MigratingNode) -> Self {
         self.nodes.push(node);

@@ -57,19 +57,18 @@ impl BitmapMigration {
                 id,
                 node,
                 wire,
-                info,
                 is_persistent,
+                ..
             } = candidate;
+            // As it is now that nobody can change it.
+            let (len, granularity, is_enabled) = hold.shape();
             selected.push(Selected {
                 id,
                 hold,
                 node,
                 wire,
-                shape: Shape {
-                    len: info.len,
-                    granularity: info.granularity,
-                },
-                is_enabled: info.is_recording,
+                shape: Shape { len, granularity },
+                is_enabled,
                 is_persistent,
             });
         }
@@ -119,11 +118,13 @@ impl BitmapMigration {
         Ok(candidates)
     }
 
-    /// Nodes of devices before the others, each disk once.
+    /// Nodes of devices before the others, unless there is a mapping, in which devices play no part. Each disk
+    /// once.
     fn order(&self) -> Vec<usize> {
         let all = 0..self.nodes.len();
-        let (mut order, others): (Vec<_>, Vec<_>) =
-            all.partition(|&index| self.nodes[index].device.is_some());
+        let has_device =
+            |&index: &usize| self.mapping.is_none() && self.nodes[index].device().is_some();
+        let (mut order, others): (Vec<_>, Vec<_>) = all.partition(has_device);
         order.extend(others);
         let mut once: Vec<usize> = Vec::new();
         for index in order {
@@ -142,13 +143,13 @@ impl BitmapMigration {
         node: &MigratingNode,
         bitmap: &str,
     ) -> Result<Option<(String, Option<&super::NodeAlias>)>, SetupError> {
-        let own = node.device.as_ref().unwrap_or(&node.name);
+        let own = node.device().unwrap_or(&node.name);
         if own.is_empty() {
             let bitmap = bitmap.to_owned();
             return Err(SetupError::NodeUnnamed { bitmap });
         }
         let (alias, entry) = match &self.mapping {
-            None => (own.clone(), None),
+            None => (own.to_owned(), None),
             Some(mapping) => match mapping.of_node(&node.name) {
                 None => return Ok(None),
                 Some(entry) => (entry.alias.clone(), Some(entry)),

@@ -14,9 +14,9 @@ use blockjob::{
 
 use crate::truth::{TrueBitmap, add, bits_of, quiesce};
 
-const LEN: u64 = 100 << 20;
+pub(crate) const LEN: u64 = 100 << 20;
 
-fn bitmap(name: &str, enabled: bool, persistent: bool) -> TrueBitmap {
+pub(crate) fn bitmap(name: &str, enabled: bool, persistent: bool) -> TrueBitmap {
     TrueBitmap {
         node: String::new(),
         name: name.into(),
@@ -29,7 +29,7 @@ fn bitmap(name: &str, enabled: bool, persistent: bool) -> TrueBitmap {
     }
 }
 
-fn disk(bitmaps: &[TrueBitmap]) -> Node {
+pub(crate) fn disk(bitmaps: &[TrueBitmap]) -> Node {
     let node = Node::new(bitmaps.first().map_or(LEN, |bitmap| bitmap.size));
     for bitmap in bitmaps {
         add(&node, bitmap).unwrap();
@@ -37,12 +37,12 @@ fn disk(bitmaps: &[TrueBitmap]) -> Node {
     node
 }
 
-fn write(node: &Node, at: u64) {
+pub(crate) fn write(node: &Node, at: u64) {
     let ticket = node.begin_write((at..at + 1).into()).go();
     ticket.expect("nobody quiesces it").finish(());
 }
 
-fn pull(outgoing: &mut OutgoingMigration) -> Vec<u8> {
+pub(crate) fn pull(outgoing: &mut OutgoingMigration) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut piece = [0; 4096];
     while let Next::Bytes(len) = outgoing.next_bytes(Duration::ZERO, &mut piece).unwrap() {
@@ -51,16 +51,16 @@ fn pull(outgoing: &mut OutgoingMigration) -> Vec<u8> {
     bytes
 }
 
-fn stop(outgoing: &mut OutgoingMigration, node: &Node) {
+pub(crate) fn stop(outgoing: &mut OutgoingMigration, node: &Node) {
     outgoing.stop(&[&quiesce(node)]).unwrap();
 }
 
-fn start(incoming: &mut IncomingMigration, node: &Node) {
+pub(crate) fn start(incoming: &mut IncomingMigration, node: &Node) {
     incoming.guest_starts(&[&quiesce(node)]).unwrap();
 }
 
 /// Everything from one host to the other, with the guest standing still.
-fn migrate(
+pub(crate) fn migrate(
     source: &BitmapMigration,
     from: &[&Node],
     target: &BitmapMigration,
@@ -81,11 +81,11 @@ fn migrate(
     incoming.bitmaps()
 }
 
-fn one(node: &Node) -> BitmapMigration {
+pub(crate) fn one(node: &Node) -> BitmapMigration {
     BitmapMigration::new().with_node("d", node)
 }
 
-fn id(node: &str, bitmap: &str) -> BitmapId {
+pub(crate) fn id(node: &str, bitmap: &str) -> BitmapId {
     BitmapId {
         node: node.into(),
         bitmap: bitmap.into(),
@@ -349,9 +349,9 @@ fn a_mapping_breaks_one_rule_at_a_time() {
 }
 
 /// Name, alias, and whether it is to be persistent.
-type Mapped<'a> = (&'a str, &'a str, Option<bool>);
+pub(crate) type Mapped<'a> = (&'a str, &'a str, Option<bool>);
 
-fn mapping(entries: &[(&str, &str, &[Mapped<'_>])]) -> BitmapMapping {
+pub(crate) fn mapping(entries: &[(&str, &str, &[Mapped<'_>])]) -> BitmapMapping {
     let nodes = entries.iter().map(|(node, alias, bitmaps)| NodeAlias {
         node: (*node).into(),
         alias: (*alias).into(),
@@ -463,7 +463,7 @@ fn persistence_is_changed_by_either_side_and_the_destination_has_the_last_word()
 }
 
 /// Whether a bitmap would be stored.
-fn is_stored(node: &Node, name: &str) -> bool {
+pub(crate) fn is_stored(node: &Node, name: &str) -> bool {
     let export = node.bitmaps().export_state(&quiesce(node)).unwrap();
     export.to_store.iter().any(|state| state.name == name)
 }
@@ -768,7 +768,7 @@ fn what_is_complete_stays_when_the_stream_breaks_after_the_guest_has_started() {
 }
 
 /// A disk whose bitmap has so many serialized bytes, all of them changed by a seed.
-fn large(bytes: u64, name: &str) -> Node {
+pub(crate) fn large(bytes: u64, name: &str) -> Node {
     let len = bytes * 8 * 512;
     let mut truth = bitmap(name, true, false);
     truth.size = len;
@@ -934,7 +934,7 @@ fn disks_that_are_empty_or_have_coarse_granules_or_many() {
 }
 
 /// What the destination has to say comes to the source.
-fn answer(outgoing: &mut OutgoingMigration, incoming: &mut IncomingMigration) {
+pub(crate) fn answer(outgoing: &mut OutgoingMigration, incoming: &mut IncomingMigration) {
     let mut piece = [0; 50];
     loop {
         match incoming.next_bytes(&mut piece) {
@@ -944,7 +944,7 @@ fn answer(outgoing: &mut OutgoingMigration, incoming: &mut IncomingMigration) {
     }
 }
 
-fn native() -> (OutgoingOptions, IncomingOptions) {
+pub(crate) fn native() -> (OutgoingOptions, IncomingOptions) {
     let stream = StreamKind::Native { session: [9; 16] };
     let (mut outgoing, mut incoming) = (OutgoingOptions::default(), IncomingOptions::default());
     outgoing.stream = stream;
@@ -1036,7 +1036,7 @@ fn native_starts_over_with_a_destination_that_has_lost_everything() {
 }
 
 /// The frames of a native stream.
-fn frames(mut bytes: &[u8]) -> Vec<Vec<u8>> {
+pub(crate) fn frames(mut bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     while !bytes.is_empty() {
         let len = 20 + u32::from_le_bytes(bytes[4..8].try_into().unwrap()) as usize;
@@ -1048,7 +1048,7 @@ fn frames(mut bytes: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// The same frame with another payload, as somebody would make it who knows how.
-fn forged(mut frame: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+pub(crate) fn forged(mut frame: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     frame.truncate(frame.len() - 4);
     change(&mut frame);
     let len = frame.len() as u32 - 16;
@@ -1059,7 +1059,7 @@ fn forged(mut frame: Vec<u8>, change: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 }
 
 #[test]
-fn native_frames_are_checked() {
+pub(crate) fn native_frames_are_checked() {
     let from = disk(&[bitmap("a", true, false)]);
     let mut outgoing = one(&from).outgoing(native().0).unwrap();
     stop(&mut outgoing, &from);

@@ -1,7 +1,8 @@
 //! Streams made by hand: what is taken, and what must be an error that changes nothing.
 
 use blockjob::migration::{
-    BitmapMapping, Fault, Framing, IncomingEvent, NodeAlias, RecordError, Unusable,
+    BitmapMapping, BodyPart, Fault, ForeignSection, ForeignSections, Framing, IncomingEvent,
+    NodeAlias, RecordError, RecordReader, StreamError, Unusable,
 };
 use blockjob::{BitmapMigration, ByteRange, Granularity, IncomingError, Node};
 
@@ -14,7 +15,7 @@ const SECTORS: u32 = 25_600;
 
 /// Records, one after the other.
 #[derive(Clone, Default)]
-struct Stream(Vec<u8>);
+pub(crate) struct Stream(Vec<u8>);
 
 impl Stream {
     fn named(mut self, flags: u8, node: &[u8], bitmap: &[u8]) -> Self {
@@ -172,7 +173,7 @@ fn stream() -> Stream {
 }
 
 #[test]
-fn a_local_bitmap_is_never_written_to() {
+pub(crate) fn a_local_bitmap_is_never_written_to() {
     let not_started =
         |fault| matches!(fault, Fault::NotStarted { bitmap } if bitmap.bitmap == "local");
     assert!(not_started(fault(
@@ -190,7 +191,7 @@ fn a_local_bitmap_is_never_written_to() {
 }
 
 #[test]
-fn a_bitmap_that_begins_wrong_is_not_made() {
+pub(crate) fn a_bitmap_that_begins_wrong_is_not_made() {
     for flags in [0x08, 0x10, 0x20, 0x40, 0x80, 0xf9] {
         let found = fault(stream().start_as(b"d", b"b", 65536, flags).rest());
         assert_eq!(found, Fault::Record(RecordError::BitmapFlags { flags }));
@@ -274,7 +275,7 @@ fn names_that_nobody_has_drop_the_bitmaps_and_keep_the_stream() {
 }
 
 #[test]
-fn bits_of_what_is_not_there_are_refused() {
+pub(crate) fn bits_of_what_is_not_there_are_refused() {
     let bits = |sector, sectors| stream().start("b").zeroes(sector, sectors).rest();
     for (sector, sectors) in [(1, 8192), (8191, 1), (0, 8191), (0, 25_472), (128, 8192)] {
         let found = fault(bits(sector, sectors));
@@ -315,7 +316,7 @@ fn bits_of_what_is_not_there_are_refused() {
 }
 
 #[test]
-fn a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said() {
+pub(crate) fn a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said() {
     let start = || stream().start("b");
     let missing = |stream: Stream| match fault(stream.bytes(&[0x20, 1]).0) {
         Fault::Missing { from, .. } => from,
@@ -359,7 +360,7 @@ fn a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said() {
 }
 
 #[test]
-fn what_has_one_meaning_is_taken() {
+pub(crate) fn what_has_one_meaning_is_taken() {
     let start = || stream().start("b");
     let first = ByteRange::from(0..65536);
     let bit = |at: usize| (0..32).map(|byte| u8::from(byte == at)).collect::<Vec<_>>();
@@ -426,7 +427,7 @@ fn flags_of_the_future_are_not_guessed_at() {
 }
 
 #[test]
-fn a_receiver_takes_no_more_than_it_allows() {
+pub(crate) fn a_receiver_takes_no_more_than_it_allows() {
     let run = |bitmaps_max, bytes_max, stream: Vec<u8>| {
         let (target, nodes) = host();
         let mut options = options(Framing::Bare);
@@ -559,4 +560,77 @@ fn what_is_around_the_records_is_looked_at() {
     let followed = whole(&[&section(1), &other, &footer(7), device, b"whatever"]);
     incoming.feed(&followed).unwrap();
     incoming.finish().unwrap();
+}
+
+#[test]
+fn no_sectors_are_none_wherever_they_are() {
+    let start = || stream().start("b");
+    for sector in [0, 77, 25_600, 1 << 40, (1 << 55) - 1] {
+        let nothing = start()
+            .zeroes(sector, 0)
+            .bits(sector, 0, &[])
+            .zeroes(0, SECTORS);
+        assert_eq!(taken(nothing.bytes(&[0x20, 0x01]).0), [], "{sector}");
+        let much = start().bits(sector, 0, &[0; 32]);
+        let (expected, found) = (0, 32);
+        assert_eq!(
+            dropped(much.rest()),
+            Unusable::BufferLength { expected, found }
+        );
+    }
+}
+
+#[test]
+fn an_error_is_one_line_whatever_the_names_are() {
+    let error = refused(
+        Framing::Bare,
+        &stream().start("a\nb\x1b[1m").bytes(&[0x20, 1]).0,
+    );
+    let text = error.to_string();
+    assert!(!text.contains(char::is_control), "{text}");
+    assert!(text.contains("d/a\\nb\\u{1b}[1m"), "{text}");
+}
+
+/// Wants as much as it is told to.
+struct Wants(usize);
+
+impl ForeignSections for Wants {
+    fn body(&mut self, _: &ForeignSection<'_>, bytes: &[u8]) -> Result<BodyPart, String> {
+        Ok(if bytes.len() < self.0 {
+            BodyPart::Needs(self.0)
+        } else {
+            BodyPart::End(self.0)
+        })
+    }
+}
+
+#[test]
+pub(crate) fn whoever_knows_a_section_is_not_given_all_memory() {
+    for (wanted, is_taken) in [
+        (1, true),
+        (65_536, true),
+        (65_537, false),
+        (usize::MAX, false),
+    ] {
+        let head = b"\x01\0\0\0\x07\x03ram\0\0\0\0\0\0\0\x01";
+        let mut reader =
+            RecordReader::new(Framing::Sections).with_foreign(Some(Box::new(Wants(wanted))));
+        let mut fed = Ok(0);
+        for piece in [&head[..], &vec![7; 70_000]] {
+            fed = fed.and_then(|_| reader.feed(piece, &mut |_| Ok::<(), StreamError>(())));
+        }
+        // What is behind a body that was taken is no footer.
+        let at = if is_taken {
+            head.len() + wanted
+        } else {
+            head.len()
+        };
+        let why = if is_taken {
+            Fault::Footer
+        } else {
+            Fault::TooMuch
+        };
+        let error = fed.unwrap_err();
+        assert_eq!((error.at, error.why), (at as u64, why));
+    }
 }

@@ -370,3 +370,100 @@ fn what_qemu_sends_is_loaded() {
         assert_eq!(node.bitmaps().query(name).unwrap().is_recording, enabled);
     }
 }
+
+/// The guest runs, and is written to, while the bits are still to come.
+#[test]
+fn qemu_runs_its_guest_before_the_bits_come() {
+    if is_missing("qemu_runs_its_guest_before_the_bits_come") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut truth = load("bitmap-postcopy");
+    let bitmap = truth
+        .bitmaps
+        .iter_mut()
+        .find(|bitmap| bitmap.name == "a")
+        .unwrap();
+    bitmap.persistent = true;
+    for (mode, is_large) in [(Mode::PostCopy, false), (Mode::Hybrid, true)] {
+        if is_large {
+            // Enough to be sent live.
+            for bitmap in &mut truth.bitmaps {
+                bitmap.size = 4 << 30;
+            }
+        }
+        let (source, nodes) = truth.source().unwrap();
+        let node = &nodes[0].1;
+        let mut options = OutgoingOptions::default();
+        options.stream = StreamKind::Qemu(Framing::Whole);
+        options.mode = mode;
+        let mut outgoing = source.outgoing(options).unwrap();
+        assert_eq!(outgoing.mode(), mode);
+        let mut qemu = Qemu::incoming(&sizes(&nodes));
+        let capability = json!([{"capability": "dirty-bitmaps", "state": true}]);
+        qemu.ask(
+            "migrate-set-capabilities",
+            json!({"capabilities": capability}),
+        );
+        let path = scratch.path("fifo");
+        let _ = std::fs::remove_file(&path);
+        let made = Command::new("mkfifo").arg(&path).status().expect("mkfifo");
+        assert!(made.success());
+        qemu.ask(
+            "migrate-incoming",
+            json!({"uri": format!("exec:cat {}", path.display())}),
+        );
+        let mut to = std::fs::File::create(&path).unwrap();
+        let mut send = |outgoing: &mut blockjob::OutgoingMigration, most: usize| {
+            for _ in 0..most {
+                let (Next::Bytes(_), bytes) = outgoing.next_slice(Duration::ZERO).unwrap() else {
+                    break;
+                };
+                to.write_all(bytes).unwrap();
+            }
+        };
+        send(&mut outgoing, usize::MAX);
+        let ticket = node.begin_write((50 << 20..(50 << 20) + 512).into()).go();
+        ticket.expect("nobody quiesces it").finish(());
+        outgoing.stop(&[&quiesce(node)]).unwrap();
+        send(&mut outgoing, usize::MAX);
+        assert_eq!(outgoing.bytes_sent_stopped(), 0);
+        outgoing.guest_started().unwrap();
+        // The package, and one part.
+        outgoing.set_part_chunks(1);
+        send(&mut outgoing, 1);
+        let started = Instant::now();
+        while qemu.ask("query-status", json!({}))["status"] != "running" {
+            assert!(started.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // The first has one chunk, which is there.
+        let busy = qemu.bitmaps();
+        let busy = busy.iter().filter(|(_, bitmap)| bitmap["busy"] == true);
+        assert_eq!(busy.count(), 2, "the other bits are still to come");
+        let line = "qemu-io d0 \"write 70M 512\"";
+        qemu.ask("human-monitor-command", json!({"command-line": line}));
+        send(&mut outgoing, usize::MAX);
+        outgoing.finish().unwrap();
+        drop(to);
+        qemu.wait_until_migrated();
+        assert_eq!(qemu.bitmaps().len(), truth.bitmaps.len());
+        for bitmap in &truth.bitmaps {
+            let mut bits = bits_of(node, &bitmap.name);
+            if bitmap.enabled {
+                bits.set_at(70 << 20).unwrap();
+            }
+            assert_eq!(
+                qemu.digest("d0", &bitmap.name),
+                digest(&bits),
+                "{}",
+                bitmap.name
+            );
+        }
+        assert!(
+            qemu.bitmaps()
+                .iter()
+                .all(|(_, bitmap)| bitmap["busy"] == false)
+        );
+    }
+}

@@ -38,7 +38,8 @@ impl Shape {
     pub(super) fn chunk(self) -> u64 {
         let align = self.align();
         let most = u64::from(u32::MAX) * SECTOR;
-        (CHUNK / 8 * align).min(most / align * align)
+        // Powers of two: this is asked for each chunk, and to divide would be what takes longest.
+        (CHUNK / 8 * align).min(most & !(align - 1))
     }
 
     /// The same as a power of two: a chunk of which it is noted whether it has changed.

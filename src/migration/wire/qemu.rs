@@ -16,6 +16,7 @@
 
 use super::{SECTOR, Shape};
 use crate::bitmap::HBitmap;
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 const END: u8 = 0x01;
@@ -216,6 +217,10 @@ fn name<'a>(rest: &mut Rest<'a>) -> Result<&'a [u8], Stop> {
     let at = rest.at;
     match rest.number()? {
         [0] => Err(Stop::Wrong(at, RecordError::NameEmpty)),
+        [len] if is_broken(Sabotage::TakeCutNames) => {
+            let there = rest.bytes.len() - rest.at;
+            Ok(rest.take(there.min(usize::from(len)))?)
+        }
         [len] => Ok(rest.take(usize::from(len))?),
     }
 }
@@ -242,7 +247,7 @@ fn bits<'a>(rest: &mut Rest<'a>, flags: u8) -> Result<RecordBody<'a>, Stop> {
     } else {
         let at = rest.at;
         let len = u64::from_be_bytes(rest.number()?);
-        if len > BUFFER_MAX {
+        if len > BUFFER_MAX && !is_broken(Sabotage::TrustLength) {
             return Err(Stop::Wrong(at, RecordError::BufferTooLong { len }));
         }
         Some(rest.take(len as usize)?)
@@ -283,20 +288,25 @@ impl Maker {
         range: ByteRange,
         out: &mut Vec<u8>,
     ) {
-        let is_clean = !map.any_dirty_in(range);
+        let part = map.part_of(range).expect("it is a chunk");
+        let is_clean = part.is_clean();
         self.head(if is_clean { BITS | ZEROES } else { BITS }, names, out);
-        out.extend((range.start() / SECTOR).to_be_bytes());
+        // In one piece: a chunk is so short that each would cost a good part of copying it.
+        let padded = part.len().next_multiple_of(PADDING);
+        let mut place = [0; 20];
+        place[..8].copy_from_slice(&(range.start() / SECTOR).to_be_bytes());
         // Chunks are no longer than 32 bits count.
-        out.extend((range.len().div_ceil(SECTOR) as u32).to_be_bytes());
+        place[8..12].copy_from_slice(&(range.len().div_ceil(SECTOR) as u32).to_be_bytes());
+        place[12..].copy_from_slice(&(padded as u64).to_be_bytes());
         if is_clean {
+            out.extend_from_slice(&place[..12]);
             return;
         }
-        let len = map.serialized_len(range).expect("it is a chunk");
-        let padded = len.next_multiple_of(PADDING);
-        out.extend((padded as u64).to_be_bytes());
-        let end = out.len() + padded;
-        map.append_part(range, out).expect("it is a chunk");
-        out.resize(end, 0);
+        out.reserve(place.len() + padded);
+        out.extend_from_slice(&place);
+        part.append_to(out);
+        let padding = padded - part.len();
+        out.extend_from_slice(&[0; PADDING][..padding]);
     }
 
     pub(crate) fn complete(&mut self, names: (&str, &str), out: &mut Vec<u8>) {

@@ -19,6 +19,7 @@ use super::sections::{
     BodyPart, Cut, ForeignSection, ForeignSections, Framing, Item, NAME, SECTION_END, SECTION_FULL,
     SECTION_VERSION, Stop,
 };
+use crate::sabotage::{Sabotage, is_broken};
 
 /// Most bytes that a foreign section may want at once, and that an item between bodies has.
 const NEEDS_MAX: usize = 64 << 10;
@@ -78,6 +79,8 @@ enum Place {
     Foreign(Part),
     Footer(Part),
     Skip(u64),
+    /// As many names are passed over.
+    Names(u32),
     Done,
 }
 
@@ -94,6 +97,13 @@ struct Section {
     name: Vec<u8>,
     instance: u32,
     version: u32,
+}
+
+impl Section {
+    /// Whether it is the one with dirty bitmaps, of which there is one instance.
+    fn is_ours(&self) -> bool {
+        self.name == NAME.as_bytes() && self.instance == 0
+    }
 }
 
 impl RecordReader {
@@ -167,7 +177,11 @@ impl RecordReader {
     pub fn is_between_parts(&self) -> bool {
         let is_inside = matches!(
             self.place,
-            Place::Body { is_begun: true, .. } | Place::Foreign(_) | Place::Footer(_)
+            Place::Body { is_begun: true, .. }
+                | Place::Foreign(_)
+                | Place::Footer(_)
+                | Place::Skip(_)
+                | Place::Names(_)
         );
         self.kept.is_empty() && !is_inside
     }
@@ -269,7 +283,11 @@ impl RecordReader {
         bytes: &[u8],
         sink: &mut impl FnMut(&Record<'_>) -> Result<(), E>,
     ) -> Result<Read, E> {
-        let here = self.at;
+        let here = if is_broken(Sabotage::ForgetPlace) {
+            0
+        } else {
+            self.at
+        };
         let wrong = |at: usize, why| StreamError {
             at: here + at as u64,
             why,
@@ -306,12 +324,16 @@ impl RecordReader {
                 return Ok(Read::used(skipped));
             }
             Place::Foreign(part) => self.foreign(part, bytes),
-            Place::Header | Place::Between { .. } | Place::Footer(_) => self.outside(bytes),
+            Place::Header | Place::Between { .. } | Place::Footer(_) | Place::Names(_) => {
+                self.outside(bytes)
+            }
             Place::Done => Ok(0),
         };
         match read {
             Ok(used) => Ok(Read::used(used)),
-            Err(Stop::Needs(needed)) if needed <= NEEDS_MAX => Ok(Read::Needs(needed)),
+            Err(Stop::Needs(needed)) if needed <= NEEDS_MAX || is_broken(Sabotage::KeepAll) => {
+                Ok(Read::Needs(needed))
+            }
             Err(Stop::Needs(_)) => Err(wrong(0, Fault::TooMuch).into()),
             Err(Stop::Wrong(at, why)) => Err(wrong(at, why).into()),
         }
@@ -329,14 +351,25 @@ impl RecordReader {
                 self.place = after_part(part, &self.sections);
             }
             Place::Between { is_first } => match cut.item(is_first)? {
-                Item::Passed => self.place = Place::Between { is_first: false },
                 Item::Skip(left) => self.skip(left),
+                Item::Names(left) => self.skip_names(left),
                 Item::EndOfFile => self.place = Place::Done,
                 Item::Part { kind, id, named } => self.begin_part(kind, id, named)?,
             },
+            Place::Names(left) => {
+                cut.name()?;
+                self.skip_names(left - 1);
+            }
             Place::Body { .. } | Place::Foreign(_) | Place::Skip(_) | Place::Done => {}
         }
         Ok(cut.at)
+    }
+
+    fn skip_names(&mut self, left: u32) {
+        self.place = match left {
+            0 => Place::Between { is_first: false },
+            left => Place::Names(left),
+        };
     }
 
     fn skip(&mut self, left: u64) {
@@ -375,7 +408,7 @@ impl RecordReader {
             (None, None) => return Err(Stop::Wrong(1, Fault::SectionUnknown { id })),
         };
         let part = Part { section, kind };
-        self.place = if self.sections[section].name == NAME.as_bytes() {
+        self.place = if self.sections[section].is_ours() {
             Place::Body {
                 part: Some(part),
                 is_begun: true,
@@ -398,6 +431,12 @@ impl RecordReader {
             instance: *instance,
             version: *version,
             is_full: part.kind == SECTION_FULL,
+        };
+        // No more than could be kept, so that it does not depend on the pieces what comes of it.
+        let bytes = if is_broken(Sabotage::KeepAll) {
+            bytes
+        } else {
+            &bytes[..bytes.len().min(NEEDS_MAX)]
         };
         let text = String::from_utf8_lossy(name).into_owned();
         let opaque = |name| Err(Stop::Wrong(0, Fault::ForeignSection { name }));
@@ -434,8 +473,7 @@ impl RecordReader {
 
 /// What follows a part.
 fn after_part(part: Part, sections: &[Section]) -> Place {
-    let is_ours = sections[part.section].name == NAME.as_bytes();
-    if is_ours && part.kind == SECTION_END {
+    if sections[part.section].is_ours() && part.kind == SECTION_END {
         return Place::Done;
     }
     Place::Between { is_first: false }

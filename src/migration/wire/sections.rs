@@ -11,6 +11,12 @@ pub(super) const SECTION_PART: u8 = 0x02;
 pub(super) const SECTION_END: u8 = 0x03;
 pub(super) const SECTION_FULL: u8 = 0x04;
 pub(super) const COMMAND: u8 = 0x08;
+/// Bits may come after the guest has started.
+pub(super) const ADVISE: u16 = 3;
+/// They are listened for.
+pub(super) const LISTEN: u16 = 4;
+/// The guest runs.
+pub(super) const RUN: u16 = 5;
 pub(super) const PACKAGED: u16 = 7;
 pub(super) const FOOTER: u8 = 0x7e;
 pub(super) const END_OF_FILE: u8 = 0x00;
@@ -31,7 +37,9 @@ pub enum Framing {
     /// Sections with headers and footers, of the `dirty-bitmap` section and others, but not what stands before
     /// and after them.
     Sections,
-    /// A whole file or stream, from the header on.
+    /// A whole file or stream, from the header on. One that is made brings bitmaps and no guest: the destination's
+    /// devices stay as they are. Where bits come after the guest has moved, it says when that is, as QEMU's
+    /// post-copy does: advise at the start, and a package that has the destination run.
     Whole,
 }
 
@@ -95,7 +103,8 @@ pub struct SkipRam {
 }
 
 impl SkipRam {
-    /// For machines with pages of so many bytes: 4096 on x86. Rounded **up** to a power of two, 4096 at least.
+    /// For machines with pages of so many bytes: 4096 on x86. Rounded **up** to a power of two, 4096 at least and
+    /// 32768 at most.
     #[must_use]
     pub fn new(page: u64) -> Self {
         Self {
@@ -183,10 +192,10 @@ fn be64(bytes: &[u8], at: usize) -> Option<u64> {
 
 /// What comes next outside of bodies.
 pub(super) enum Item {
-    /// Nothing that matters, or the header of the file, or a command.
-    Passed,
     /// As many bytes belong to it that are not looked at.
     Skip(u64),
+    /// As many names follow that are not looked at.
+    Names(u32),
     Part {
         kind: u8,
         id: u32,
@@ -286,12 +295,7 @@ impl Cut<'_> {
         match &name[..] {
             b"configuration/target-page-bits" => Ok(Item::Skip(4)),
             b"configuration/uuid" => Ok(Item::Skip(16)),
-            b"configuration/capabilities" => {
-                for _ in 0..self.be32()? {
-                    self.name()?;
-                }
-                Ok(Item::Passed)
-            }
+            b"configuration/capabilities" => Ok(Item::Names(self.be32()?)),
             _ => Err(Stop::Wrong(1, Fault::Subsection)),
         }
     }

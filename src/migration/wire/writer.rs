@@ -2,8 +2,8 @@
 
 use super::qemu::Maker;
 use super::sections::{
-    CONFIGURATION, DESCRIPTION, END_OF_FILE, FOOTER, Framing, MAGIC, NAME, SECTION_END,
-    SECTION_PART, SECTION_START, SECTION_VERSION, VERSION,
+    ADVISE, COMMAND, CONFIGURATION, DESCRIPTION, END_OF_FILE, FOOTER, Framing, LISTEN, MAGIC, NAME,
+    PACKAGED, RUN, SECTION_END, SECTION_PART, SECTION_START, SECTION_VERSION, VERSION,
 };
 
 /// Which part of the section comes.
@@ -20,6 +20,10 @@ pub(crate) struct Writer {
     pub(crate) maker: Maker,
     framing: Framing,
     id: u32,
+    /// Whether the guest runs at the other end before the bits come.
+    is_postcopy: bool,
+    /// Whether the other end was told to run it.
+    has_run: bool,
     /// Which part is open.
     open: Option<PartKind>,
     /// Which part was ended last.
@@ -27,11 +31,13 @@ pub(crate) struct Writer {
 }
 
 impl Writer {
-    pub(crate) fn new(framing: Framing, id: u32) -> Self {
+    pub(crate) fn new(framing: Framing, id: u32, is_postcopy: bool) -> Self {
         Self {
             maker: Maker::default(),
             framing,
             id,
+            is_postcopy,
+            has_run: false,
             open: None,
             ended: None,
         }
@@ -51,6 +57,9 @@ impl Writer {
             out.extend(VERSION.to_be_bytes());
             // No name fits every machine.
             out.extend([CONFIGURATION, 0, 0, 0, 0]);
+            if self.is_postcopy {
+                command(ADVISE, 0, out);
+            }
         }
         out.push(match kind {
             PartKind::Start => SECTION_START,
@@ -64,6 +73,21 @@ impl Writer {
             out.extend(0u32.to_be_bytes());
             out.extend(SECTION_VERSION.to_be_bytes());
         }
+    }
+
+    /// In a whole stream: what has QEMU run its guest before it reads on, as it is. Once.
+    pub(crate) fn package(&mut self, out: &mut Vec<u8>) {
+        if self.framing != Framing::Whole || self.has_run {
+            return;
+        }
+        self.has_run = true;
+        let mut package = Vec::new();
+        command(LISTEN, 0, &mut package);
+        command(RUN, 0, &mut package);
+        command(PACKAGED, 4, out);
+        // Two commands.
+        out.extend((package.len() as u32).to_be_bytes());
+        out.extend(package);
     }
 
     /// Ends the part that is open.
@@ -80,14 +104,20 @@ impl Writer {
         out.extend(self.id.to_be_bytes());
         if self.framing == Framing::Whole && kind == PartKind::End {
             out.push(END_OF_FILE);
-            out.push(DESCRIPTION);
-            out.extend(2u32.to_be_bytes());
-            out.extend(b"{}");
+            if !self.is_postcopy {
+                out.push(DESCRIPTION);
+                out.extend(2u32.to_be_bytes());
+                out.extend(b"{}");
+            }
         }
     }
 
     pub(crate) fn is_open_as(&self, kind: PartKind) -> bool {
         self.open == Some(kind)
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.is_some()
     }
 
     /// Whether there is a first part.
@@ -99,4 +129,11 @@ impl Writer {
     pub(crate) fn has_ended(&self) -> bool {
         self.ended == Some(PartKind::End)
     }
+}
+
+/// A command, without its data.
+fn command(command: u16, len: u16, out: &mut Vec<u8>) {
+    out.push(COMMAND);
+    out.extend(command.to_be_bytes());
+    out.extend(len.to_be_bytes());
 }

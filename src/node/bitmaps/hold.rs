@@ -7,7 +7,7 @@ use super::{BitmapError, Bitmaps, BusyWith, List};
 use crate::bitmap::{Changes, HBitmap};
 use crate::node::Inner;
 use crate::sync::{Arc, MutexGuard};
-use crate::units::ByteRange;
+use crate::units::{ByteRange, Granularity};
 
 /// That a bitmap is kept as it is, but for what it records, and is left out of
 /// [exports](Bitmaps::export_state): somebody is about to have it elsewhere, after a migration as a rule.
@@ -59,6 +59,13 @@ impl BitmapHold {
     /// [`OutOfMemory`](BitmapError::OutOfMemory).
     pub fn snapshot(&self) -> Result<HBitmap, BitmapError> {
         super::copy_of(self.node().lock_drained().owned(self.id).map()?)
+    }
+
+    /// How long and how fine it is, and whether it records: none of that changes while it is held.
+    pub(crate) fn shape(&self) -> (u64, Granularity, bool) {
+        let list = self.node().lock_drained();
+        let named = list.owned(self.id);
+        (named.len(), named.granularity(), named.is_recording())
     }
 
     /// Notes from now on which chunks of so many serialized bytes guest writes change. All have, at first.

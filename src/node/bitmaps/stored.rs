@@ -99,7 +99,8 @@ impl Bitmaps<'_> {
     }
 
     /// Makes the bitmaps that came with an image, all or none. Those that were in use become
-    /// inconsistent.
+    /// inconsistent, but for those that the node has: they came another way, by a migration as a rule, and the
+    /// image was not closed for that. They stay as they are.
     ///
     /// # Errors
     ///
@@ -116,6 +117,7 @@ impl Bitmaps<'_> {
     ) -> Result<(), BitmapError> {
         self.check_guard(guard)?;
         let mut list = self.inner().lock_drained();
+        states.retain(|state| !state.is_in_use || list.find(&state.name).is_err());
         let mut finest: Option<Granularity> = None;
         for (index, state) in states.iter().enumerate() {
             let BitmapState { name, bits, .. } = state;

@@ -1,0 +1,271 @@
+//! What is odd and may happen all the same: both ends used in ways that no test of the plain course comes to.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use blockjob::migration::{
+    Fault, Framing, IncomingOptions, MigratingNode, Mode, Next, OutgoingEvent, OutgoingOptions,
+    RecordReader, SetupError, StreamError, StreamKind,
+};
+use blockjob::{
+    BitmapMigration, BitmapOptions, BitmapState, Granularity, Grown, HBitmap, IncomingError, Node,
+};
+
+use crate::cases::{LEN, bitmap, disk, id, large, one, pull, start, stop, write};
+use crate::truth::{add, bits_of, quiesce};
+
+/// Two bitmaps, one of which changes faster than it is sent.
+#[test]
+fn a_busy_bitmap_does_not_keep_another_from_being_sent_live() {
+    let from = large(1 << 20, "quiet");
+    let mut busy = bitmap("busy", true, false);
+    (busy.size, busy.dirty) = (from.len(), vec![]);
+    busy.granularity = Granularity::from_bytes(512).unwrap();
+    add(&from, &busy).unwrap();
+    let mut options = OutgoingOptions::default();
+    options.mode = Mode::Live;
+    let mut outgoing = one(&from).outgoing(options).unwrap();
+    let chunks = from.len() / (4 << 20);
+    for round in 0..chunks {
+        // More chunks change than a batch has, near the start of the disk.
+        for chunk in 0..40 {
+            write(&from, (chunk * (4 << 20)) + round * 512);
+        }
+        outgoing.next_slice(Duration::ZERO).map(drop).unwrap();
+    }
+    let quiet = outgoing.bitmaps().pop().unwrap();
+    assert_eq!(quiet.id, id("d", "quiet"));
+    // It changes as much, as both record: what is not of those 40 chunks has gone out.
+    assert!(quiet.bytes_left <= 40 * 1024, "{quiet:?}");
+}
+
+#[test]
+fn what_is_left_is_told_in_bytes_of_the_bitmap_however_coarse_it_is() {
+    for exponent in [27, 28, 31] {
+        let mut coarse = bitmap("a", true, false);
+        coarse.granularity = Granularity::from_exponent(exponent).unwrap();
+        // 2 MiB of bits.
+        coarse.size = (16 << 20) << exponent;
+        coarse.dirty = vec![];
+        let from = disk(&[coarse]);
+        let mut options = OutgoingOptions::default();
+        options.mode = Mode::Live;
+        let mut outgoing = one(&from).outgoing(options).unwrap();
+        assert_eq!(outgoing.bytes_left(), 2 << 20);
+        pull(&mut outgoing);
+        assert_eq!(outgoing.bytes_left(), 0);
+        write(&from, 0);
+        let before = outgoing.bitmaps()[0].bytes_sent;
+        let left = outgoing.bytes_left();
+        pull(&mut outgoing);
+        assert_eq!(
+            outgoing.bitmaps()[0].bytes_sent - before,
+            left,
+            "{exponent}"
+        );
+    }
+}
+
+#[test]
+fn what_happened_is_told_also_when_the_guest_stands_still_from_the_start() {
+    let from = disk(&[bitmap("a", true, false)]);
+    let mut outgoing = one(&from).outgoing(OutgoingOptions::default()).unwrap();
+    stop(&mut outgoing, &from);
+    pull(&mut outgoing);
+    outgoing.finish().unwrap();
+    let events: Vec<_> = std::iter::from_fn(|| outgoing.poll_event()).collect();
+    let expected = [
+        OutgoingEvent::Stopped,
+        OutgoingEvent::SetUp,
+        OutgoingEvent::Complete(id("d", "a")),
+        OutgoingEvent::Sent,
+        OutgoingEvent::HandedOver,
+    ];
+    assert_eq!(events, expected);
+}
+
+#[test]
+fn a_device_without_a_name_is_none() {
+    let from = disk(&[bitmap("a", true, false)]);
+    let mut node = MigratingNode::new("d", &from);
+    node.device = Some(String::new());
+    let mut outgoing = BitmapMigration::new()
+        .with(node)
+        .outgoing(OutgoingOptions::default())
+        .unwrap();
+    assert!(pull(&mut outgoing).starts_with(b"\x1c\x01d\x01a"));
+}
+
+/// What is in use on storage is what came: the image was not closed, as its bitmaps went over the wire.
+#[test]
+fn a_stored_copy_that_is_in_use_does_not_stand_in_the_way_of_what_came() {
+    for is_whole in [false, true] {
+        let (from, to) = (disk(&[bitmap("a", true, true)]), Node::new(LEN));
+        let mut outgoing = one(&from).outgoing(OutgoingOptions::default()).unwrap();
+        let mut incoming = one(&to).incoming(IncomingOptions::default());
+        incoming.feed(&pull(&mut outgoing)).unwrap();
+        stop(&mut outgoing, &from);
+        if is_whole {
+            incoming.feed(&pull(&mut outgoing)).unwrap();
+        }
+        let stored = |name: &str, is_in_use| {
+            let mut state =
+                BitmapState::new(name, HBitmap::new(LEN, Granularity::DEFAULT).unwrap());
+            state.is_in_use = is_in_use;
+            state
+        };
+        let states = vec![stored("a", true), stored("other", true)];
+        to.bitmaps().import_state(&quiesce(&to), states).unwrap();
+        assert!(to.bitmaps().query("other").unwrap().is_inconsistent);
+        // One that was closed is another bitmap.
+        let error = to
+            .bitmaps()
+            .import_state(&quiesce(&to), vec![stored("a", false)]);
+        assert!(error.is_err());
+        if !is_whole {
+            incoming.feed(&pull(&mut outgoing)).unwrap();
+        }
+        incoming.finish().unwrap();
+        start(&mut incoming, &to);
+        outgoing.finish().unwrap();
+        assert!(!to.bitmaps().query("a").unwrap().is_inconsistent);
+        assert_eq!(bits_of(&to, "a"), bits_of(&from, "a"));
+    }
+}
+
+#[test]
+fn a_stream_that_ends_amid_what_is_passed_over_is_cut_off() {
+    // A command of 100 bytes, of which 10 are there.
+    let stream = [&[8, 0, 3, 0, 100][..], &[0; 10]].concat();
+    for piece in [1, 100] {
+        let mut reader = RecordReader::new(Framing::Sections);
+        for bytes in stream.chunks(piece) {
+            let used = reader
+                .feed(bytes, &mut |_| Ok::<(), StreamError>(()))
+                .unwrap();
+            assert_eq!(used, bytes.len());
+        }
+        assert!(!reader.is_between_parts());
+        let error = reader.finish().unwrap_err();
+        assert_eq!((error.at, error.why), (15, Fault::Truncated));
+    }
+}
+
+#[test]
+fn a_list_of_names_costs_no_more_than_its_bytes() {
+    let started = Instant::now();
+    for _ in 0..4 {
+        let mut reader = RecordReader::new(Framing::Whole);
+        let mut feed = |bytes: &[u8]| reader.feed(bytes, &mut |_| Ok::<(), StreamError>(()));
+        feed(b"QEVM\0\0\0\x03\x07\0\0\0\0").unwrap();
+        let head = [
+            b"\x05\x1aconfiguration/capabilities\0\0\0\x01".as_slice(),
+            &60_000u32.to_be_bytes(),
+        ];
+        feed(&head.concat()).unwrap();
+        let names = [0; 60_000];
+        feed(&names).unwrap();
+    }
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn a_section_of_another_instance_is_not_ours() {
+    let body = b"\x1c\x01d\x01b\0\x01\0\0\x01\x42\0\0\0\0\0\0\0\0\0\x03\x20\0\x20\x01";
+    let stream = |instance: u32| {
+        let head = [
+            &b"\x01\0\0\0\x07\x0cdirty-bitmap"[..],
+            &instance.to_be_bytes(),
+            &[0, 0, 0, 1],
+        ];
+        [&head.concat()[..], body, b"\x7e\0\0\0\x07"].concat()
+    };
+    let feed = |instance| {
+        let mut options = IncomingOptions::default();
+        options.stream = StreamKind::Qemu(Framing::Sections);
+        let mut incoming = one(&Node::new(LEN)).incoming(options);
+        incoming
+            .feed(&stream(instance))
+            .and_then(|_| incoming.finish())
+    };
+    feed(0).unwrap();
+    assert!(feed(1).is_err());
+}
+
+/// Disks change between the look at a bitmap and its being taken.
+#[test]
+fn a_bitmap_is_sent_as_it_is_when_it_is_taken() {
+    let from = Node::new(1 << 20);
+    let mut options = BitmapOptions::default();
+    options.granularity = Granularity::from_bytes(512);
+    from.bitmaps().add_disabled("a", options).unwrap();
+    let stops = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let resizer = scope.spawn(|| {
+            let mut len = 1 << 20;
+            while !stops.load(Ordering::Relaxed) {
+                let guard = quiesce(&from);
+                len = (9 << 20) - len;
+                if let Ok(resize) = from.resize(&guard, len, Grown::Clean) {
+                    resize.commit();
+                }
+            }
+        });
+        let ends = Instant::now() + Duration::from_millis(200);
+        let mut is_right = true;
+        while is_right && Instant::now() < ends {
+            let outgoing = match one(&from).outgoing(OutgoingOptions::default()) {
+                Ok(outgoing) => outgoing,
+                Err(SetupError::Busy { .. }) => continue,
+                Err(error) => panic!("{error}"),
+            };
+            is_right = outgoing.bitmaps()[0].bytes == from.len() / 512 / 8;
+        }
+        stops.store(true, Ordering::Relaxed);
+        resizer.join().unwrap();
+        assert!(is_right);
+    });
+}
+
+#[test]
+fn a_flood_of_bitmaps_ends_before_it_costs_much() {
+    let node = Node::new(0);
+    let mut incoming = one(&node).incoming(IncomingOptions::default());
+    let mut stream = Vec::new();
+    for index in 0..30_000 {
+        let name = format!("{index:08}");
+        stream.extend(b"\x1c\x01d\x08");
+        stream.extend(name.as_bytes());
+        stream.extend([0, 1, 0, 0, 1]);
+    }
+    let started = Instant::now();
+    let error = incoming.feed(&stream).unwrap_err();
+    assert!(
+        matches!(error, IncomingError::Stream(error) if matches!(error.why, Fault::Limit { .. }))
+    );
+    drop(incoming);
+    assert!(node.bitmaps().query_all().is_empty());
+    // It would take minutes if each cost as much as the last that is allowed.
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[test]
+fn to_be_asked_for_nothing_gives_nothing() {
+    let from = disk(&[bitmap("a", true, false)]);
+    let mut outgoing = one(&from).outgoing(OutgoingOptions::default()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(
+            outgoing.next_bytes(Duration::ZERO, &mut []),
+            Ok(Next::Bytes(0))
+        );
+    }
+    assert_eq!(outgoing.bytes_sent(), 0);
+}
