@@ -37,7 +37,7 @@
 //!    zeroes would be lost. What they have under way counts as left when the job ends, and what they have written
 //!    as not flushed.
 //! 10. The target is told to be actively synced only when nothing is dirty or claimed and no write is under way
-//!    that is not active.
+//!     that is not active.
 //! 11. A [commit](Mirror::commit) writes to the base only where a layer above it holds something: what the guest
 //!     reads never changes by it.
 //!

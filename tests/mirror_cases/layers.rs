@@ -671,8 +671,10 @@ fn a_commit_has_one_policy_and_copies_in_the_background() {
     let job = commit.job().clone();
     let info = job.query();
     assert_eq!((info.kind, info.copy_mode), ("commit", None));
-    let mut change = Change::default();
-    change.on_source_error = Some(OnError::Ignore);
+    let mut change = Change {
+        on_source_error: Some(OnError::Ignore),
+        ..Change::default()
+    };
     assert_eq!(job.change(change), Err(VerbError::Options(error)));
     assert_eq!(
         job.query().on_source_error,
