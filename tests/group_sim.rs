@@ -10,7 +10,9 @@
 //! 4. Who fails keeps its error, the others are cancelled. Nothing fails by itself.
 //! 5. What the guest was told is on the disk it is on, through switches forth and back.
 //! 6. Nothing is written to a target that a guest is on. What differs is known to differ.
-//! 7. The group ends when it should, its events come in a legal order, and no node stays held.
+//! 7. A transaction that starts them holds the guests of all at one instant, and leaves no trace when it is undone.
+//!    What is asked of the group is asked of all, or of none.
+//! 8. The group ends when it should, its events come in a legal order, and no node stays held.
 //!
 //! `BLOCKJOB_SEED` is the first seed and `BLOCKJOB_SEEDS` how many are run. A failure prints the seed and
 //! the command that runs it again.
@@ -20,14 +22,14 @@ mod sim;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
 use blockjob::queue::{Answer, Next, Queue, Request, Work};
 use blockjob::{
     ByteRange, Cancel, Event, Granularity, Hold, Job, JobError, JobGroup, Jobs, Limits, Mirror,
-    MirrorOptions, MirrorSync, Node, OnError, RangeLimits, Side, Status, Switch, SwitchBack,
-    VerbError,
+    MirrorOptions, MirrorSync, Node, OnError, Prepared, Preparing, RangeLimits, Side, Status,
+    Switch, SwitchBack, Transaction, VerbError,
 };
 
 use sim::chain::Chain;
@@ -49,11 +51,18 @@ const CHAINS: usize = 1000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Asking {
     Start,
+    /// Starts all by a transaction.
+    Prepare,
+    Commit,
+    /// Drops the transaction.
+    Abort,
     Pause,
     Resume,
     Hold,
     Release,
     Complete,
+    /// Has all come to their end as their plans say, or none.
+    EndAll,
     SoftCancel,
     ForceCancel,
     Finalize,
@@ -96,6 +105,15 @@ struct Report {
     dropped: bool,
     drops: u64,
     waited: bool,
+    started_together: bool,
+    aborts: u64,
+    ended_together: bool,
+}
+
+/// How far the transaction is that starts them.
+enum Open {
+    Preparing(Preparing, Arc<Flag>),
+    Prepared(Prepared),
 }
 
 struct Member {
@@ -136,6 +154,9 @@ struct Sim {
     is_round_on: bool,
     /// Whether somebody has told them to finalize.
     was_told: bool,
+    open: Option<Open>,
+    /// Whether the end is asked of the group, not of each.
+    ends_together: bool,
     report: Report,
 }
 
@@ -307,6 +328,7 @@ impl Sim {
 
     /// Has each machine that was woken hand out all it has to hand out.
     fn pump(&mut self) {
+        self.poll_transaction();
         let next = |sim: &Self| {
             sim.members
                 .iter()
@@ -316,6 +338,39 @@ impl Sim {
             self.ask_machine(index);
         }
         self.check_together();
+    }
+
+    fn poll_transaction(&mut self) {
+        let Some(Open::Preparing(preparing, flag)) = &mut self.open else {
+            return;
+        };
+        if !flag.take() {
+            return;
+        }
+        let waker = Waker::from(Arc::clone(flag));
+        let Poll::Ready(result) = preparing.poll_prepared(Some(&waker)) else {
+            return;
+        };
+        self.open = None;
+        let Ok(prepared) = result else {
+            // One of them was cancelled, or started by somebody. The others are started by themselves.
+            for index in 0..self.members.len() {
+                self.ask_later(100, index, Asking::Start);
+            }
+            return;
+        };
+        self.open = Some(Open::Prepared(prepared));
+        for index in 0..self.members.len() {
+            self.check_held(index);
+        }
+        let is_aborted = self.world.borrow_mut().rng.one_in(3);
+        let is_peace = self.world.borrow().now > PEACE;
+        let ask = match is_aborted && !is_peace {
+            true => Asking::Abort,
+            false => Asking::Commit,
+        };
+        let delay = self.random(300);
+        self.ask_later(delay, 0, ask);
     }
 
     /// While they come to their end, the guests of all are held or none is.
@@ -468,6 +523,55 @@ impl Sim {
                 // Nobody drives a job that will not start.
                 member.is_driven |= job.start().is_ok();
             }
+            Asking::Prepare => {
+                let are_over = self.members.iter().all(Member::is_over);
+                if self.open.is_none() && !are_over {
+                    let mut list = Transaction::new();
+                    for member in &self.members {
+                        list.start(&member.job);
+                    }
+                    self.open = Some(Open::Preparing(list.prepare(), Flag::new()));
+                }
+            }
+            Asking::Commit => {
+                let Some(Open::Prepared(prepared)) = self.open.take() else {
+                    return;
+                };
+                prepared.commit();
+                for member in &mut self.members {
+                    member.is_driven |= member.job.query().status != Status::Created;
+                    member.flag.clone().wake_it();
+                }
+                self.report.started_together = true;
+            }
+            Asking::Abort => {
+                let Some(Open::Prepared(prepared)) = self.open.take() else {
+                    return;
+                };
+                drop(prepared);
+                self.report.aborts += 1;
+                let delay = self.random(2_000);
+                self.ask_later(delay, 0, Asking::Prepare);
+            }
+            Asking::EndAll => {
+                let is_soft = member.plan.end == Asking::SoftCancel;
+                let group = job.query().group.expect("it is in one");
+                let wishes = |sim: &Self| -> Vec<_> {
+                    let infos = sim.members.iter().map(|member| member.job.query());
+                    infos
+                        .map(|info| (info.cancel, info.is_completing))
+                        .collect()
+                };
+                let before = wishes(self);
+                let asked = match is_soft {
+                    true => group.cancel(Cancel::Soft),
+                    false => group.complete(),
+                };
+                match asked {
+                    Ok(()) => self.report.ended_together = true,
+                    Err(error) => assert_eq!(wishes(self), before, "refused: {error}"),
+                }
+            }
             Asking::Drive => {
                 member.is_driven = true;
                 member.flag.clone().wake_it();
@@ -566,6 +670,12 @@ impl Sim {
             let plan = &self.members[index].plan;
             let (end, ready_for) = (plan.end, plan.ready_for);
             match &event {
+                Event::Ready { .. } if self.ends_together => {
+                    let delay = self.random(ready_for + 1);
+                    self.ask_later(delay, index, Asking::EndAll);
+                    // Should one of the others never be ready.
+                    self.ask_later(PEACE / 2, index, end);
+                }
                 Event::Ready { .. } => self.ask_later(ready_for, index, end),
                 Event::Status(Status::Pending) => {
                     for member in &self.members {
@@ -917,8 +1027,7 @@ fn run(seed: u64) -> Report {
         chain.pause = rng.pick(&[5, 50, 400]);
     }
     let mut asks: Vec<(u64, usize, Asking)> = Vec::new();
-    for (index, plan) in plans.iter().enumerate() {
-        asks.push((plan.start, index, Asking::Start));
+    for index in 0..plans.len() {
         asks.push((PEACE, index, Asking::MakePeace));
     }
     let horizon = rng.pick(&[2_000, 10_000, 30_000]);
@@ -948,6 +1057,18 @@ fn run(seed: u64) -> Report {
         asks.push((rng.below(2 * horizon), member, ask));
     }
     let decline_one_in = rng.pick(&[0, 3, 3, 6]);
+    let (starts_together, ends_together) = (rng.one_in(3), rng.one_in(4));
+    if ends_together {
+        let end = plans[0].end;
+        plans.iter_mut().for_each(|plan| plan.end = end);
+    }
+    for (index, plan) in plans.iter().enumerate() {
+        match starts_together {
+            true if index == 0 => asks.push((plan.start, 0, Asking::Prepare)),
+            true => {}
+            false => asks.push((plan.start, index, Asking::Start)),
+        }
+    }
     let world = World::new(rng, disks);
     let nodes: Vec<Node> = plans
         .iter()
@@ -985,6 +1106,8 @@ fn run(seed: u64) -> Report {
         is_shut_down: false,
         is_round_on: false,
         was_told: false,
+        open: None,
+        ends_together,
         report: Report::default(),
     };
     for (at, member, ask) in asks {
@@ -999,6 +1122,8 @@ fn run(seed: u64) -> Report {
             sim.check_coverage();
         }
     }
+    // They may all have been cancelled before it was decided.
+    sim.open = None;
     sim.deliver();
     sim.check_end();
     sim.wind_down();
@@ -1048,7 +1173,7 @@ fn every_seed_keeps_the_promises() {
     println!(
         "{} steps; {} ordered writes; {} succeeded, {} switched, {} mixed, {} all soft, {} declined, \
          {} went back, {} failed, {} cancelled, {} with machines dropped, {} with drivers dropped, \
-         {} with guests held",
+         {} with guests held, {} started together, {} in vain at first, {} asked together",
         reports.iter().map(|report| report.steps).sum::<u64>(),
         reports.iter().map(|report| report.writes).sum::<u64>(),
         count_of(|r| r.succeeded),
@@ -1062,6 +1187,9 @@ fn every_seed_keeps_the_promises() {
         count_of(|r| r.dropped),
         count_of(|r| r.drops > 0),
         count_of(|r| r.waited),
+        count_of(|r| r.started_together),
+        count_of(|r| r.aborts > 0),
+        count_of(|r| r.ended_together),
     );
     if count >= 1_000 {
         // A simulation that never comes to a place shows nothing about it.
@@ -1076,6 +1204,9 @@ fn every_seed_keeps_the_promises() {
         assert!(share(|r| r.dropped) > 0.02);
         assert!(share(|r| r.drops > 0) > 0.1);
         assert!(share(|r| r.waited) > 0.1);
+        assert!(share(|r| r.started_together) > 0.2);
+        assert!(share(|r| r.aborts > 0) > 0.05);
+        assert!(share(|r| r.ended_together) > 0.1);
     }
 }
 
@@ -1098,6 +1229,7 @@ mod sabotage {
         (Sabotage::ReleaseEarly, 50),
         (Sabotage::KeepHolding, 100),
         (Sabotage::LetGoSilently, 200),
+        (Sabotage::KeepBegun, 100),
     ];
 
     fn notices(seed: u64, stalls: bool) -> Option<String> {
@@ -1121,8 +1253,8 @@ mod sabotage {
         let mut missed = Vec::new();
         for &(sabotage, seeds) in BROKEN {
             break_on_this_thread(Some(sabotage));
-            let noticed = (0..seeds)
-                .find_map(|seed| Some((seed, notices(seed, sabotage == Sabotage::LeaveCreated)?)));
+            let stalls = matches!(sabotage, Sabotage::LeaveCreated | Sabotage::KeepBegun);
+            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed, stalls)?)));
             break_on_this_thread(None);
             match noticed {
                 Some((seed, how)) => {

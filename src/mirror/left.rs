@@ -63,8 +63,8 @@ impl Mirror {
     /// be on the target at this moment left out, and what is in flight not. It may be asked while the job runs
     /// and when it has failed or was cancelled, until this is dropped.
     ///
-    /// `None` before recording has started, for then nothing is done yet, and when the job has succeeded. A
-    /// [commit](Self::commit) has none.
+    /// `None` before recording has started and the machine was polled since, for then nothing is done yet, and when
+    /// the job has succeeded. A [commit](Self::commit) has none.
     ///
     /// # What the caller must see to
     ///

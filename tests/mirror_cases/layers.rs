@@ -671,8 +671,10 @@ fn a_commit_has_one_policy_and_copies_in_the_background() {
     let job = commit.job().clone();
     let info = job.query();
     assert_eq!((info.kind, info.mirror), ("commit", None));
-    let mut change = Change::default();
-    change.on_source_error = Some(OnError::Ignore);
+    let mut change = Change {
+        on_source_error: Some(OnError::Ignore),
+        ..Change::default()
+    };
     assert_eq!(job.change(change), Err(VerbError::Options(error)));
     assert_eq!(
         job.query().on_source_error,
@@ -754,4 +756,46 @@ fn a_source_that_cannot_tell_fails_the_commit_or_is_asked_again() {
             "{policy:?}"
         );
     }
+}
+
+/// The guest's way leads through a filter with a node of its own; the target takes the place of the filter.
+#[test]
+fn the_target_may_take_the_place_of_a_filter_above_the_source() {
+    let mut options = crate::machine::options();
+    options.granularity = Granularity::from_bytes(BLOCK);
+    let mut machine = crate::machine::Machine::ready(8 * BLOCK, options);
+    let (guest, source) = (Node::new(8 * BLOCK), machine.node.clone());
+    let range = ByteRange::from(0..BLOCK);
+    // Through the filter: a write is one of both nodes.
+    let above = guest.begin_write(range).go().unwrap();
+    machine.guest_write(range, 1);
+    above.finish(());
+
+    // Too late, as the docs say: the write above waits below for the switch.
+    machine.job.complete().unwrap();
+    let switch = machine.drive_now().switch();
+    let above = guest.begin_write(range).go().unwrap();
+    assert!(matches!(source.begin_write(range), Begin::Wait(_)));
+    assert!(guest.quiesce().try_guard().is_err());
+    drop(switch);
+    machine.guest_write(range, 2);
+    above.finish(());
+
+    let held = guest.quiesce().try_guard().expect("no write is in flight");
+    machine.job.complete().unwrap();
+    let switch = machine.drive_now().switch();
+    assert!(matches!(guest.begin_write(range), Begin::Wait(_)));
+    assert!(machine.is_equal());
+    switch.commit();
+    drop(held);
+    // The filter is gone, and with it the way to the source.
+    let above = guest.begin_write(range).go().unwrap();
+    machine.target[bytes(range)].fill(3);
+    above.finish(());
+    machine.drive_now().done().unwrap();
+    assert_eq!((machine.source[0], machine.target[0]), (2, 3));
+    assert!(
+        source.quiesce().try_guard().is_ok(),
+        "nobody holds it any more"
+    );
 }
