@@ -508,7 +508,7 @@ fn outcome(op: &Op) -> Outcome {
     }
 }
 
-fn run_queue<P: BufferPool>(queue: &mut Queue<P>, now: Duration) {
+fn run_queue<P: BufferPool<Buf: AsRef<[u8]>>>(queue: &mut Queue<P>, now: Duration) {
     let mut out = VecDeque::new();
     loop {
         match queue.next(now, Waker::noop()) {

@@ -211,8 +211,8 @@ impl Ends {
             }
             // What is on a ring is finished soon anyway.
             Work::Settle | Work::CancelInFlight => return Ok(Some(Answer::Plain(Ok(())))),
-            Work::WriteCompressed { .. } | Work::CopyFromSource(_) => {
-                unreachable!("this disk offers neither")
+            Work::WriteCompressed { .. } | Work::CopyFromSource(_) | Work::Compare { .. } => {
+                unreachable!("this disk offers none of these")
             }
         }
         self.writing += usize::from(side == Side::Target);

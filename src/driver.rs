@@ -9,7 +9,8 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 
 use crate::backup::Backup;
-use crate::copy::{Op, OpKind, Outcome, Side};
+use crate::bytes::{differing, is_zero};
+use crate::copy::{CompareBy, IfZero, Op, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
@@ -247,6 +248,7 @@ where
     async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
         let outcome = match op.kind() {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
@@ -274,6 +276,7 @@ where
                 self.target.cancel_in_flight();
                 Outcome::Done
             }
+            OpKind::Compare(range, by) => self.compare(range, by).await,
             OpKind::Status(range) => match self.source.block_status(range).await {
                 Ok(extent) => Outcome::Status(extent),
                 Err(error) => Outcome::Failed {
@@ -283,6 +286,49 @@ where
             },
         };
         (op, outcome)
+    }
+
+    async fn compare(&self, range: ByteRange, by: CompareBy) -> Outcome {
+        let len = usize::try_from(range.len()).expect("no longer than a buffer");
+        let taken = match by {
+            CompareBy::Reading => self.pool.take(len).map(Some),
+            CompareBy::Device => Ok(None),
+        };
+        let second = match taken {
+            Ok(second) => second,
+            Err(error) => return done(Side::Target, Err(error)),
+        };
+        let buf = match self.pool.take(len) {
+            Ok(buf) => buf,
+            Err(error) => {
+                second.into_iter().for_each(|second| self.pool.put(second));
+                return done(Side::Target, Err(error));
+            }
+        };
+        let (read, buf) = self.source.read_at(range.start(), buf).await;
+        if read.is_err() {
+            second.into_iter().for_each(|second| self.pool.put(second));
+            self.pool.put(buf);
+            return done(Side::Source, read);
+        }
+        let compared = match second {
+            Some(second) => {
+                let (read, second) = self.target.read_back(range.start(), second).await;
+                let differing = differing(buf.as_ref(), second.as_ref(), range.start());
+                self.pool.put(second);
+                self.pool.put(buf);
+                read.map(|()| differing)
+            }
+            None => {
+                let (compared, buf) = self.target.compare_at(range.start(), buf).await;
+                self.pool.put(buf);
+                compared
+            }
+        };
+        match compared {
+            Ok(differing) => Outcome::Compared(differing),
+            Err(error) => done(Side::Target, Err(error)),
+        }
     }
 
     async fn copy(&self, kind: OpKind, range: ByteRange, gives_up: &AtomicBool) -> Outcome {
@@ -304,6 +350,18 @@ where
             // The target was told to give up what it has: it gets nothing more.
             self.pool.put(buf);
             return done(to, Err(std::io::ErrorKind::Interrupted.into()));
+        }
+        if let OpKind::CopyDetecting(_, if_zero) = kind {
+            if is_zero(buf.as_ref()) {
+                self.pool.put(buf);
+                return match if_zero {
+                    IfZero::Leave => Outcome::Zeroes,
+                    IfZero::Write(unmap) => match self.target.write_zeroes(range, unmap).await {
+                        Ok(()) => Outcome::Zeroes,
+                        Err(error) => done(to, Err(error)),
+                    },
+                };
+            }
         }
         let (written, buf) = match (to, kind) {
             (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,

@@ -157,7 +157,8 @@
 //! A mirror holds at most [`buf_size`](MirrorOptions::buf_size) bytes of data in buffers (16 MiB unless
 //! told otherwise), a record of about 100 bytes per operation planned or in flight, and two bits per
 //! granule: its bitmap and the node's log. That is 4 MiB for 1 TiB at 64 KiB, of which pages never
-//! touched cost nothing.
+//! touched cost nothing. For a target to which zeroes are not cheap a third bit says what of it is known to read
+//! as zeroes.
 //!
 //! A backup holds as much, with a bit per cluster more by which guests are held back. That one stays with the
 //! node, so that a guest write looks at it without a lock. For guests that wait it may take 64 chunks beside
@@ -202,6 +203,7 @@
 
 mod backup;
 pub mod bitmap;
+mod bytes;
 mod capabilities;
 mod copy;
 pub mod driver;
@@ -227,12 +229,13 @@ pub use crate::backup::{
 pub use crate::bitmap::HBitmap;
 pub use crate::capabilities::{Capabilities, capabilities};
 pub use crate::copy::{
-    Content, Extent, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits, ShapeError, Side, Unmap,
+    CompareBy, Content, Extent, IfZero, Limits, LimitsError, Op, OpKind, Outcome, RangeLimits,
+    ShapeError, Side, Unmap,
 };
 pub use crate::job::{
-    BitmapMode, Cancel, Change, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job, JobError,
-    JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress, Shutdown,
-    Status, Verb, VerbError, Warning,
+    BitmapMode, Cancel, Change, Difference, ErrorAction, ErrorEvent, Event, Hold, IoStatus, Job,
+    JobError, JobGroup, JobInfo, JobKind, JobOptions, JobOptionsError, Jobs, OnError, Progress,
+    Shutdown, Status, Verb, VerbError, Verification, Verified, Warning,
 };
 #[cfg(loom)]
 #[doc(hidden)]
@@ -244,9 +247,9 @@ pub use crate::migration::{
     OutgoingMigration, SetupError,
 };
 pub use crate::mirror::{
-    ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, CommitOptions,
-    CopyMode, Mirror, MirrorError, MirrorOptions, MirrorSync, Resume, ResumeError, Switch,
-    SwitchBack,
+    Adaptive, ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase,
+    CommitOptions, Convergence, CopyMode, Mirror, MirrorError, MirrorInfo, MirrorOptions,
+    MirrorSync, Resume, ResumeError, Switch, SwitchBack, TargetHolds,
 };
 #[cfg(loom)]
 #[doc(hidden)]

@@ -18,7 +18,8 @@ use std::io;
 use std::task::Waker;
 use std::time::Duration;
 
-use crate::copy::{Extent, Op, OpKind, Outcome, Side, Unmap};
+use crate::bytes::{differing, is_zero};
+use crate::copy::{CompareBy, Extent, IfZero, Op, OpKind, Outcome, Side, Unmap};
 use crate::io::BufferPool;
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
@@ -34,7 +35,7 @@ pub struct Queue<P: BufferPool, M: Machine = Mirror> {
     machine: M,
     pool: P,
     /// Requests out, by id.
-    out: BTreeMap<u64, Out>,
+    out: BTreeMap<u64, Out<P::Buf>>,
     /// Second halves of copies, to be submitted before anything new.
     halves: VecDeque<Request<P::Buf>>,
     next_id: u64,
@@ -98,6 +99,14 @@ pub enum Work<B> {
         /// What to write.
         buf: B,
     },
+    /// Tell what, from `offset` on, does not hold the bytes of the buffer: [`Answer::Compared`]. Only if
+    /// [`Limits::compare`](crate::Limits::compare) says [`CompareBy::Device`].
+    Compare {
+        /// Where to look.
+        offset: u64,
+        /// What should be there.
+        buf: B,
+    },
     /// Copy the range from the source, by a way that only the devices know.
     CopyFromSource(ByteRange),
     /// Tell what is at the start of the range: [`Answer::Status`].
@@ -119,6 +128,8 @@ pub enum Work<B> {
 pub enum Answer<B> {
     /// A read or a write, with its buffer.
     Transfer(io::Result<()>, B),
+    /// [`Work::Compare`]: what differs, in ranges of the disk, and the buffer.
+    Compared(io::Result<Vec<ByteRange>>, B),
     /// [`Work::Status`].
     Status(io::Result<Extent>),
     /// Anything else.
@@ -126,19 +137,27 @@ pub enum Answer<B> {
 }
 
 /// What a request that is out belongs to.
-struct Out {
+struct Out<B> {
     op: Op,
-    step: OutStep,
+    step: OutStep<B>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum OutStep {
+enum OutStep<B> {
     Read,
+    /// The target is read, to be compared with this.
+    ReadBack(B),
+    /// The target compares.
+    Compare,
     Write,
+    /// What was read is zeroes, and is written as such.
+    Zeroes,
     Other,
 }
 
-impl<P: BufferPool, M: Machine> Queue<P, M> {
+impl<P: BufferPool, M: Machine> Queue<P, M>
+where
+    P::Buf: AsRef<[u8]>,
+{
     /// Runs `machine` with buffers from `pool`.
     pub fn new(machine: M, pool: P) -> Self {
         Self {
@@ -194,7 +213,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     /// to the pool.
     pub fn completed(&mut self, now: Duration, id: u64, answer: Answer<P::Buf>) {
         let Some(Out { op, step }) = self.out.remove(&id) else {
-            if let Answer::Transfer(_, buf) = answer {
+            if let Answer::Transfer(_, buf) | Answer::Compared(_, buf) = answer {
                 self.pool.put(buf);
             }
             return;
@@ -207,29 +226,69 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
                 failed(io::ErrorKind::Interrupted.into())
             }
             (OutStep::Read, Answer::Transfer(Ok(()), buf)) => {
-                self.second_half(op, buf);
+                match op.kind() {
+                    OpKind::Compare(range, by) => self.compare(now, op, range, by, buf),
+                    OpKind::CopyDetecting(range, if_zero) if is_zero(buf.as_ref()) => {
+                        self.pool.put(buf);
+                        match if_zero {
+                            IfZero::Leave => self.machine.op_done(now, op, Outcome::Zeroes),
+                            IfZero::Write(unmap) => {
+                                let work = Work::WriteZeroes(range, unmap);
+                                let request = self.put_out(op, OutStep::Zeroes, to, work);
+                                self.halves.push_back(request);
+                            }
+                        }
+                    }
+                    _ => self.second_half(op, buf),
+                }
                 return;
             }
             (OutStep::Read, Answer::Transfer(Err(error), buf)) => {
                 self.pool.put(buf);
                 Outcome::Failed { side: from, error }
             }
+            (OutStep::ReadBack(source), Answer::Transfer(result, target)) => {
+                let start = op.kind().range().map_or(0, ByteRange::start);
+                let differing = differing(source.as_ref(), target.as_ref(), start);
+                self.pool.put(source);
+                self.pool.put(target);
+                result.map_or_else(failed, |()| Outcome::Compared(differing))
+            }
+            (OutStep::ReadBack(source), answer) => {
+                self.pool.put(source);
+                if let Answer::Compared(_, buf) = answer {
+                    self.pool.put(buf);
+                }
+                failed(mismatch())
+            }
+            (OutStep::Compare, Answer::Compared(result, buf)) => {
+                self.pool.put(buf);
+                result.map_or_else(failed, Outcome::Compared)
+            }
+            (_, Answer::Compared(_, buf)) => {
+                self.pool.put(buf);
+                failed(mismatch())
+            }
             (OutStep::Write, Answer::Transfer(result, buf)) => {
                 self.pool.put(buf);
                 result.map_or_else(failed, |()| Outcome::Done)
             }
+            (OutStep::Zeroes, Answer::Plain(Ok(()))) => Outcome::Zeroes,
+            (OutStep::Zeroes, Answer::Plain(Err(error))) => failed(error),
             (OutStep::Other, Answer::Status(Ok(extent))) => Outcome::Status(extent),
             (OutStep::Other, Answer::Plain(Ok(()))) => Outcome::Done,
             (OutStep::Other, Answer::Status(Err(error)) | Answer::Plain(Err(error))) => {
                 failed(error)
             }
-            (OutStep::Other, Answer::Transfer(_, buf)) => {
+            (OutStep::Other | OutStep::Zeroes | OutStep::Compare, Answer::Transfer(_, buf)) => {
                 self.pool.put(buf);
                 failed(mismatch())
             }
-            (OutStep::Read | OutStep::Write, Answer::Status(_) | Answer::Plain(_)) => {
-                failed(mismatch())
-            }
+            (
+                OutStep::Read | OutStep::Write | OutStep::Compare,
+                Answer::Status(_) | Answer::Plain(_),
+            )
+            | (OutStep::Zeroes, Answer::Status(_)) => failed(mismatch()),
         };
         self.machine.op_done(now, op, outcome);
     }
@@ -237,9 +296,17 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     /// Says that all requests that are out are lost, because the back end was torn down. As
     /// [`Mirror::ops_lost`].
     pub fn requests_lost(&mut self) {
-        self.out.clear();
+        for out in std::mem::take(&mut self.out).into_values() {
+            if let OutStep::ReadBack(buf) = out.step {
+                self.pool.put(buf);
+            }
+        }
         for half in self.halves.drain(..) {
-            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
+            if let Work::Write { buf, .. }
+            | Work::WriteCompressed { buf, .. }
+            | Work::Read { buf, .. }
+            | Work::Compare { buf, .. } = half.work
+            {
                 self.pool.put(buf);
             }
         }
@@ -250,6 +317,8 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
         let [from, to] = op.kind().sides();
         let (side, work) = match op.kind() {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
+            | OpKind::Compare(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
@@ -293,11 +362,48 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn give_up(&mut self, now: Duration) {
         self.gives_up = true;
         for half in std::mem::take(&mut self.halves) {
-            if let Work::Write { buf, .. } | Work::WriteCompressed { buf, .. } = half.work {
-                let answer = Answer::Transfer(Err(io::ErrorKind::Interrupted.into()), buf);
-                self.completed(now, half.id, answer);
-            }
+            let error = Err(io::ErrorKind::Interrupted.into());
+            let answer = match half.work {
+                Work::Write { buf, .. }
+                | Work::WriteCompressed { buf, .. }
+                | Work::Read { buf, .. } => Answer::Transfer(error, buf),
+                Work::Compare { buf, .. } => {
+                    Answer::Compared(Err(io::ErrorKind::Interrupted.into()), buf)
+                }
+                _ => Answer::Plain(error),
+            };
+            self.completed(now, half.id, answer);
         }
+    }
+
+    /// The source was read: now the target is asked what it holds.
+    fn compare(&mut self, now: Duration, op: Op, range: ByteRange, by: CompareBy, buf: P::Buf) {
+        let offset = range.start();
+        let request = match by {
+            CompareBy::Device => {
+                let work = Work::Compare { offset, buf };
+                self.put_out(op, OutStep::Compare, Side::Target, work)
+            }
+            CompareBy::Reading => {
+                let len = usize::try_from(range.len()).expect("no longer than a buffer");
+                let second = match self.pool.take(len) {
+                    Ok(second) => second,
+                    Err(error) => {
+                        self.pool.put(buf);
+                        let side = Side::Target;
+                        self.machine
+                            .op_done(now, op, Outcome::Failed { side, error });
+                        return;
+                    }
+                };
+                let work = Work::Read {
+                    offset,
+                    buf: second,
+                };
+                self.put_out(op, OutStep::ReadBack(buf), Side::Target, work)
+            }
+        };
+        self.halves.push_back(request);
     }
 
     fn second_half(&mut self, op: Op, buf: P::Buf) {
@@ -317,7 +423,7 @@ impl<P: BufferPool, M: Machine> Queue<P, M> {
     fn put_out(
         &mut self,
         op: Op,
-        step: OutStep,
+        step: OutStep<P::Buf>,
         side: Side,
         work: Work<P::Buf>,
     ) -> Request<P::Buf> {
@@ -335,7 +441,10 @@ fn mismatch() -> io::Error {
     )
 }
 
-impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M> {
+impl<P: BufferPool, M: Machine + fmt::Debug> fmt::Debug for Queue<P, M>
+where
+    P::Buf: AsRef<[u8]>,
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
             .field("machine", &self.machine)

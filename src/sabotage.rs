@@ -22,6 +22,22 @@ pub enum Sabotage {
     ForgetPlanned,
     /// Copy machinery 8: a clean bitmap is taken for equal disks.
     TrustCleanBitmap,
+    /// Zeroes 1: what was known to read as zeroes is so for ever.
+    KeepZeroes,
+    /// Zeroes 1: a write that fails, or is lost, leaves what was zero so.
+    KeepZeroesOfFailed,
+    /// Zeroes 1: what active writes write to the target leaves what was zero so.
+    IgnoreActiveWrites,
+    /// Zeroes 2: what is about to be zeroed reads so already.
+    TrustZeroesAtOnce,
+    /// Doubts 1: what could not be compared is taken for equal.
+    ForgetDoubt,
+    /// Doubts 2: what a guest write has changed meanwhile is told to differ.
+    TellRaces,
+    /// Doubts 3: what differs is told and not copied.
+    TellOnly,
+    /// Mirror 11: ready is told while something is doubtful.
+    ReadyInDoubt,
     /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
     LimitUrgent,
     /// Backup 1: writes are let through before what is to be copied is complete.

@@ -342,6 +342,8 @@ impl Hand {
             | OpKind::Save(_)
             | OpKind::CopySaved(_)
             | OpKind::CopySavedCompressed(_)
+            | OpKind::CopyDetecting(..)
+            | OpKind::Compare(..)
             | OpKind::DiscardSaved(_)
             | OpKind::GiveUp(_)
             | OpKind::DiscardSource(_) => unreachable!("none of these was asked for"),

@@ -192,6 +192,8 @@ impl World {
             }
             OpKind::CopyCompressed(_)
             | OpKind::CopySavedCompressed(_)
+            | OpKind::CopyDetecting(..)
+            | OpKind::Compare(..)
             | OpKind::CopyOffloaded(_)
             | OpKind::Zero(..)
             | OpKind::Discard(_)

@@ -519,7 +519,9 @@ impl Member {
             Work::Discard(range) => (range, Ask::Discard),
             Work::Flush => (none, Ask::Flush),
             Work::Settle => return self.settling.push(request.id),
-            Work::WriteCompressed { .. } | Work::CopyFromSource(_) => unreachable!("not offered"),
+            Work::WriteCompressed { .. } | Work::CopyFromSource(_) | Work::Compare { .. } => {
+                unreachable!("not offered")
+            }
             Work::CancelInFlight => {
                 let now = world.time();
                 return queue.completed(now, request.id, Answer::Plain(Ok(())));

@@ -13,8 +13,11 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use blockjob::driver::{Clock, Driven, Driver};
-use blockjob::io::{AlignedBuf, BlockDevice, ReadAt, WriteAt};
-use blockjob::{Content, Mirror, MirrorOptions, Node, Status, Unmap};
+use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
+use blockjob::{
+    ByteRange, CompareBy, Content, Event, Granularity, Limits, Mirror, MirrorOptions, Node, Status,
+    Unmap, Verified,
+};
 use support::clock::{TimerClock, block_on};
 use support::file::FileDevice;
 
@@ -229,4 +232,117 @@ fn a_driver_over_files_can_be_sent_to_another_thread() {
         assert!(back.as_ref()[..1 << 20].iter().all(|&byte| byte == 3));
         assert!(back.as_ref()[1 << 20..].iter().all(|&byte| byte == 0));
     });
+}
+
+/// A file whose content is compared where it is.
+struct Comparing(FileDevice);
+
+impl BlockDevice for Comparing {
+    type Buf = AlignedBuf;
+    fn limits(&self) -> Limits {
+        let mut limits = self.0.limits();
+        limits.compare = Some(CompareBy::Device);
+        limits
+    }
+}
+
+impl WriteAt for Comparing {
+    async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.0.write_at(offset, buf).await
+    }
+    async fn compare_at(
+        &self,
+        offset: u64,
+        buf: AlignedBuf,
+    ) -> (io::Result<Vec<ByteRange>>, AlignedBuf) {
+        let mut held = vec![0; buf.as_ref().len()];
+        let read = self.0.file().read_exact_at(&mut held, offset);
+        let range = ByteRange::at(offset, held.len() as u64).unwrap();
+        let differs = held != buf.as_ref();
+        (
+            read.map(|()| differs.then_some(range).into_iter().collect()),
+            buf,
+        )
+    }
+    async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
+        self.0.write_zeroes(range, unmap).await
+    }
+    async fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.0.discard(range).await
+    }
+    async fn flush(&self) -> io::Result<()> {
+        self.0.flush().await
+    }
+    async fn settle(&self) {
+        self.0.settle().await;
+    }
+}
+
+/// The bytes of granules that were told to differ.
+fn verify<T: WriteAt<Buf = AlignedBuf>>(source: &FileDevice, target: &T, file: &File) -> u64 {
+    let node = Node::new(LEN);
+    let mut options = MirrorOptions::default();
+    options.job.id = Some("m".to_owned());
+    options.granularity = Granularity::from_bytes(4096);
+    options.chunk_max = 64 << 10;
+    let mut mirror = Mirror::new(&node, source.limits(), target.limits(), options).unwrap();
+    let job = mirror.job().clone();
+    job.start().unwrap();
+    let driver = Driver::new(source, target, TimerClock::new());
+    let mut told = 0;
+    block_on(async {
+        let mut run = pin!(driver.run(&mut mirror));
+        std::future::poll_fn(|cx| {
+            loop {
+                let polled = run.as_mut().poll(cx);
+                assert!(polled.is_pending(), "nobody has asked for the end");
+                match job.poll_event(cx.waker()) {
+                    Poll::Ready(Event::Ready { .. }) => {
+                        file.write_all_at(&[0x55], 300_000).unwrap();
+                        file.write_all_at(&[0x55], LEN - 1).unwrap();
+                        job.verify().unwrap();
+                    }
+                    Poll::Ready(Event::Differs(found)) => told += found.bytes,
+                    Poll::Ready(Event::Verified(found)) => {
+                        assert_eq!((found.state, found.differing), (Verified::Whole, told));
+                        return Poll::Ready(());
+                    }
+                    Poll::Ready(_) => {}
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
+    });
+    job.complete().unwrap();
+    block_on(async {
+        let Driven::Switch(switch) = driver.run(&mut mirror).await else {
+            panic!("it has failed");
+        };
+        switch.commit();
+    });
+    told
+}
+
+#[test]
+fn a_verification_finds_damage_and_mends_it() {
+    let source = device();
+    block_on(async {
+        source.write_at(200_000, buf(400_000, 7)).await.0.unwrap();
+    });
+    let content = |file: &File| {
+        let mut bytes = vec![0; LEN as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    // By reading it is told in granules: one of 4 KiB, and the last one, which is short.
+    let target = device();
+    let damaged = target.file().try_clone().unwrap();
+    assert_eq!(verify(&source, &target, &damaged), 4096 + 513);
+    assert!(content(source.file()) == content(target.file()));
+    // This device says only that something of a copy differs.
+    let target = Comparing(device());
+    let damaged = target.0.file().try_clone().unwrap();
+    assert_eq!(verify(&source, &target, &damaged), (64 << 10) + 513);
+    assert!(content(source.file()) == content(target.0.file()));
 }

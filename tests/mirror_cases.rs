@@ -3,12 +3,18 @@
 
 #[path = "mirror_cases/active.rs"]
 mod active;
+#[path = "mirror_cases/adaptive.rs"]
+mod adaptive;
 #[path = "mirror_cases/bitmaps.rs"]
 mod bitmaps;
 #[path = "mirror_cases/layers.rs"]
 mod layers;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mirror_cases/verify.rs"]
+mod verify;
+#[path = "mirror_cases/zeroes.rs"]
+mod zeroes;
 
 use std::io::ErrorKind;
 use std::task::{Poll, Waker};

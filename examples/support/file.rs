@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::thread::{self, JoinHandle};
 
-use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
+use blockjob::io::{AlignedBuf, BlockDevice, BufResult, CompareBy, ReadAt, WriteAt};
 use blockjob::{ByteRange, Content, Extent, Limits, RangeLimits, Unmap};
 use parking_lot::{Condvar, Mutex};
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
@@ -88,6 +88,7 @@ impl FileDevice {
         limits.write_zeroes = Some(ranges);
         limits.cheap_zeroes = true;
         limits.discard = Some(ranges);
+        limits.compare = Some(CompareBy::Reading);
         limits.identity = Some(u128::from(metadata.dev()) << 64 | u128::from(metadata.ino()));
         let mut device = Self {
             pool: Arc::new(Pool {
@@ -168,6 +169,10 @@ impl ReadAt for FileDevice {
 }
 
 impl WriteAt for FileDevice {
+    async fn read_back(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.read_at(offset, buf).await
+    }
+
     async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
         self.call(move |file| (file.write_all_at(buf.as_ref(), offset), buf))
             .await

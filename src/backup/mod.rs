@@ -421,7 +421,7 @@ impl Backup {
         let done = self.engine.done(op, outcome, dirty);
         self.look_again = true;
         match done {
-            None | Some(Done::Nothing | Done::Status(..)) => {}
+            None | Some(Done::Nothing | Done::Compared(_) | Done::Status(..)) => {}
             Some(Done::Range(range)) => {
                 self.backoff.reset();
                 self.done_bytes = self.done_bytes.saturating_add(range.len());

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::bitmap::HBitmap;
 use crate::copy::{OpId, OpKind};
 use crate::node::{ActiveClaims, ActiveLock};
 use crate::units::ByteRange;
@@ -52,10 +53,14 @@ pub(crate) struct Claims {
 
 impl Claims {
     /// From now on active writes see the claims, and claims must not meet active writes.
-    pub(crate) fn show_to(&mut self, actives: ActiveClaims) {
+    /// What those write to the target is noted in `written`, if it is there.
+    pub(crate) fn show_to(&mut self, actives: ActiveClaims, written: Option<HBitmap>) {
         let mut lock = actives.lock();
         for claim in self.by_start.values() {
             lock.claim(claim.range);
+        }
+        if let Some(map) = written {
+            lock.note_written(map);
         }
         drop(lock);
         self.actives = Some(actives);

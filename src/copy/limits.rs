@@ -1,6 +1,6 @@
 //! What a device can do, as its owner tells it.
 
-use crate::copy::Side;
+use crate::copy::{CompareBy, Side};
 
 /// What a device is and can do, told once, before a job starts.
 ///
@@ -48,6 +48,8 @@ pub struct Limits {
     pub compresses: bool,
     /// Whether a target can [copy from the source](crate::io::WriteAt::copy_from_source) by itself. Default no.
     pub copies_from_source: bool,
+    /// Whether and how what a target holds can be compared with the source. Default not.
+    pub compare: Option<CompareBy>,
     /// Names the storage, if there is a name: two devices with the same one are the same storage, and
     /// one is not copied onto the other. Default none.
     pub identity: Option<u128>,
@@ -89,6 +91,7 @@ impl Limits {
             fills_clusters: false,
             compresses: false,
             copies_from_source: false,
+            compare: None,
             identity: None,
         }
     }

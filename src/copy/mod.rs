@@ -5,9 +5,11 @@
 
 mod buffer;
 mod claims;
+mod doubts;
 mod engine;
 mod limits;
 mod shape;
+mod zeroes;
 
 use std::fmt;
 use std::io;
@@ -21,6 +23,7 @@ pub(crate) use limits::Ends;
 pub use limits::{Limits, LimitsError, RangeLimits};
 pub(crate) use shape::Shape;
 pub use shape::ShapeError;
+pub(crate) use zeroes::Zeroes;
 
 /// The devices of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -50,6 +53,77 @@ pub enum Unmap {
     Allowed,
     /// The storage stays, or is made.
     Forbidden,
+}
+
+/// What is to be done with data that turns out to be nothing but zeroes.
+///
+/// # Examples
+///
+/// A mirror with [`detect_zeroes`](crate::MirrorOptions::detect_zeroes), by hand. The source says that all of it
+/// is data, and most of it is zeroes.
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use blockjob::{Content, Extent, IfZero, Limits, Mirror, MirrorOptions, Node, OpKind, Outcome, RangeLimits};
+/// use blockjob::{Status, Step};
+///
+/// let mut source = vec![0u8; 256 << 10];
+/// source[70_000] = 1;
+/// let mut target = vec![9u8; 256 << 10];
+/// let mut limits = Limits::new(256 << 10);
+/// limits.write_zeroes = Some(RangeLimits { align: 4096, max: 1 << 30 });
+/// let mut options = MirrorOptions::default();
+/// options.detect_zeroes = true;
+/// options.chunk_max = 64 << 10;
+/// let mut mirror = Mirror::new(&Node::new(256 << 10), Limits::new(256 << 10), limits, options)?;
+/// mirror.job().start()?;
+///
+/// let (mut written, mut zeroed) = (0, 0);
+/// while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+///     let outcome = match op.kind() {
+///         OpKind::CopyDetecting(range, if_zero) => {
+///             let bytes = range.start() as usize..range.end() as usize;
+///             let data = &source[bytes.clone()];
+///             if data.iter().all(|&byte| byte == 0) {
+///                 if let IfZero::Write(_) = if_zero {
+///                     target[bytes].fill(0); // without any data on the way
+///                     zeroed += range.len();
+///                 }
+///                 Outcome::Zeroes
+///             } else {
+///                 target[bytes].copy_from_slice(data);
+///                 written += range.len();
+///                 Outcome::Done
+///             }
+///         }
+///         OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
+///         _ => Outcome::Done,
+///     };
+///     mirror.op_done(Duration::ZERO, op, outcome);
+/// }
+/// assert_eq!(mirror.job().query().status, Status::Ready);
+/// assert_eq!((written, zeroed), (64 << 10, 192 << 10));
+/// assert!(target == source);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IfZero {
+    /// Make the target read as zeroes, as [`OpKind::Zero`] does.
+    Write(Unmap),
+    /// Nothing: the target reads as zeroes there already.
+    Leave,
+}
+
+/// How a target is compared with the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CompareBy {
+    /// Both are read: the target by [`read_back`](crate::io::WriteAt::read_back).
+    Reading,
+    /// The target is given what the source holds, and finds out by itself:
+    /// [`compare_at`](crate::io::WriteAt::compare_at). So a target that is far away, and whose host can make
+    /// hashes, sends these instead of its data.
+    Device,
 }
 
 /// What is known of the content of a range.
@@ -112,6 +186,9 @@ pub struct Op {
 pub enum OpKind {
     /// Read the range from the source and write it to the target.
     Copy(ByteRange),
+    /// Read the range from the source. If all bytes are 0, do that and report [`Outcome::Zeroes`]; else write
+    /// it to the target. Either is legal for the target: the range is one for zeroes, too.
+    CopyDetecting(ByteRange, IfZero),
     /// As [`Copy`](Self::Copy), compressed.
     CopyCompressed(ByteRange),
     /// Have the target copy the range from the source by itself.
@@ -132,6 +209,8 @@ pub enum OpKind {
     DiscardSource(ByteRange),
     /// Discard the range of the buffer.
     DiscardSaved(ByteRange),
+    /// Read the range from the source, and tell what of it the target does not hold: [`Outcome::Compared`].
+    Compare(ByteRange, CompareBy),
     /// Tell what the source has at the start of the range.
     Status(ByteRange),
     /// Make durable what was written to the target.
@@ -147,8 +226,13 @@ pub enum OpKind {
 pub enum Outcome {
     /// It is done.
     Done,
+    /// [`OpKind::CopyDetecting`] has read nothing but zeroes, and the target reads so, too.
+    Zeroes,
     /// The answer to [`OpKind::Status`].
     Status(Extent),
+    /// The answer to [`OpKind::Compare`]: what differs, as finely as it is known. None: all is equal. What lies
+    /// outside of the range is ignored.
+    Compared(Vec<ByteRange>),
     /// It failed, or was done in part.
     Failed {
         /// The device that failed. For a copy: the one that was read, or the one that was written.
@@ -188,6 +272,7 @@ impl OpKind {
     pub fn range(self) -> Option<ByteRange> {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::CopyOffloaded(range)
             | OpKind::Zero(range, _)
@@ -198,6 +283,7 @@ impl OpKind {
             | OpKind::DiscardSaved(range)
             | OpKind::GiveUp(range)
             | OpKind::DiscardSource(range)
+            | OpKind::Compare(range, _)
             | OpKind::Status(range) => Some(range),
             OpKind::Flush | OpKind::Settle | OpKind::CancelInFlight => None,
         }
@@ -206,7 +292,10 @@ impl OpKind {
     /// What it reads, and what it writes or asks.
     pub(crate) fn sides(self) -> [Side; 2] {
         match self {
-            OpKind::Copy(_) | OpKind::CopyCompressed(_) => [Side::Source, Side::Target],
+            OpKind::Copy(_)
+            | OpKind::CopyDetecting(..)
+            | OpKind::CopyCompressed(_)
+            | OpKind::Compare(..) => [Side::Source, Side::Target],
             OpKind::Save(_) => [Side::Source, Side::Buffer],
             OpKind::CopySaved(_) | OpKind::CopySavedCompressed(_) => [Side::Buffer, Side::Target],
             OpKind::DiscardSaved(_) => [Side::Buffer; 2],
@@ -227,6 +316,7 @@ impl OpKind {
         matches!(
             self,
             OpKind::Copy(_)
+                | OpKind::CopyDetecting(..)
                 | OpKind::CopyCompressed(_)
                 | OpKind::CopyOffloaded(_)
                 | OpKind::Zero(..)
@@ -240,9 +330,12 @@ impl OpKind {
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {
             OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::CopySaved(range)
             | OpKind::CopySavedCompressed(range) => range.len(),
+            OpKind::Compare(range, CompareBy::Reading) => range.len().saturating_mul(2),
+            OpKind::Compare(range, CompareBy::Device) => range.len(),
             // What guests wait for has buffers of its own.
             _ => 0,
         }

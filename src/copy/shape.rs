@@ -228,6 +228,19 @@ impl Shape {
         self.write_align
     }
 
+    /// Whether the target can write zeroes at all.
+    pub(crate) fn can_zero(&self) -> bool {
+        self.zeroes.is_some()
+    }
+
+    /// Whether the target can make `range` read as zeroes at once.
+    pub(crate) fn takes_zeroes(&self, range: ByteRange) -> bool {
+        self.zeroes.is_some_and(|(align, max)| {
+            let ends_well = range.end() % align == 0 || range.end() == self.len;
+            range.start() % align == 0 && ends_well && range.len() <= max
+        })
+    }
+
     /// What discards are aligned to and how long they may be, if the target can discard.
     pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
         self.discard.filter(|&(_, max)| max > 0)

@@ -47,6 +47,14 @@ pub trait DynWriteAt<B> {
     fn dyn_write_compressed_at(&self, offset: u64, buf: B) -> LocalBoxFuture<'_, BufResult<B>>;
     /// As [`WriteAt::copy_from_source`].
     fn dyn_copy_from_source(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<()>>;
+    /// As [`WriteAt::read_back`].
+    fn dyn_read_back(&self, offset: u64, buf: B) -> LocalBoxFuture<'_, BufResult<B>>;
+    /// As [`WriteAt::compare_at`].
+    fn dyn_compare_at(
+        &self,
+        offset: u64,
+        buf: B,
+    ) -> LocalBoxFuture<'_, (io::Result<Vec<ByteRange>>, B)>;
     /// As [`WriteAt::write_zeroes`].
     fn dyn_write_zeroes(
         &self,
@@ -100,6 +108,18 @@ impl<D: WriteAt> DynWriteAt<D::Buf> for D {
 
     fn dyn_copy_from_source(&self, range: ByteRange) -> LocalBoxFuture<'_, io::Result<()>> {
         Box::pin(self.copy_from_source(range))
+    }
+
+    fn dyn_read_back(&self, offset: u64, buf: D::Buf) -> LocalBoxFuture<'_, BufResult<D::Buf>> {
+        Box::pin(self.read_back(offset, buf))
+    }
+
+    fn dyn_compare_at(
+        &self,
+        offset: u64,
+        buf: D::Buf,
+    ) -> LocalBoxFuture<'_, (io::Result<Vec<ByteRange>>, D::Buf)> {
+        Box::pin(self.compare_at(offset, buf))
     }
 
     fn dyn_write_zeroes(
@@ -168,6 +188,18 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> WriteAt for dyn DynWriteAt<B> + '_ {
 
     fn copy_from_source(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
         self.dyn_copy_from_source(range)
+    }
+
+    fn read_back(&self, offset: u64, buf: B) -> impl Future<Output = BufResult<B>> {
+        self.dyn_read_back(offset, buf)
+    }
+
+    fn compare_at(
+        &self,
+        offset: u64,
+        buf: B,
+    ) -> impl Future<Output = (io::Result<Vec<ByteRange>>, B)> {
+        self.dyn_compare_at(offset, buf)
     }
 
     fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> impl Future<Output = io::Result<()>> {

@@ -18,7 +18,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
-pub use crate::copy::{Content, Extent, Limits, RangeLimits, Unmap};
+pub use crate::copy::{CompareBy, Content, Extent, Limits, RangeLimits, Unmap};
 use crate::units::ByteRange;
 
 pub use buf::{AlignedBuf, BufferPool, HeapPool};
@@ -80,6 +80,29 @@ pub trait WriteAt: BlockDevice {
     /// the job reads and writes instead, from then on. A device that cannot is not asked; this fails.
     fn copy_from_source(&self, _range: ByteRange) -> impl Future<Output = io::Result<()>> {
         async { Err(io::ErrorKind::Unsupported.into()) }
+    }
+
+    /// Reads from a target as [`ReadAt::read_at`] does from a source, to compare what it holds. Only called if
+    /// [`Limits::compare`] says [`CompareBy::Reading`]. A device that can be read has it do the same as its
+    /// `read_at`; one that does not is not asked; this fails.
+    fn read_back(
+        &self,
+        _offset: u64,
+        buf: Self::Buf,
+    ) -> impl Future<Output = BufResult<Self::Buf>> {
+        async { (Err(io::ErrorKind::Unsupported.into()), buf) }
+    }
+
+    /// Tells what of the target, from `offset` on, does not hold the bytes of the buffer: ranges of the disk, as
+    /// fine as it knows, and none if all is the same. Only called if [`Limits::compare`] says
+    /// [`CompareBy::Device`]. A target that is far away may send hashes for that. One that does not is not asked;
+    /// this fails.
+    fn compare_at(
+        &self,
+        _offset: u64,
+        buf: Self::Buf,
+    ) -> impl Future<Output = (io::Result<Vec<ByteRange>>, Self::Buf)> {
+        async { (Err(io::ErrorKind::Unsupported.into()), buf) }
     }
 
     /// Makes `range` read as zeroes. Only called if [`Limits::write_zeroes`] says how.
@@ -152,6 +175,22 @@ macro_rules! forward {
 
             fn copy_from_source(&self, range: ByteRange) -> impl Future<Output = io::Result<()>> {
                 (**self).copy_from_source(range)
+            }
+
+            fn read_back(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = BufResult<Self::Buf>> {
+                (**self).read_back(offset, buf)
+            }
+
+            fn compare_at(
+                &self,
+                offset: u64,
+                buf: Self::Buf,
+            ) -> impl Future<Output = (io::Result<Vec<ByteRange>>, Self::Buf)> {
+                (**self).compare_at(offset, buf)
             }
 
             fn write_zeroes(

@@ -84,6 +84,9 @@ pub enum VerbError {
     /// Its end has begun and cannot be stopped.
     #[error("the job is being finalized")]
     Finalizing,
+    /// Only a mirror that is ready, and whose end was not asked for, can be verified, if its target can be compared.
+    #[error("the job is not a mirror in step whose target can be compared")]
+    CannotVerify,
     /// Jobs of this kind do not have that option.
     #[error("jobs of this kind have no option {0}")]
     NoSuchOption(&'static str),

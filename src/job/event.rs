@@ -6,10 +6,13 @@ use std::task::Waker;
 
 use crate::copy::{OpKind, Side};
 use crate::job::{ErrorAction, JobError, Progress, Status};
-use crate::units::Granularity;
+use crate::mirror::Convergence;
+use crate::units::{ByteRange, Granularity};
 
 /// Errors nobody has taken yet, of which the oldest are forgotten.
 const ERRORS_MAX: usize = 64;
+/// Differences nobody has taken yet; more are merged.
+const DIFFERENCES_MAX: usize = 64;
 
 /// Something that happened to a job. The order is the same for the same inputs.
 #[derive(Clone, Debug)]
@@ -28,8 +31,17 @@ pub enum Event {
     Pending,
     /// A device failed. What could not be copied is dirty again by now.
     Error(ErrorEvent),
+    /// The target was found to differ from the source, and no guest write is the reason. It is dirty by now, and
+    /// copied as anything else.
+    Differs(Difference),
+    /// The comparing of the whole disk has come to its end.
+    Verified(Verification),
     /// Something was asked for that is done otherwise.
     Warning(Warning),
+    /// The guest writes more than can be copied, so this [adaptive](crate::CopyMode::Adaptive) mirror would never be
+    /// ready, or falls behind. From now on the guest's writes go to the target at once. A guest that wrote less would
+    /// do as well.
+    Outpaced(Convergence),
     /// It is over, by success or by an error of its own; everything it held is released.
     Completed {
         /// At the end.
@@ -64,6 +76,41 @@ pub enum Warning {
     },
 }
 
+/// What was found to differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Difference {
+    /// From the first to the last granule. Neighbours in a row that nobody took are one. Should more than 64 wait
+    /// to be taken, the last one is made to cover what comes behind it, too, and what lies between.
+    pub range: ByteRange,
+    /// Bytes of the granules in it that differ.
+    pub bytes: u64,
+}
+
+/// How far the comparing of a whole disk is, and what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Verification {
+    /// Whether it goes on, or how it has ended.
+    pub state: Verified,
+    /// Bytes that were compared. What was dirty anyway was not.
+    pub compared: u64,
+    /// Bytes of the granules that differ, without what a guest write had to do with.
+    pub differing: u64,
+}
+
+/// Where the comparing of a whole disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verified {
+    /// It goes on.
+    Running,
+    /// All was compared, or copied meanwhile.
+    Whole,
+    /// The job has come to its end before. Some was not compared; what was found and not told yet was copied all the
+    /// same, if the job has succeeded.
+    Cut,
+}
+
 /// An error of a device, and what is done about it.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -88,6 +135,7 @@ pub struct ErrorEvent {
 pub(super) struct EventQueue {
     events: VecDeque<Event>,
     errors: usize,
+    differences: usize,
     /// Who waits for the next one.
     waker: Option<Waker>,
 }
@@ -101,12 +149,19 @@ impl EventQueue {
             self.make_room_for_error();
             self.errors += 1;
         }
+        if let Event::Differs(difference) = &event {
+            if self.merge_difference(difference) {
+                return;
+            }
+            self.differences += 1;
+        }
         self.events.push_back(event);
     }
 
     pub(super) fn pop(&mut self) -> Option<Event> {
         let event = self.events.pop_front()?;
         self.errors -= usize::from(matches!(event, Event::Error(_)));
+        self.differences -= usize::from(matches!(event, Event::Differs(_)));
         Some(event)
     }
 
@@ -138,6 +193,29 @@ impl EventQueue {
             };
         }
         is_same
+    }
+
+    /// Nothing is forgotten, but where too much waits it is told less exactly.
+    fn merge_difference(&mut self, new: &Difference) -> bool {
+        let is_full = self.differences >= DIFFERENCES_MAX;
+        let last = match is_full {
+            true => self
+                .events
+                .iter_mut()
+                .rfind(|event| matches!(event, Event::Differs(_))),
+            false => self.events.back_mut(),
+        };
+        let Some(Event::Differs(last)) = last else {
+            return false;
+        };
+        let (old, range) = (last.range, new.range);
+        if !is_full && old.end() != range.start() {
+            return false;
+        }
+        let (start, end) = (old.start().min(range.start()), old.end().max(range.end()));
+        last.range = (start..end).into();
+        last.bytes = last.bytes.saturating_add(new.bytes);
+        true
     }
 
     fn make_room_for_error(&mut self) {

@@ -1,7 +1,7 @@
 //! What there is to know of a job at one moment.
 
-use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status};
-use crate::mirror::CopyMode;
+use crate::job::{Cancel, IoStatus, JobError, JobGroup, OnError, Status, Verification};
+use crate::mirror::MirrorInfo;
 
 /// How far a job is, in bytes.
 ///
@@ -54,11 +54,10 @@ pub struct JobInfo {
     pub auto_finalize: bool,
     /// As it was made.
     pub auto_dismiss: bool,
-    /// Of a mirror: how what the guest writes comes to the target. An active commit has none.
-    pub copy_mode: Option<CopyMode>,
-    /// Whether, when the job was driven last, the target had all that the guest was told to be written:
-    /// [`Mirror::is_actively_synced`](crate::Mirror::is_actively_synced).
-    pub is_actively_synced: bool,
+    /// What only mirrors have, but for an active commit.
+    pub mirror: Option<MirrorInfo>,
+    /// Of a mirror: what came of the [verification](crate::Job::verify) that runs, or of the last one.
+    pub verification: Option<Verification>,
     /// What it failed with. `None` in [`Status::Concluded`] means success.
     pub error: Option<JobError>,
 }

@@ -10,9 +10,12 @@ use crate::copy::{OpKind, Side};
 use crate::job::after::After;
 use crate::job::stage::{Stage, Vote};
 use crate::job::state::State;
-use crate::job::{Cancel, ErrorAction, Event, Job, JobError, Progress, Status, Warning};
-use crate::mirror::CopyMode;
+use crate::job::{
+    Cancel, Difference, ErrorAction, Event, Job, JobError, Progress, Status, Verification, Warning,
+};
+use crate::mirror::{Convergence, CopyMode, MirrorInfo};
 use crate::node::QuiesceGuard;
+use crate::units::ByteRange;
 
 /// What the machine must know of what was asked.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +30,7 @@ pub(crate) struct Asked {
     pub(crate) speed: u64,
     /// Of a mirror.
     pub(crate) copy_mode: CopyMode,
+    pub(crate) wants_verify: bool,
     pub(crate) stage: Stage,
     pub(crate) has_failed: bool,
     /// Whether delayed tries are to be made at once: the user has resumed or cancelled the job, or
@@ -46,7 +50,10 @@ impl Job {
             is_finalizing: state.is_finalizing,
             ends_by_finalize: !self.shared.is_alone || !state.options.auto_finalize,
             speed: state.options.speed,
-            copy_mode: state.copy_mode.unwrap_or_default(),
+            copy_mode: state
+                .mirror
+                .map_or(CopyMode::Background, |mirror| mirror.copy_mode),
+            wants_verify: state.wants_verify,
             stage: state.stage,
             has_failed: state.error.is_some(),
             retry_now: state.retry_now,
@@ -168,15 +175,59 @@ impl Job {
         self.together(|_, _| self.shared.lock().stage = Stage::None);
     }
 
+    pub(crate) fn copy_mode(&self) -> CopyMode {
+        let mirror = self.shared.lock().mirror;
+        mirror.map_or(CopyMode::Background, |mirror| mirror.copy_mode)
+    }
+
     /// It has a switch. One without a copy mode is an active commit.
     pub(crate) fn be_mirror(&self, mode: Option<CopyMode>) {
         let mut state = self.shared.lock();
         state.has_switch = true;
-        state.copy_mode = mode;
+        state.mirror = mode.map(|copy_mode| MirrorInfo {
+            copy_mode,
+            ..MirrorInfo::default()
+        });
     }
 
-    pub(crate) fn set_actively_synced(&self, is_synced: bool) {
-        self.shared.lock().is_actively_synced = is_synced;
+    /// What more is to be told of a mirror. The mode is the user's.
+    pub(crate) fn tell_of_mirror(&self, info: MirrorInfo) {
+        if let Some(mirror) = &mut self.shared.lock().mirror {
+            let copy_mode = mirror.copy_mode;
+            *mirror = MirrorInfo { copy_mode, ..info };
+        }
+    }
+
+    /// Tells that a guest writes more than can be copied.
+    pub(crate) fn outpaced(&self, convergence: Convergence) {
+        self.change_state(|state| state.tell(Event::Outpaced(convergence)));
+    }
+
+    pub(crate) fn set_can_verify(&self, can_verify: bool) {
+        self.shared.lock().can_verify = can_verify;
+    }
+
+    /// What was asked for is begun.
+    pub(crate) fn verify_begun(&self) {
+        self.shared.lock().wants_verify = false;
+    }
+
+    pub(crate) fn set_verification(&self, verification: Verification) {
+        self.shared.lock().verification = Some(verification);
+    }
+
+    /// The verification has come to its end.
+    pub(crate) fn tell_verified(&self, verification: Verification) {
+        self.change_state(|state| {
+            state.verification = Some(verification);
+            state.tell(Event::Verified(verification));
+        });
+    }
+
+    /// Something differs for good.
+    pub(crate) fn tell_differs(&self, range: ByteRange) {
+        let bytes = range.len();
+        self.change_state(|state| state.tell(Event::Differs(Difference { range, bytes })));
     }
 
     pub(crate) fn publish(&self, progress: Progress, is_busy: bool) {

@@ -49,7 +49,7 @@ use crate::mirror::CopyMode;
 use after::After;
 pub use bitmap_mode::BitmapMode;
 pub use error::{JobError, VerbError};
-pub use event::{ErrorEvent, Event, Warning};
+pub use event::{Difference, ErrorEvent, Event, Verification, Verified, Warning};
 pub use group::JobGroup;
 pub use info::{JobInfo, Progress};
 pub use kind::JobKind;
@@ -246,11 +246,11 @@ impl Job {
             if state.has_one_policy() && source != target {
                 return Err(JobOptionsError::TwoPolicies.into());
             }
-            let mode = change.copy_mode.or(state.copy_mode);
-            if mode.is_some() && state.copy_mode.is_none() {
-                return Err(VerbError::NoSuchOption("copy_mode"));
+            match (&mut state.mirror, change.copy_mode) {
+                (Some(mirror), Some(mode)) => mirror.copy_mode = mode,
+                (None, Some(_)) => return Err(VerbError::NoSuchOption("copy_mode")),
+                (_, None) => {}
             }
-            state.copy_mode = mode;
             state.options.on_source_error = source;
             state.options.on_target_error = target;
             state.retry_now = true;
@@ -270,6 +270,84 @@ impl Job {
                 return Err(VerbError::CannotComplete);
             }
             state.is_completing = true;
+            Ok(())
+        })
+    }
+
+    /// Has a mirror that is ready compare its target with the source, all of it, while the guest writes and the job
+    /// copies what that changes. What differs is copied, and told by [`Event::Differs`]; the end by
+    /// [`Event::Verified`]. Status and everything else stays as it is. Asked while it runs, this has no effect;
+    /// asked again later, all is compared anew.
+    ///
+    /// Comparing gets what workers, buffers and [speed](Self::set_speed) copying leaves to it. To tell what differs
+    /// from what the guest is just writing the guest is held for the time of its writes under way, at most ten times
+    /// a second and only while something differs. [`complete`](Self::complete) and [`cancel`](Self::cancel) wait for
+    /// none of this: they cut it short. Whoever wants to know first waits for the event.
+    ///
+    /// # Errors
+    ///
+    /// [`VerbError::CannotVerify`] if it is not a mirror whose target can be [compared](crate::Limits::compare), or
+    /// is not ready, or is coming to its end.
+    ///
+    /// # Examples
+    ///
+    /// A mirror by hand. Something has damaged its target.
+    ///
+    /// ```
+    /// use std::task::Waker;
+    /// use std::time::Duration;
+    /// use blockjob::{CompareBy, Extent, Limits, Mirror, MirrorOptions, Node, OpKind, Outcome, Step, Verified};
+    ///
+    /// fn drive(mirror: &mut Mirror, source: &[u8], target: &mut [u8]) {
+    ///     while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+    ///         let outcome = match op.kind() {
+    ///             OpKind::Copy(range) => {
+    ///                 let bytes = range.start() as usize..range.end() as usize;
+    ///                 target[bytes.clone()].copy_from_slice(&source[bytes]);
+    ///                 Outcome::Done
+    ///             }
+    ///             OpKind::Compare(range, CompareBy::Reading) => {
+    ///                 let bytes = range.start() as usize..range.end() as usize;
+    ///                 let mut differs = bytes.filter(|&at| source[at] != target[at]);
+    ///                 let first = differs.next().map(|at| at as u64);
+    ///                 Outcome::Compared(first.map(|at| (at..range.end()).into()).into_iter().collect())
+    ///             }
+    ///             OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
+    ///             _ => Outcome::Done,
+    ///         };
+    ///         mirror.op_done(Duration::ZERO, op, outcome);
+    ///     }
+    /// }
+    ///
+    /// let (source, mut target) = (vec![1u8; 1 << 20], vec![0u8; 1 << 20]);
+    /// let mut limits = Limits::new(1 << 20);
+    /// limits.compare = Some(CompareBy::Reading);
+    /// let mut options = MirrorOptions::default();
+    /// options.chunk_max = 64 << 10;
+    /// let mut mirror = Mirror::new(&Node::new(1 << 20), limits, limits, options)?;
+    /// let job = mirror.job().clone();
+    /// job.start()?;
+    /// drive(&mut mirror, &source, &mut target);
+    /// assert!(source == target);
+    ///
+    /// target[300_000] = 9;
+    /// job.verify()?;
+    /// drive(&mut mirror, &source, &mut target);
+    /// let found = job.query().verification.expect("it has come to its end");
+    /// assert_eq!((found.state, found.compared, found.differing), (Verified::Whole, 1 << 20, 65536));
+    /// assert!(mirror.differing().unwrap().is_dirty(300_000)?);
+    /// assert!(source == target);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn verify(&self) -> Result<(), VerbError> {
+        self.together(|_, after| {
+            let mut state = self.shared.lock();
+            let is_ending = state.cancel.is_some() || state.is_completing;
+            if !state.can_verify || !state.status.is_ready() || is_ending {
+                return Err(VerbError::CannotVerify);
+            }
+            state.wants_verify = true;
+            after.wake(&mut state);
             Ok(())
         })
     }
@@ -365,8 +443,8 @@ impl Job {
             is_finalizing: state.is_finalizing || state.stage.is_decided(),
             auto_finalize: state.options.auto_finalize,
             auto_dismiss: state.options.auto_dismiss,
-            copy_mode: state.copy_mode,
-            is_actively_synced: state.is_actively_synced,
+            mirror: state.mirror,
+            verification: state.verification,
             error: state.error.clone(),
         }
     }

@@ -10,9 +10,9 @@ use crate::job::policy::is_no_space;
 use crate::job::stage::Stage;
 use crate::job::{
     Cancel, ErrorAction, ErrorEvent, Event, IoStatus, JobError, JobOptions, Progress, Status, Verb,
-    VerbError,
+    VerbError, Verification,
 };
-use crate::mirror::CopyMode;
+use crate::mirror::MirrorInfo;
 use crate::node::QuiesceGuard;
 
 pub(super) struct State {
@@ -20,9 +20,12 @@ pub(super) struct State {
     pub(super) options: JobOptions,
     /// Whether it may be asked to complete.
     pub(super) has_switch: bool,
-    /// Of a mirror, but not of an active commit.
-    pub(super) copy_mode: Option<CopyMode>,
-    pub(super) is_actively_synced: bool,
+    /// What only mirrors have, but for an active commit.
+    pub(super) mirror: Option<MirrorInfo>,
+    /// Whether the target of a mirror can be compared.
+    pub(super) can_verify: bool,
+    pub(super) wants_verify: bool,
+    pub(super) verification: Option<Verification>,
     pub(super) status: Status,
     pub(super) was_started: bool,
     pub(super) is_user_paused: bool,
@@ -54,8 +57,10 @@ impl State {
             kind,
             options,
             has_switch: false,
-            copy_mode: None,
-            is_actively_synced: false,
+            mirror: None,
+            can_verify: false,
+            wants_verify: false,
+            verification: None,
             status: Status::Created,
             was_started: false,
             is_user_paused: false,
@@ -83,7 +88,7 @@ impl State {
 
     /// Whether what it does when a device fails is the same for both: it is an active commit.
     pub(super) fn has_one_policy(&self) -> bool {
-        self.has_switch && self.copy_mode.is_none()
+        self.has_switch && self.mirror.is_none()
     }
 
     pub(super) fn drop_user_pause(&mut self) {

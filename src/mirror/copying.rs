@@ -29,10 +29,12 @@ pub(super) enum Copying {
 impl Mirror {
     /// Copies until nothing is left, flushes, and is ready.
     pub(super) fn copy(&mut self, now: Duration, waker: &Waker) -> Turn {
+        self.confirm(now, waker);
         if let Some(op) = self.next_op(now, Copying::Limited) {
             return Turn::Step(Step::Op(op));
         }
-        let may_flush = self.is_in_step() && self.next_retry(now).is_none();
+        let is_settled = self.is_in_step() && !self.is_in_doubt();
+        let may_flush = is_settled && self.next_retry(now).is_none();
         let Phase::Copying { flush } = &mut self.phase else {
             unreachable!("called in this phase only");
         };
@@ -60,7 +62,11 @@ impl Mirror {
         };
         let bitmap = self.bitmap.as_ref()?;
         self.engine.hold_guest(copying == Copying::Unlimited);
-        let op = self.engine.next(bitmap.lock().bitmap_mut(), budget)?;
+        let op = self.engine.next(bitmap.lock().bitmap_mut(), budget);
+        let Some(op) = op else {
+            let may_compare = copying == Copying::Limited && budget == Budget::Claim;
+            return may_compare.then(|| self.next_compare(now))?;
+        };
         self.rate.account(self.engine.cost(op.kind()));
         Some(op)
     }
@@ -71,7 +77,8 @@ impl Mirror {
             .bitmap
             .as_ref()
             .expect("recording started before copying");
-        let has_work = self.engine.planned() > 0 || !bitmap.lock().is_clean();
+        let has_work =
+            self.engine.planned() > 0 || self.engine.has_doubts() || !bitmap.lock().is_clean();
         let free_at = self.rate.free_at(now);
         let until = match copying {
             Copying::No | Copying::Claimed => Some(self.batch_until),
@@ -92,22 +99,23 @@ impl Mirror {
             }
             Copying::Limited | Copying::Unlimited => None,
         };
-        let times = [until, self.next_retry(now), self.held_until()];
+        let times = [
+            until,
+            self.next_retry(now),
+            self.held_until(),
+            self.confirm_until(),
+        ];
         Turn::Step(Step::Wait {
             until: times.into_iter().flatten().min(),
         })
     }
 
-    pub(super) fn range_done(&mut self, now: Duration, kind: OpKind, range: ByteRange) {
+    pub(super) fn range_done(&mut self, range: ByteRange) {
         self.backoff.reset();
         if matches!(self.phase, Phase::Scanning { .. }) {
             return;
         }
         self.done_bytes = self.done_bytes.saturating_add(range.len());
-        // Zeroes go much faster, and say nothing of how long data takes.
-        if let OpKind::Copy(_) = kind {
-            self.pace.add(now, range.len());
-        }
     }
 
     /// When the first of what failed is tried again, if that is not now.

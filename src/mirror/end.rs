@@ -50,7 +50,14 @@ impl Mirror {
         }
         // A job that waits for others, or to be finalized, may do so for long.
         let is_ending = may_end || (wants_end && !is_done);
-        let is_batching = !is_ending && now < self.batch_until;
+        if is_ending {
+            self.cut_verification();
+        } else {
+            self.verify_if_asked(&asked);
+            self.confirm(now, waker);
+        }
+        let is_busy = is_ending || self.verify.is_running();
+        let is_batching = !is_busy && now < self.batch_until;
         let copying = match (is_held, is_batching) {
             (true, _) => Copying::Unlimited,
             (false, true) => Copying::Claimed,
@@ -200,6 +207,7 @@ impl Mirror {
     /// A job that does not get on does not hold the guest, and neither do others of its group. What it was
     /// about to do starts anew.
     pub(super) fn let_guest_go(&mut self) {
+        self.verify.let_guest_go();
         match &mut self.phase {
             Phase::Attaching { .. } => self.phase = Phase::Created,
             Phase::InSync(
@@ -213,6 +221,7 @@ impl Mirror {
     }
 
     pub(super) fn begin_ending(&mut self, now: Duration, cancel: Option<Cancel>) {
+        self.forget_verification();
         self.stop_active_writes();
         if let Some(bitmap) = &self.bitmap {
             self.engine.give_up_planned(bitmap.lock().bitmap_mut());
@@ -262,6 +271,7 @@ impl Mirror {
 
     /// Gives back everything that is held: the bitmap, then the guest.
     pub(super) fn release(&mut self, is_success: bool) {
+        self.forget_verification();
         self.publish();
         if let Some(armed) = self.start.take_at_drop() {
             // Cancelled just as it was started.

@@ -40,6 +40,8 @@
 //!     that is not active.
 //! 11. A [commit](Mirror::commit) writes to the base only where a layer above it holds something: what the guest
 //!     reads never changes by it.
+//! 12. Ready is told only when nothing of the target is doubtful that may be missing there. A verification that is
+//!     not over when the end is asked for is cut short, and what it has found is copied.
 //!
 //! # One target per pass
 //!
@@ -52,6 +54,7 @@
 //! mirror a target device that writes to several, and fails when one does.
 
 mod active;
+mod adaptive;
 mod checkpoint;
 mod commit;
 mod copying;
@@ -63,13 +66,14 @@ mod pace;
 mod progress;
 mod start;
 mod switch;
+mod verify;
 
 use std::sync::Arc;
 use std::task::Waker;
 use std::time::Duration;
 
 use crate::bitmap::HBitmap;
-use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::{Done, Ends, Engine, Limits, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
 use crate::job::{
     AtStart, Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage,
     Start, Status, Verb, Warning,
@@ -80,6 +84,8 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
 use active::Active;
+pub use adaptive::{Adaptive, Convergence};
+
 pub use checkpoint::{
     ChangedSince, Checkpoint, CheckpointError, CheckpointId, CheckpointPhase, Resume, ResumeError,
 };
@@ -87,10 +93,11 @@ pub use commit::CommitOptions;
 use end::End;
 use instant::{Idle, Instant};
 use left::{ByBitmap, Left};
-pub use options::{CopyMode, MirrorError, MirrorOptions, MirrorSync};
+pub use options::{CopyMode, MirrorError, MirrorInfo, MirrorOptions, MirrorSync, TargetHolds};
 use options::{GRANULARITY_MAX, GRANULARITY_MIN, default_granularity};
 use pace::Pace;
 pub use switch::{Switch, SwitchBack};
+use verify::Verify;
 
 /// The shortest that the guest may be held: with none at all the end would be tried for ever.
 const HOLD_MIN: Duration = Duration::from_millis(1);
@@ -151,6 +158,7 @@ pub struct Mirror {
     job: Job,
     node: Node,
     sync: MirrorSync,
+    target_holds: TargetHolds,
     downtime_max: Duration,
     hold_max: Duration,
     engine: Engine,
@@ -177,6 +185,7 @@ pub struct Mirror {
     /// What the target may have lacked when the job ended, if it did not succeed.
     at_end: Option<Left>,
     active: Active,
+    verify: Verify,
     /// When the time of grace ends for operations in flight.
     grace_until: Option<Duration>,
 }
@@ -241,6 +250,8 @@ impl Mirror {
             "chunk_max",
             "buf_size",
             "unmap",
+            "target_holds",
+            "detect_zeroes",
             "downtime_max",
             "hold_max",
         ],
@@ -403,6 +414,13 @@ impl Mirror {
                 wanted: None,
             }),
         };
+        let starts_anew = by.is_none() && checkpoint.is_none() && options.sync == MirrorSync::Full;
+        if options.target_holds != TargetHolds::Anything && !starts_anew {
+            return Err(MirrorError::TargetHolds);
+        }
+        if options.target_holds == TargetHolds::OlderCopy && target.compare.is_none() {
+            return Err(MirrorError::CannotCompare);
+        }
         let of_bitmap = match &by {
             Some(by) => Some(node.bitmaps().query(&by.name)?.granularity),
             None => None,
@@ -446,7 +464,15 @@ impl Mirror {
             is_scanned: options.sync == MirrorSync::Top && resumed.is_none(),
             shape: shape.clone(),
         };
-        let engine = Engine::new(shape, options.workers, options.buf_size)?;
+        let is_zero = options.target_holds == TargetHolds::Zeroes;
+        let can_learn = shape.can_zero() && !shape.cheap_zeroes;
+        let zeroes = (is_zero || can_learn)
+            .then(|| Zeroes::new(node.len(), granularity, is_zero))
+            .transpose()?;
+        let engine = Engine::new(shape, options.workers, options.buf_size)?
+            .with_zeroes(zeroes)?
+            .with_doubts(target.compare)?
+            .detecting_zeroes(options.detect_zeroes);
         let speed = options.job.speed;
         let claim = node.claim_for_job().ok_or(MirrorError::NodeBusy)?;
         let start = Arc::new(Start::new(instant, Idle { empty, left }));
@@ -454,6 +480,7 @@ impl Mirror {
         // The last step that can fail: there is no trace of a job that could not be made.
         let job = Job::new(kind.name, options.job, Some(at_start))?;
         job.be_mirror(copy_mode);
+        job.set_can_verify(target.compare.is_some());
         if let Some(asked) = options.granularity.filter(|&asked| asked != granularity) {
             let used = granularity;
             job.warn(Warning::Granularity { asked, used });
@@ -462,6 +489,7 @@ impl Mirror {
             job,
             node: node.clone(),
             sync: options.sync,
+            target_holds: options.target_holds,
             downtime_max: options.downtime_max,
             hold_max: options.hold_max.max(HOLD_MIN),
             engine,
@@ -479,6 +507,7 @@ impl Mirror {
             retry_at: Duration::ZERO,
             at_end: None,
             active: Active::default(),
+            verify: Verify::default(),
             grace_until: None,
         })
     }
@@ -502,7 +531,7 @@ impl Mirror {
             let Turn::Step(step) = self.turn(now, waker) else {
                 continue;
             };
-            let step = self.give_way(now, step);
+            let step = self.give_way(now, self.job.copy_mode(), step);
             self.wake_guests();
             if !matches!(step, Step::Op(_)) {
                 self.publish();
@@ -514,13 +543,25 @@ impl Mirror {
     /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
+        let is_data = matches!(outcome, Outcome::Done) && kind.buffered_bytes() > 0;
         let mut dirty = self.bitmap.as_ref().map(JobBitmap::lock);
         let map = dirty.as_mut().map(JobBitmapGuard::bitmap_mut);
         let done = self.engine.done(op, outcome, map);
         let dirty_bytes = dirty.map_or(0, |dirty| dirty.dirty_bytes_in_len());
         match done {
-            None | Some(Done::Nothing | Done::Skipped(_) | Done::Saved(_)) => {}
-            Some(Done::Range(range)) => self.range_done(now, kind, range),
+            None | Some(Done::Nothing | Done::Saved(_)) => {}
+            // It was dirty, and the target holds it already.
+            Some(Done::Skipped(range)) => {
+                self.done_bytes = self.done_bytes.saturating_add(range.len());
+            }
+            Some(Done::Compared(range)) => self.compared(range.len()),
+            Some(Done::Range(range)) => {
+                self.range_done(range);
+                // Zeroes go much faster, and say nothing of how long data takes.
+                if is_data && !matches!(self.phase, Phase::Scanning { .. }) {
+                    self.pace.add(now, range.len());
+                }
+            }
             Some(Done::Flushed) => self.flushed(id),
             Some(Done::Status(range, extent)) => self.scanned(range, extent),
             Some(Done::Failed {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::copy::{LimitsError, ShapeError, Side, Unmap};
 use crate::job::{BitmapMode, JobOptions, JobOptionsError};
-use crate::mirror::ResumeError;
+use crate::mirror::{Adaptive, Convergence, ResumeError};
 use crate::units::Granularity;
 
 /// The finest granularity of a mirror.
@@ -69,7 +69,82 @@ pub enum CopyMode {
     /// copied later.
     ///
     /// What the guest flushes is flushed on the source. The target is flushed before the job is ready and at its end.
+    ///
+    /// Of what was discarded on the source and is written in part since, the target has that part only: what
+    /// surrounds it is undefined on both.
     WriteBlocking,
+    /// The first, and the second for as long as the guest writes more than can be copied. With that an
+    /// [event](crate::Event::Outpaced) tells that it does, for those who can slow the guest down.
+    Adaptive(Adaptive),
+}
+
+/// What a job says of itself that is a mirror.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MirrorInfo {
+    /// How what the guest writes comes to the target.
+    pub copy_mode: CopyMode,
+    /// Whether the writes that begin now go to the target at once.
+    pub is_write_blocking: bool,
+    /// Whether the target had all that the guest was told to be written, when the job was driven last:
+    /// [`Mirror::is_actively_synced`](crate::Mirror::is_actively_synced).
+    pub is_actively_synced: bool,
+    /// Whether it gains on the guest, by what was seen in the last window: a second, or what an
+    /// [adaptive](CopyMode::Adaptive) mirror was told. `None` until the first is over.
+    pub convergence: Option<Convergence>,
+}
+
+/// What the target holds before a mirror starts.
+///
+/// # Examples
+///
+/// A target that was made just now, and reads as zeroes. Of a source that holds 64 KiB of data, only these are
+/// written.
+///
+/// ```
+/// use std::task::Waker;
+/// use std::time::Duration;
+/// use blockjob::{Content, Extent, Limits, Mirror, MirrorOptions, Node, OpKind, Outcome, Step, TargetHolds};
+///
+/// let mut options = MirrorOptions::default();
+/// options.target_holds = TargetHolds::Zeroes;
+/// let limits = Limits::new(1 << 30); // neither can write zeroes but as data
+/// let mut mirror = Mirror::new(&Node::new(1 << 30), limits, limits, options)?;
+/// mirror.job().start()?;
+///
+/// let mut copied = 0;
+/// while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+///     let outcome = match op.kind() {
+///         OpKind::Status(range) => {
+///             let is_data = range.start() < 65536;
+///             let len = if is_data { 65536 } else { range.len() };
+///             let content = if is_data { Content::Data } else { Content::Zero };
+///             Outcome::Status(Extent { len, content, in_top: true })
+///         }
+///         OpKind::Copy(range) => {
+///             copied += range.len();
+///             Outcome::Done
+///         }
+///         _ => Outcome::Done,
+///     };
+///     mirror.op_done(Duration::ZERO, op, outcome);
+/// }
+/// assert_eq!(copied, 65536);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TargetHolds {
+    /// Anything: where it is to read as zeroes, it is written to.
+    #[default]
+    Anything,
+    /// Zeroes, all over. Where the source reads as zeroes nothing is written, and no storage made. If that is not
+    /// true, the target is not a copy at the end, and nobody is told.
+    Zeroes,
+    /// An older copy of the disk, and nobody knows what has changed since. All of it is compared, by what
+    /// [`Limits::compare`](crate::Limits::compare) of the target says, and only what differs is copied. The job is
+    /// ready when all was compared and copied. What differs is told as by a [verification](crate::Job::verify).
+    OlderCopy,
 }
 
 /// How a mirror is made.
@@ -123,6 +198,14 @@ pub struct MirrorOptions {
     pub buf_size: u64,
     /// Whether areas that read as zeroes may lose their storage on the target. Default yes.
     pub unmap: Unmap,
+    /// What the target holds before. Other than [`TargetHolds::Anything`] only with sync full, without a bitmap,
+    /// and not when it goes on from a checkpoint. Default that.
+    pub target_holds: TargetHolds,
+    /// Whether data that was read is looked at, and written as zeroes where it is nothing else. That is
+    /// [`OpKind::CopyDetecting`](crate::OpKind::CopyDetecting), for copies that lie and are cut as the target
+    /// wants its [zero writes](crate::Limits::write_zeroes); others are copied unlooked at. Counts as copied data
+    /// against the speed limit. Default no.
+    pub detect_zeroes: bool,
     /// How long the guest may be held while the last dirty data is copied, by the rate seen of late. The
     /// end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
@@ -145,6 +228,8 @@ impl Default for MirrorOptions {
             chunk_max: 1 << 20,
             buf_size: 16 << 20,
             unmap: Unmap::Allowed,
+            target_holds: TargetHolds::Anything,
+            detect_zeroes: false,
             downtime_max: Duration::from_millis(50),
             hold_max: Duration::from_secs(5),
         }
@@ -190,6 +275,13 @@ pub enum MirrorError {
     /// Sync none copies all that is written, and nothing else that a bitmap could tell.
     #[error("sync none goes by no bitmap")]
     NoneWithBitmap,
+    /// Of a target that is copied to by a bitmap, or from a checkpoint on, or for which only a part is copied at
+    /// first, it cannot be said what all of it holds.
+    #[error("what the target holds can be told only of a full mirror that starts anew")]
+    TargetHolds,
+    /// What an older copy lacks cannot be found out.
+    #[error("the target cannot be compared with the source")]
+    CannotCompare,
     /// The bitmap does not exist.
     #[error(transparent)]
     Named(#[from] crate::node::BitmapError),

@@ -11,7 +11,9 @@ impl Mirror {
             .bitmap
             .as_ref()
             .expect("recording started before copying");
+        let may_lack = self.engine.may_lack_doubtful() && !is_broken(Sabotage::ReadyInDoubt);
         bitmap.lock().is_clean()
+            && !may_lack
             && (self.engine.has_no_claims() || is_broken(Sabotage::TrustCleanBitmap))
     }
 
@@ -38,7 +40,9 @@ impl Mirror {
             Phase::Scanning { .. } => 0,
             _ => self.engine.claimed_bytes(),
         };
+        self.tell_verification();
         let left = dirty_bytes.saturating_add(claimed_bytes);
+        let left = left.saturating_add(self.engine.doubtful_bytes());
         let progress = Progress {
             current: self.done_bytes,
             total: self.done_bytes.saturating_add(left),

@@ -8,7 +8,7 @@ use crate::copy::{Content, Extent, OpKind};
 use crate::job::{AtStart, Begun};
 use crate::machine::Step;
 use crate::mirror::copying::Copying;
-use crate::mirror::{Mirror, MirrorSync, Phase, Turn};
+use crate::mirror::{Mirror, MirrorSync, Phase, TargetHolds, Turn};
 use crate::node::{Locked, Node, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
@@ -83,9 +83,16 @@ impl Mirror {
                 asked: None,
             },
             MirrorSync::Full if is_known => Phase::Copying { flush: None },
+            MirrorSync::Full if self.target_holds == TargetHolds::OlderCopy => {
+                self.begin_to_compare(true);
+                Phase::Copying { flush: None }
+            }
             MirrorSync::None => Phase::Copying { flush: None },
-            // The target can be made zero for next to nothing where the source is.
-            MirrorSync::Full if shape.cheap_zeroes && shape.scan_zeroes().is_some() => {
+            // The target can be made zero for next to nothing where the source is, or is zero already.
+            MirrorSync::Full
+                if self.target_holds == TargetHolds::Zeroes
+                    || (shape.cheap_zeroes && shape.scan_zeroes().is_some()) =>
+            {
                 Phase::Scanning {
                     next: 0,
                     asked: None,
@@ -150,6 +157,14 @@ impl Mirror {
         let extent = extent.or_data(range);
         let mut area = range.split_at(range.start().saturating_add(extent.len)).0;
         let is_zero = extent.content != Content::Data;
+        if is_zero && self.sync == MirrorSync::Full {
+            let (is_known, same) = self.engine.zeroes_at(area);
+            area = same;
+            if is_known {
+                *next = area.end();
+                return;
+            }
+        }
         let shape = self.engine.shape();
         let most = shape
             .scan_zeroes()

@@ -62,6 +62,8 @@ struct State {
     wish: Option<ByteRange>,
     waiting: BTreeMap<WaiterId, Waiting>,
     told: Told,
+    /// What of the target was written to since the job has asked last, if it wants to know.
+    written: Option<HBitmap>,
     /// Wakes who drives the job.
     driver: Option<Waker>,
     /// To be called once the job has let go of all locks.
@@ -340,6 +342,9 @@ impl Inner {
             let outward = granularity.align_down(start)..up(end, granularity.bytes());
             dirty.reset(outward).expect("made of granules");
         }
+        if let Some(written) = &mut state.written {
+            written.set(part).expect("as long as the disk");
+        }
         state.at_target += 1;
         Some(part)
     }
@@ -355,13 +360,11 @@ impl Inner {
             Some(Ok(())) => {
                 state.told.copied_bytes = state.told.copied_bytes.saturating_add(part.len());
             }
-            None => {}
-            Some(Err(error)) => {
-                if state.job.is_some() && state.told.errors.len() < ERRORS_MAX {
-                    state.told.errors.push((part, error));
-                    driver = state.driver.clone();
-                }
+            Some(Err(error)) if state.job.is_some() && state.told.errors.len() < ERRORS_MAX => {
+                state.told.errors.push((part, error));
+                driver = state.driver.clone();
             }
+            Some(Err(_)) | None => {}
         }
         drop(state);
         if let Some(driver) = driver {
@@ -482,9 +485,10 @@ impl ActiveWrites {
         }
     }
 
-    /// How many writes are at the target just now.
-    pub(crate) fn at_target(&self) -> u64 {
-        self.lock().at_target
+    /// How many writes are at the target just now, or wait to be let in.
+    pub(crate) fn waits(&self) -> u64 {
+        let state = self.lock();
+        state.at_target + state.waiting.len() as u64
     }
 
     /// Has all look again whom the job has let go on. It may hold no lock.
@@ -506,10 +510,11 @@ impl Drop for ActiveWrites {
         state.is_on = false;
         state.claimed = RangeSet::default();
         state.told = Told::default();
+        let unused = state.written.take();
         let driver = state.driver.take();
         state.let_go();
         drop(state);
-        drop(driver);
+        drop((driver, unused));
         self.wake();
     }
 }
@@ -560,6 +565,25 @@ impl ActiveLock<'_> {
     pub(crate) fn release(&mut self, range: ByteRange) {
         self.state.claimed.remove(range);
         self.state.wake_later(range);
+    }
+
+    /// From now on it is noted in that map what of the target is written to.
+    pub(crate) fn note_written(&mut self, map: HBitmap) {
+        self.state.written = Some(map);
+    }
+
+    /// What of the target was written to since this was asked last, or is being written to. What is written
+    /// afterwards is told the next time: it does not overlap what the job has claimed now.
+    pub(crate) fn take_written(&mut self) -> Vec<ByteRange> {
+        let Some(map) = &mut self.state.written else {
+            return Vec::new();
+        };
+        if map.is_clean() {
+            return Vec::new();
+        }
+        let written = map.runs().collect();
+        map.reset_all();
+        written
     }
 
     /// What the job waits for, because writes are under way there.

@@ -87,8 +87,8 @@ pub struct TargetWrite<L: Way> {
     /// `None` once the write has left.
     lane: Option<L>,
     /// Of the whole write.
+    whole: ByteRange,
     range: ByteRange,
-    part: ByteRange,
     entry: Entry,
 }
 
@@ -223,8 +223,8 @@ impl<L: Way> TargetWrite<L> {
         };
         Some(Self {
             lane: Some(lane),
-            range,
-            part,
+            whole: range,
+            range: part,
             entry,
         })
     }
@@ -232,7 +232,7 @@ impl<L: Way> TargetWrite<L> {
     /// What is to be written to the target: the write, or a part of it. The rest is copied later.
     #[must_use]
     pub fn range(&self) -> ByteRange {
-        self.part
+        self.range
     }
 
     /// The write has settled on the target, well or not. It does not matter to the guest: if it has failed, the
@@ -242,13 +242,13 @@ impl<L: Way> TargetWrite<L> {
             return;
         };
         let is_good = result.is_ok() || is_broken(Sabotage::ForgetFailedTarget);
-        lane.node.target_done(self.part, Some(result));
+        lane.node.target_done(self.range, Some(result));
         match is_good {
             true => {
-                lane.node.record_active(self.range);
-                lane.give_back(self.range, self.entry);
+                lane.node.record_active(self.whole);
+                lane.give_back(self.whole, self.entry);
             }
-            false => lane.settle(self.range, self.entry),
+            false => lane.settle(self.whole, self.entry),
         }
     }
 
@@ -261,8 +261,8 @@ impl<L: Way> TargetWrite<L> {
 impl<L: Way> Drop for TargetWrite<L> {
     fn drop(&mut self) {
         if let Some(lane) = self.lane.take() {
-            lane.node.target_done(self.part, None);
-            lane.settle(self.range, self.entry);
+            lane.node.target_done(self.range, None);
+            lane.settle(self.whole, self.entry);
         }
     }
 }
@@ -270,7 +270,7 @@ impl<L: Way> Drop for TargetWrite<L> {
 impl<L: Way> fmt::Debug for TargetWrite<L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TargetWrite")
-            .field("range", &self.part)
+            .field("range", &self.range)
             .finish_non_exhaustive()
     }
 }

@@ -670,7 +670,7 @@ fn a_commit_has_one_policy_and_copies_in_the_background() {
     let mut commit = Mirror::commit(&node, limits, limits, CommitOptions::default()).unwrap();
     let job = commit.job().clone();
     let info = job.query();
-    assert_eq!((info.kind, info.copy_mode), ("commit", None));
+    assert_eq!((info.kind, info.mirror), ("commit", None));
     let mut change = Change {
         on_source_error: Some(OnError::Ignore),
         ..Change::default()

@@ -571,6 +571,10 @@ impl WriteAt for SimDevice {
         (result, buf)
     }
 
+    async fn read_back(&self, offset: u64, buf: Vec<u8>) -> BufResult<Vec<u8>> {
+        ReadAt::read_at(self, offset, buf).await
+    }
+
     async fn write_zeroes(&self, range: ByteRange, _: Unmap) -> io::Result<()> {
         self.plain(range, Ask::Zero).await
     }

@@ -46,9 +46,9 @@ pub(crate) struct Guests {
     /// What the first thread is called in the world.
     base: usize,
     /// What the disk holds, by all that was answered.
-    model: Vec<u8>,
+    pub model: Vec<u8>,
     /// Blocks whose content is undefined.
-    undefined: Vec<bool>,
+    pub undefined: Vec<bool>,
     /// Blocks that a write in flight touches.
     busy: Vec<bool>,
     /// The disk that the guest is on.
@@ -58,6 +58,8 @@ pub(crate) struct Guests {
     pub pause: (u64, u64),
     pub len_max: u64,
     pub discards: bool,
+    /// Of eight writes so many are of zeroes.
+    pub zeroes: u64,
     pub writes: u64,
     /// Writes that were refused: nothing is changed by one.
     pub refused: u64,
@@ -104,6 +106,7 @@ impl Guests {
             pause: (0, 100),
             len_max: 4096,
             discards: true,
+            zeroes: 1,
             writes: 0,
             refused: 0,
             copies_to: None,
@@ -155,8 +158,8 @@ impl Guests {
             self.busy[block] = true;
         }
         let kind = match world.rng.below(8) {
-            0 => Kind::Zero,
             1 if self.discards => Kind::Discard,
+            below if below < self.zeroes => Kind::Zero,
             _ => Kind::Write(world.rng.next()),
         };
         let thread = &mut self.threads[index];

@@ -11,8 +11,8 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
-    Begin, ByteRange, Content, Event, Extent, Job, JobError, JobOptions, Limits, Mirror,
-    MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
+    Begin, ByteRange, CompareBy, Content, Event, Extent, IfZero, Job, JobError, JobOptions, Limits,
+    Mirror, MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
 };
 
 /// What is known of the source per block of so many bytes.
@@ -434,9 +434,26 @@ impl Machine {
                 self.is_unflushed = true;
             }
             OpKind::Status(range) => return Outcome::Status(self.status(range)),
+            OpKind::Compare(range, _) => return Outcome::Compared(self.differing(range)),
             // What is written while a flush is out is not covered by it; these tests write before.
             OpKind::Flush => self.is_unflushed = false,
             OpKind::Settle | OpKind::CancelInFlight => {}
+            OpKind::CopyDetecting(range, if_zero) => {
+                let data = data.unwrap_or_else(|| self.source[bytes(range)].to_vec());
+                self.fill_clusters(range);
+                self.copied += range.len();
+                let is_zero = data.iter().all(|&byte| byte == 0);
+                if let (true, IfZero::Leave) = (is_zero, if_zero) {
+                    let target = &self.target[bytes(range)];
+                    assert!(target.iter().all(|&byte| byte == 0), "{range} is not zero");
+                    return Outcome::Zeroes;
+                }
+                self.target[bytes(range)].copy_from_slice(&data);
+                self.is_unflushed = true;
+                if is_zero {
+                    return Outcome::Zeroes;
+                }
+            }
             OpKind::CopyCompressed(_)
             | OpKind::CopyOffloaded(_)
             | OpKind::Save(_)
@@ -449,6 +466,13 @@ impl Machine {
             }
         }
         Outcome::Done
+    }
+
+    /// The bytes in which the disks differ.
+    pub(crate) fn differing(&self, range: ByteRange) -> Vec<ByteRange> {
+        let differs = |&at: &u64| self.source[at as usize] != self.target[at as usize];
+        let bytes = (range.start()..range.end()).filter(differs);
+        bytes.map(|at| (at..at + 1).into()).collect()
     }
 
     pub(crate) fn status(&self, range: ByteRange) -> Extent {
@@ -531,6 +555,8 @@ pub(crate) fn name(event: &Event) -> String {
         Event::Status(status) => status.to_string(),
         Event::Ready { .. } => "READY".to_owned(),
         Event::Pending => "PENDING".to_owned(),
+        Event::Differs(_) => "DIFFERS".to_owned(),
+        Event::Verified(_) => "VERIFIED".to_owned(),
         Event::Error(_) => "ERROR".to_owned(),
         Event::Completed { error: None, .. } => "COMPLETED".to_owned(),
         Event::Completed { .. } => "COMPLETED with an error".to_owned(),
@@ -545,7 +571,9 @@ pub(crate) fn is_final(event: &Event) -> bool {
 
 pub(crate) fn buffered(kind: OpKind) -> u64 {
     match kind {
-        OpKind::Copy(range) => range.len(),
+        OpKind::Copy(range) | OpKind::CopyDetecting(range, _) => range.len(),
+        OpKind::Compare(range, CompareBy::Reading) => 2 * range.len(),
+        OpKind::Compare(range, CompareBy::Device) => range.len(),
         _ => 0,
     }
 }

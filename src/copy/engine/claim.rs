@@ -143,6 +143,9 @@ impl Engine {
                     .reset(free)
                     .expect("aligned to the granularity, or ends with the disk");
             }
+            if let Some(doubts) = &mut self.doubts {
+                doubts.forget(free);
+            }
             let claim = Claim {
                 range: free,
                 align,
@@ -235,7 +238,7 @@ impl Engine {
     ) -> (ByteRange, u64) {
         let none = (known.start()..known.start()).into();
         if !self.shape.only_top || extent.in_top {
-            return (none, known.end());
+            return self.zero_already(known, align, extent.content);
         }
         let whole = self.shape.whole_blocks(known, align);
         match whole.start() > known.start() {

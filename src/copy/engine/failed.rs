@@ -66,6 +66,7 @@ impl Engine {
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
         let mut unclaimed = Vec::new();
         self.aside.clear();
+        self.lose_questions();
         for (id, kind) in std::mem::take(&mut self.running) {
             if !self.urgent.remove(&id) {
                 self.buffered_bytes -= kind.buffered_bytes();
@@ -76,6 +77,7 @@ impl Engine {
                     self.ready.push_front(range.start());
                 }
                 OpKind::Copy(range)
+                | OpKind::CopyDetecting(range, _)
                 | OpKind::CopyCompressed(range)
                 | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _)
@@ -84,6 +86,8 @@ impl Engine {
                 | OpKind::CopySavedCompressed(range) => {
                     self.claims.set_state(range.start(), ClaimState::Lost);
                 }
+                // What only reads has no effect that could come later.
+                OpKind::Compare(range, _) => self.not_compared(range),
                 OpKind::Flush => {
                     self.has_unflushed = true;
                     unclaimed.push(kind);
@@ -110,6 +114,7 @@ impl Engine {
 
     /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.
     pub(crate) fn give_up_planned(&mut self, dirty: &mut HBitmap) {
+        self.give_up_compares();
         for start in std::mem::take(&mut self.ready) {
             let claim = self.claims.remove(start);
             if !is_broken(Sabotage::ForgetPlanned) {
@@ -150,6 +155,7 @@ impl Engine {
         for claim in self.claims.iter() {
             dirty.set(claim.range).expect("within the disk");
         }
+        self.add_doubtful(dirty);
     }
 
     /// Whether something of `range` is claimed, and will not get on by itself: it is neither in flight nor lost.
@@ -157,18 +163,43 @@ impl Engine {
         self.claims.overlapping(range).any(is_idle)
     }
 
-    /// Ends the claims in `range` that are [idle](Self::has_idle_claim): it is dirty again.
+    /// Ends the claims in `range` that are [idle](Self::has_idle_claim): it is dirty again. Of a long copy the rest
+    /// stays claimed.
     pub(crate) fn give_way(&mut self, dirty: &mut HBitmap, range: ByteRange) {
+        self.give_up_compares();
         let idle = self
             .claims
             .overlapping(range)
             .filter(|claim| is_idle(claim));
-        let idle: Vec<ByteRange> = idle.map(|claim| claim.range).collect();
-        for claimed in idle {
-            self.ready.retain(|&ready| ready != claimed.start());
-            make_dirty(dirty, claimed);
-            self.claims.remove(claimed.start());
+        let idle: Vec<Claim> = idle.copied().collect();
+        for claim in idle {
+            let all = claim.range;
+            let given = match claim.state {
+                ClaimState::Planned(OpKind::Copy(_)) => {
+                    all.intersection(self.shape.widen(range, claim.align))
+                }
+                _ => all,
+            };
+            self.claims.take(all.start());
+            self.ready.retain(|&ready| ready != all.start());
+            for kept in [all.split_at(given.start()).0, all.split_at(given.end()).1] {
+                if !kept.is_empty() {
+                    self.plan_again(Claim {
+                        range: kept,
+                        state: ClaimState::Planned(OpKind::Copy(kept)),
+                        ..claim
+                    });
+                }
+            }
+            make_dirty(dirty, given);
+            self.claims.free(given);
         }
+    }
+
+    /// A part of what was planned before.
+    fn plan_again(&mut self, claim: Claim) {
+        self.ready.push_back(claim.range.start());
+        self.claims.put(claim);
     }
 }
 

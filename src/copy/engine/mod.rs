@@ -25,15 +25,18 @@
 //!    workers and buffers.
 
 mod claim;
+mod doubt;
 mod failed;
 mod urgent;
+mod zeroes;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 
 use crate::bitmap::HBitmap;
-use crate::copy::claims::{ClaimState, Claims};
-use crate::copy::{Buffer, Extent, Op, OpId, OpKind, Outcome, Shape, Side};
+use crate::copy::claims::{Claim, ClaimState, Claims};
+use crate::copy::doubts::Doubts;
+use crate::copy::{Buffer, Extent, IfZero, Op, OpId, OpKind, Outcome, Shape, Side, Zeroes};
 use crate::node::ActiveClaims;
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
@@ -67,10 +70,20 @@ pub(crate) struct Engine {
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
     copy_by: CopyBy,
+    /// What is known to read as zeroes on the target, where zeroes are not cheap.
+    zeroes: Option<Zeroes>,
+    /// What is to be compared, if the target can be.
+    doubts: Option<Doubts>,
+    /// To note in what active writes have written to, until there are any, if something depends on that.
+    written: Option<HBitmap>,
+    /// Whether data that is read is looked at for being zeroes.
+    detects_zeroes: bool,
     /// A place for what the guest is about to overwrite, if there is one.
     buffer: Option<Buffer>,
     /// The first block that could not be claimed for an active write, when a claim was tried last.
     blocked: Option<ByteRange>,
+    /// Bytes that may be under way to the target, beside one operation, so that others need not wait for long there.
+    narrowed: u64,
     /// Whether the guest is held: then nobody waits whom the job has given way to.
     is_guest_held: bool,
     /// Whether a request to settle is out.
@@ -121,6 +134,8 @@ pub(crate) enum Done {
     Nothing,
     /// Its range is on the target.
     Range(ByteRange),
+    /// It was compared.
+    Compared(ByteRange),
     /// It is in the buffer, and so what the guest may overwrite.
     Saved(ByteRange),
     /// The source's topmost layer holds nothing there, and so nothing is to be copied.
@@ -167,8 +182,13 @@ impl Engine {
             cursor: 0,
             filled,
             copy_by: CopyBy::Buffer,
+            zeroes: None,
+            written: None,
+            doubts: None,
+            detects_zeroes: false,
             buffer: None,
             blocked: None,
+            narrowed: u64::MAX,
             is_guest_held: false,
             is_settling: false,
             has_lost_discard: false,
@@ -189,7 +209,54 @@ impl Engine {
 
     /// Guest writes may be active ones from now on: nothing is claimed that they are writing, and they see what is.
     pub(crate) fn show_claims(&mut self, actives: ActiveClaims) {
-        self.claims.show_to(actives);
+        self.claims.show_to(actives, self.written.take());
+    }
+
+    /// The most that is under way to the target at once, unless that is narrowed.
+    pub(crate) fn in_flight_max(&self) -> u64 {
+        let workers = u64::try_from(self.workers).unwrap_or(u64::MAX);
+        self.buf_size
+            .min(self.shape.chunk_max.saturating_mul(workers))
+    }
+
+    /// Halves what is under way to the target at once, so often. One operation may be.
+    pub(crate) fn narrow(&mut self, times: u32) {
+        self.narrowed = match times {
+            0 => u64::MAX,
+            _ => self.in_flight_max() >> times.min(63),
+        };
+    }
+
+    /// Whether no more is under way than is to be.
+    pub(crate) fn is_narrow(&self) -> bool {
+        self.buffered_bytes <= self.narrowed.max(self.shape.chunk_max)
+    }
+
+    /// Cuts a copy that is longer than all that may be under way.
+    fn cut(&mut self, start: u64) {
+        let Some(&Claim {
+            range,
+            align,
+            state,
+        }) = self.claims.get(start)
+        else {
+            return;
+        };
+        let most = (self.narrowed / align * align).max(align);
+        if range.len() <= most || !matches!(state, ClaimState::Planned(OpKind::Copy(_))) {
+            return;
+        }
+        let (first, rest) = range.split_at(start + most);
+        let _whole = self.claims.take(start);
+        for range in [first, rest] {
+            let state = ClaimState::Planned(OpKind::Copy(range));
+            self.claims.put(Claim {
+                range,
+                align,
+                state,
+            });
+        }
+        self.ready.insert(1, rest.start());
     }
 
     /// Whether the guest is held, for what is claimed next.
@@ -208,6 +275,7 @@ impl Engine {
             (OpKind::Copy(range), CopyBy::Compressing) => OpKind::CopyCompressed(range),
             (OpKind::CopySaved(range), CopyBy::Compressing) => OpKind::CopySavedCompressed(range),
             (OpKind::Copy(range), CopyBy::Offloading) => OpKind::CopyOffloaded(range),
+            (OpKind::Copy(range), CopyBy::Buffer) if self.detects_zeroes => self.detecting(range),
             _ => kind,
         }
     }
@@ -268,6 +336,7 @@ impl Engine {
             // What is written from here on is not covered by it.
             self.has_unflushed = false;
         }
+        self.note_zeroes(kind);
         let op = Op::new(kind);
         self.running.insert(op.id(), kind);
         self.buffered_bytes += kind.buffered_bytes();
@@ -279,12 +348,14 @@ impl Engine {
         if !self.has_free_worker() {
             return None;
         }
+        self.hear_of_writes();
         let may_claim =
             budget == Budget::Claim && self.claims.parked() < PARKED_MAX && !self.looks_far_ahead();
         if self.ready.is_empty() && !(may_claim && self.claim(dirty)) {
             return None;
         }
         let start = *self.ready.front().expect("claimed just now");
+        self.cut(start);
         let claim = self
             .claims
             .get(start)
@@ -297,7 +368,9 @@ impl Engine {
             }
         };
         let is_free = self.cost(kind) == 0;
-        let fits = self.buffered_bytes + kind.buffered_bytes() <= self.buf_size;
+        let most = self.buf_size.min(self.narrowed);
+        let is_alone = self.buffered_bytes == 0;
+        let fits = is_alone || self.buffered_bytes + kind.buffered_bytes() <= most;
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
@@ -333,9 +406,11 @@ impl Engine {
     /// What an operation counts against the speed limit.
     pub(crate) fn cost(&self, kind: OpKind) -> u64 {
         match kind {
-            OpKind::Copy(range) | OpKind::CopyCompressed(range) | OpKind::CopyOffloaded(range) => {
-                range.len()
-            }
+            OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopyOffloaded(range)
+            | OpKind::Compare(range, _) => range.len(),
             OpKind::CopySaved(range) | OpKind::CopySavedCompressed(range) | OpKind::Save(range) => {
                 range.len()
             }
@@ -360,6 +435,7 @@ impl Engine {
         mut dirty: Option<&mut HBitmap>,
     ) -> Option<Done> {
         let kind = self.running.remove(&op.id())?;
+        self.hear_of_writes();
         let is_urgent = self.urgent.remove(&op.id());
         self.aside.remove(&op.id());
         if !is_urgent {
@@ -367,18 +443,51 @@ impl Engine {
         }
         // When it ends, not when it goes out: a flush that went out in between does not cover it.
         self.has_unflushed |= kind.writes_target();
+        if let OpKind::Status(_) = kind {
+            let extent = match outcome {
+                Outcome::Status(extent) => Some(extent),
+                _ => None,
+            };
+            if self.heard_of_doubt(op.id(), extent) {
+                return Some(Done::Nothing);
+            }
+        }
         Some(match (kind, outcome) {
+            (OpKind::Compare(range, _), Outcome::Compared(differing)) => {
+                let dirty = dirty.expect("a range was claimed, so there is a bitmap");
+                self.compared(range, differing, dirty)
+            }
+            (OpKind::Compare(range, _), outcome) => {
+                self.not_compared(range);
+                let (side, error) = match outcome {
+                    Outcome::Failed { side, error } => (side, error),
+                    _ => (Side::Target, wrong_answer()),
+                };
+                Done::Failed {
+                    side,
+                    kind,
+                    error,
+                    is_urgent,
+                }
+            }
             (OpKind::Status(range), Outcome::Status(extent)) => {
                 self.looked(range, extent, op.id(), dirty)
             }
-            (OpKind::Status(range), Outcome::Failed { .. } | Outcome::Done)
-                if !self.shape.only_top && self.is_claimed_by(range, op.id()) =>
-            {
+            (
+                OpKind::Status(range),
+                Outcome::Failed { .. } | Outcome::Done | Outcome::Zeroes | Outcome::Compared(_),
+            ) if !self.shape.only_top && self.is_claimed_by(range, op.id()) => {
                 // Not knowing what is there is no error: it is copied as data.
                 let extent = Extent::data(range.len());
                 self.looked(range, extent, op.id(), dirty)
             }
-            (OpKind::CopyOffloaded(range), Outcome::Failed { .. } | Outcome::Status(_)) => {
+            (
+                OpKind::CopyOffloaded(range),
+                Outcome::Failed { .. }
+                | Outcome::Status(_)
+                | Outcome::Zeroes
+                | Outcome::Compared(_),
+            ) => {
                 // The target may hold anything there now; it is written again.
                 self.copy_by = CopyBy::Buffer;
                 self.claims
@@ -388,16 +497,25 @@ impl Engine {
             }
             (
                 OpKind::Copy(range)
+                | OpKind::CopyDetecting(range, _)
                 | OpKind::CopyCompressed(range)
                 | OpKind::CopyOffloaded(range)
                 | OpKind::Zero(range, _),
                 Outcome::Done,
             ) => {
                 self.fill(range);
+                self.note_written(kind);
                 if is_broken(Sabotage::ClearAfterCopy) {
                     let dirty = dirty.as_mut().expect("there is a bitmap");
                     make_clean(dirty, self.shape.granularity, kind);
                 }
+                self.landed(range, dirty)
+            }
+            (OpKind::CopyDetecting(range, if_zero), Outcome::Zeroes) => {
+                if let IfZero::Write(_) = if_zero {
+                    self.fill(range);
+                }
+                self.note_zeroed(range);
                 self.landed(range, dirty)
             }
             (OpKind::Discard(range), Outcome::Done) => self.landed(range, dirty),
@@ -424,7 +542,9 @@ impl Engine {
             (OpKind::Save(range), outcome) => {
                 let (side, error) = match outcome {
                     Outcome::Failed { side, error } => (side, error),
-                    Outcome::Done | Outcome::Status(_) => (Side::Buffer, wrong_answer()),
+                    Outcome::Done | Outcome::Zeroes | Outcome::Status(_) | Outcome::Compared(_) => {
+                        (Side::Buffer, wrong_answer())
+                    }
                 };
                 if let Some(buffer) = &mut self.buffer {
                     match side {
@@ -462,7 +582,10 @@ impl Engine {
                     kind,
                     error: match outcome {
                         Outcome::Failed { error, .. } => error,
-                        Outcome::Done | Outcome::Status(_) => wrong_answer(),
+                        Outcome::Done
+                        | Outcome::Zeroes
+                        | Outcome::Status(_)
+                        | Outcome::Compared(_) => wrong_answer(),
                     },
                     is_urgent,
                 }
@@ -482,7 +605,7 @@ impl Engine {
                     is_urgent,
                 }
             }
-            (kind, Outcome::Status(_) | Outcome::Done) => {
+            (kind, Outcome::Status(_) | Outcome::Done | Outcome::Zeroes | Outcome::Compared(_)) => {
                 // An answer to another question. It may not have been done.
                 self.has_unflushed |= kind == OpKind::Flush;
                 if let Some(range) = self.claimed_range(kind, op.id()) {
