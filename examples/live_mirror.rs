@@ -38,7 +38,8 @@ use std::time::Duration;
 use blockjob::driver::{Clock, Driven, Driver};
 use blockjob::io::BlockDevice;
 use blockjob::{
-    Begin, Cancel, Event, Granularity, Job, Mirror, MirrorOptions, Node, Status, Switch,
+    Adaptive, Begin, Cancel, CopyMode, Event, Granularity, Job, Mirror, MirrorOptions, Node,
+    Status, Switch,
 };
 use indicatif::{BinaryBytes as HumanBytes, ProgressBar, ProgressStyle};
 use support::clock::{TimerClock, block_on};
@@ -64,6 +65,8 @@ Options:
   --speed BYTES        most bytes to copy per second, 0: no limit  [default: 0]
   --granularity BYTES  what one bit of the dirty bitmap stands for [default: 64K]
   --workers N          copies in flight at the same time           [default: 16]
+  --mode MODE          how what the guest writes is copied: background, write-blocking or
+                       adaptive                                    [default: background]
   --json               print one JSON object at the end and nothing else
   --help               print this
 BYTES may end in K, M or G (powers of 1024).
@@ -130,12 +133,12 @@ fn mirror(options: &Options, source: Disk, target: &Path) -> Result<()> {
     )?;
     let job = mirror.job().clone();
     let granularity = mirror.granularity();
-    let source = Arc::new(source);
+    let (source, target) = (Arc::new(source), Arc::new(target));
     let machine = Machine {
         node,
-        current: Current::new(Arc::clone(&source)),
+        current: Current::new(Arc::clone(&source)).copied_to(Arc::clone(&target)),
         source,
-        target: Arc::new(target),
+        target,
         clock: TimerClock::new(),
         stop: AtomicBool::new(false),
     };
@@ -565,6 +568,7 @@ impl Options {
                     mirror.granularity = Some(granularity);
                 }
                 Long("workers") => mirror.workers = args.value()?.parse()?,
+                Long("mode") => mirror.copy_mode = args.value()?.parse_with(parse_mode)?,
                 Long("json") => json = true,
                 Long("help") | Short('h') => return Ok(None),
                 Value(path) => files.push(PathBuf::from(path)),
@@ -603,6 +607,15 @@ fn parse_bytes(text: &str) -> Result<u64> {
 fn parse_granularity(text: &str) -> Result<Granularity> {
     let granularity = Granularity::from_bytes(parse_bytes(text)?);
     granularity.ok_or_else(|| "not a power of two".into())
+}
+
+fn parse_mode(text: &str) -> Result<CopyMode> {
+    match text {
+        "background" => Ok(CopyMode::Background),
+        "write-blocking" => Ok(CopyMode::WriteBlocking),
+        "adaptive" => Ok(CopyMode::Adaptive(Adaptive::default())),
+        _ => Err("it is background, write-blocking or adaptive".into()),
+    }
 }
 
 fn parse_seconds(text: &str) -> Result<Duration> {

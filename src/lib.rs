@@ -149,7 +149,9 @@
 //! 4. Nobody else writes to the target, and neither disk changes its length, while the job lives.
 //! 5. A guest whose switch was committed goes back when [`Step::SwitchBack`] says so. Only a job of a group
 //!    ever does.
-//! 6. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
+//! 6. In [write-blocking mode](CopyMode::WriteBlocking) whoever issues the guest's writes issues them to the target,
+//!    too, and with the same data. Who does not loses nothing but the mode.
+//! 7. [`WriteAt::settle`](io::WriteAt::settle) is true: nothing requested before it can change the device
 //!    after it.
 //!
 //! # Memory
@@ -158,7 +160,8 @@
 //! told otherwise), a record of about 100 bytes per operation planned or in flight, and two bits per
 //! granule: its bitmap and the node's log. That is 4 MiB for 1 TiB at 64 KiB, of which pages never
 //! touched cost nothing. For a target to which zeroes are not cheap a third bit says what of it is known to read
-//! as zeroes.
+//! as zeroes, and where the target can be compared a fourth what of it is to be. In write-blocking mode the node has a
+//! record of some 50 bytes for each guest write under way.
 //!
 //! A backup holds as much, with a bit per cluster more by which guests are held back. That one stays with the
 //! node, so that a guest write looks at it without a lock. For guests that wait it may take 64 chunks beside
@@ -183,6 +186,10 @@
 //! | frozen view, fleecing | the disk as it was at the instant, read by others |
 //! | full, incremental, differential | all of the disk; what has changed since the last backup; since a fixed one |
 //! | ready, in step | there was a moment with nothing left to copy; guest writes keep being copied |
+//! | active write, write-blocking | a guest write that goes to the target as well, before the guest is told |
+//! | actively synced | source and target differ only where active writes are under way |
+//! | outpaced | the guest writes more than can be copied |
+//! | doubtful | believed to be equal, and to be compared; verification, resync |
 //! | quiesce | hold new guest writes and wait for those in flight |
 //! | switch | the instant at which the guest's disk becomes the target |
 //! | group | jobs that all succeed at one instant, or of which none does |

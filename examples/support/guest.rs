@@ -107,19 +107,32 @@ pub(crate) struct Disk {
 
 /// The disk that the guest writes to; exchanged under a quiesced node.
 #[derive(Debug)]
-pub(crate) struct Current(RwLock<Arc<Disk>>);
+pub(crate) struct Current {
+    disk: RwLock<Arc<Disk>>,
+    /// Where active writes go as well.
+    target: Option<Arc<Disk>>,
+}
 
 impl Current {
     pub(crate) fn new(disk: Arc<Disk>) -> Self {
-        Self(RwLock::new(disk))
+        Self {
+            disk: RwLock::new(disk),
+            target: None,
+        }
+    }
+
+    /// With the target of a mirror that may have the guest write to it at once.
+    pub(crate) fn copied_to(mut self, target: Arc<Disk>) -> Self {
+        self.target = Some(target);
+        self
     }
 
     pub(crate) fn disk(&self) -> Arc<Disk> {
-        Arc::clone(&self.0.read())
+        Arc::clone(&self.disk.read())
     }
 
     pub(crate) fn replace(&self, disk: Arc<Disk>) {
-        *self.0.write() = disk;
+        *self.disk.write() = disk;
     }
 }
 
@@ -148,7 +161,25 @@ pub(crate) fn apply(
         Change::Discard => (punch_hole(file, range), Stamp::ZERO),
     };
     disk.stamps.set(range, stamp);
-    ticket.finish(result)
+    let Some(target) = current.target.as_ref().filter(|_| ticket.is_active()) else {
+        return ticket.finish(result);
+    };
+    // The data is in a buffer of our own: both disks are given the same.
+    if let Some(write) = ticket.source_written(result.is_ok()) {
+        let part = write.range();
+        let file = target.device.file();
+        let start = (part.start() - range.start()) as usize;
+        match change {
+            Change::Write(_) => {
+                let data = &buf[start..start + part.len() as usize];
+                write.finish(file.write_all_at(data, part.start()));
+            }
+            Change::Zero(unmap) => write.finish(write_zeroes(file, part, unmap)),
+            // What it has left behind the mirror asks the source later.
+            Change::Discard => write.skip(),
+        }
+    }
+    result
 }
 
 /// Writes a stamp to whole blocks of a file.
