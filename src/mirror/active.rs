@@ -107,6 +107,10 @@ impl Mirror {
         if !matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_)) {
             return;
         }
+        let adaptive = adaptive_of(mode);
+        if adaptive.is_none() && !self.active.watch.is_due(now) {
+            return;
+        }
         let writes = self.active.writes.as_ref();
         let sample = Sample {
             copied: self.done_bytes - self.active.written,
@@ -117,7 +121,6 @@ impl Mirror {
             in_flight_max: self.engine.in_flight_max(),
             is_narrow: self.engine.is_narrow(),
         };
-        let adaptive = adaptive_of(mode);
         if let News::Outpaced(convergence) = self.active.watch.sample(now, sample, adaptive) {
             self.job.outpaced(convergence);
         }

@@ -161,6 +161,12 @@ impl Watch {
         self.narrow
     }
 
+    /// Whether those who only watch need take a sample.
+    pub(super) fn is_due(&self, now: Duration) -> bool {
+        self.began
+            .is_none_or(|(began, _)| now.saturating_sub(began) >= WINDOW)
+    }
+
     /// When the window ends.
     pub(super) fn window_end(&self, adaptive: Adaptive) -> Option<Duration> {
         let (began, _) = self.began?;
