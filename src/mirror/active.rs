@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::copy::OpKind;
 use crate::job::ErrorAction;
 use crate::machine::Step;
-use crate::mirror::adaptive::{Adaptive, News, Sample, Watch};
+use crate::mirror::adaptive::{Adaptive, News, Sample, Watch, Watching};
 use crate::mirror::{CopyMode, End, Mirror, MirrorInfo, Phase};
 use crate::node::ActiveWrites;
 use crate::sabotage::{Sabotage, is_broken};
@@ -52,6 +52,7 @@ impl Mirror {
         };
         let background_max = match self.active.watch.narrow() {
             0 => u64::MAX,
+            _ if mode == CopyMode::Background => u64::MAX,
             times => self.engine.in_flight_max() >> times.min(63),
         };
         self.engine.limit_background(background_max);
@@ -107,10 +108,12 @@ impl Mirror {
         if !matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_)) {
             return;
         }
-        let adaptive = adaptive_of(mode);
-        if adaptive.is_none() && !self.active.watch.is_due(now) {
-            return;
-        }
+        let watching = match mode {
+            CopyMode::Background if !self.active.watch.is_due(now) => return,
+            CopyMode::Background => Watching::Only,
+            CopyMode::WriteBlocking => Watching::Blocking,
+            CopyMode::Adaptive(adaptive) => Watching::Adaptive(adaptive),
+        };
         let writes = self.active.writes.as_ref();
         let sample = Sample {
             copied: self.done_bytes - self.active.written,
@@ -121,7 +124,7 @@ impl Mirror {
             in_flight_max: self.engine.in_flight_max(),
             is_narrow: self.engine.is_narrow(),
         };
-        if let News::Outpaced(convergence) = self.active.watch.sample(now, sample, adaptive) {
+        if let News::Outpaced(convergence) = self.active.watch.sample(now, sample, watching) {
             self.job.outpaced(convergence);
         }
     }

@@ -72,6 +72,8 @@ const STAY_MAX: u32 = 32;
 const EXPENSIVE: u32 = 2;
 /// How often what may be under way is halved, at most.
 const NARROW_MAX: u32 = 10;
+/// The same, for a guest whose writes are active from the start.
+const NARROW_FIRST: u32 = 5;
 /// How often what a write may cost is doubled, at most.
 const STRAIN_MAX: u32 = 20;
 
@@ -103,6 +105,24 @@ pub(super) enum News {
     /// Writes are active from now on, or not.
     Active(bool),
 }
+
+/// What is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Watching {
+    /// Nothing.
+    Only,
+    /// All writes are active, and need not wait longer than they must.
+    Blocking,
+    /// Whether they are to be.
+    Adaptive(Adaptive),
+}
+
+/// By what those watch of whose guest all writes are active.
+const BLOCKING: Adaptive = Adaptive {
+    window: Duration::from_millis(100),
+    latency_max: Duration::from_millis(10),
+    may_exceed: false,
+};
 
 #[derive(Debug, Default)]
 pub(super) struct Watch {
@@ -173,15 +193,19 @@ impl Watch {
         began.checked_add(adaptive.window.max(WINDOW_MIN))
     }
 
-    /// Takes note of how things are now. Those who are not adaptive only watch.
-    pub(super) fn sample(
-        &mut self,
-        now: Duration,
-        sample: Sample,
-        adaptive: Option<Adaptive>,
-    ) -> News {
+    /// Takes note of how things are now.
+    pub(super) fn sample(&mut self, now: Duration, sample: Sample, watching: Watching) -> News {
+        let adaptive = match watching {
+            Watching::Only => None,
+            Watching::Blocking => Some(BLOCKING),
+            Watching::Adaptive(adaptive) => Some(adaptive),
+        };
         let Some((began, before)) = self.began else {
             self.begin(now, sample);
+            if watching == Watching::Blocking {
+                // Room for the first writes, until it is known what they cost.
+                self.narrow = NARROW_FIRST;
+            }
             return News::Nothing;
         };
         let spent = now.saturating_sub(self.last);
@@ -212,9 +236,14 @@ impl Watch {
         };
         self.begin(now, sample);
         let Some(adaptive) = adaptive else {
-            self.is_active = false;
+            (self.is_active, self.narrow) = (false, 0);
             return News::Nothing;
         };
+        if watching == Watching::Blocking {
+            self.is_active = true;
+            self.make_room(cost, adaptive.latency_max, seen);
+            return News::Nothing;
+        }
         let may_go = self.stayed >= self.stay.max(STAY);
         if !self.is_active {
             // What is under way is what the first active writes will have to wait for.
@@ -238,21 +267,8 @@ impl Watch {
             self.go_over();
             return News::Outpaced(seen);
         }
-        let allowed = adaptive
-            .latency_max
-            .saturating_mul(match adaptive.may_exceed {
-                true => 1 << self.strain.min(STRAIN_MAX),
-                false => 1,
-            });
-        // An active write waits at the target for what is under way before it. Where less of that does not help, it
-        // only costs time.
-        let is_slower = seen.copy_rate < self.best_rate / 2;
-        self.narrow = match cost > allowed / 2 {
-            true if !is_slower => (self.narrow + 1).min(NARROW_MAX),
-            true => self.narrow.saturating_sub(1),
-            false if cost < allowed / 8 => self.narrow.saturating_sub(1),
-            false => self.narrow,
-        };
+        let allowed = self.allowed(adaptive);
+        self.make_room(cost, allowed, seen);
         self.expensive = if cost > allowed {
             self.expensive + 1
         } else {
@@ -270,6 +286,18 @@ impl Watch {
             return News::Active(false);
         }
         News::Nothing
+    }
+
+    /// An active write waits at the target for what is under way before it. Where less of that does not help, it
+    /// only costs time.
+    fn make_room(&mut self, cost: Duration, allowed: Duration, seen: Convergence) {
+        let is_slower = seen.copy_rate < self.best_rate / 2;
+        self.narrow = match cost > allowed / 2 {
+            true if !is_slower => (self.narrow + 1).min(NARROW_MAX),
+            true => self.narrow.saturating_sub(1),
+            false if cost < allowed / 8 => self.narrow.saturating_sub(1),
+            false => self.narrow,
+        };
     }
 
     fn begin(&mut self, now: Duration, sample: Sample) {
@@ -360,7 +388,7 @@ mod tests {
             self.sample.left -= copied;
             self.sample.copied += copied;
             self.watch
-                .sample(self.now, self.sample, Some(self.adaptive))
+                .sample(self.now, self.sample, Watching::Adaptive(self.adaptive))
         }
 
         /// A second with so many active writes, each of which takes so long.

@@ -259,6 +259,7 @@ fn a_write_waits_for_what_is_being_copied_and_a_copy_for_a_write() {
     // And what a guest writes just now is not claimed.
     let dirty = LEN - GRANULE;
     let write = go(&machine, dirty..dirty + 1);
+    let _ = machine.take_all();
     let mut copied = 0;
     while !machine.out.is_empty() {
         machine.answer_all();
