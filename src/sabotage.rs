@@ -250,6 +250,8 @@ pub enum Sabotage {
     RecordNoActives,
     /// Active writes 7: those that wait go on waiting when nobody drives the job.
     WaitForNobody,
+    /// Active writes 8: a write makes clean what a usual one beside it has made dirty.
+    CleanBesideOthers,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.

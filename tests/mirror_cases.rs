@@ -3,6 +3,8 @@
 
 #[path = "mirror_cases/active.rs"]
 mod active;
+#[path = "mirror_cases/active_review.rs"]
+mod active_review;
 #[path = "mirror_cases/adaptive.rs"]
 mod adaptive;
 #[path = "mirror_cases/bitmaps.rs"]

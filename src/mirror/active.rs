@@ -64,8 +64,8 @@ impl Mirror {
         if !(may_be && is_wanted && !self.engine.has_lost()) {
             return self.stop_active_writes();
         }
-        if self.active.is_on {
-            return;
+        if let (true, Some(writes)) = (self.active.is_on, &self.active.writes) {
+            return writes.look_for_others();
         }
         if self.active.writes.is_none() {
             let bitmap = self.bitmap.as_ref().expect("recording has started");

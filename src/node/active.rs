@@ -22,7 +22,10 @@
 //! 5. One that has gone well is recorded in all bitmaps but the job's.
 //! 6. Whether a write is active is decided once, when it is let in. When the job is over, no part of a write goes
 //!    to the target any more.
-//! 7. Nobody waits for a job that is gone, or that nobody drives: those that wait go on as usual writes.
+//! 7. Nobody waits for a job that is gone, or that nobody drives: those that wait go on as usual writes. Nor does
+//!    the job wait for a write that has given up.
+//! 8. A usual write sees no claims, so it may overlap an active one, and be recorded before that goes to the target
+//!    with older data. An active write beside which a usual one may be under way makes nothing clean.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -54,6 +57,10 @@ struct State {
     writes: RangeSet,
     /// How many those are.
     count: u64,
+    /// Those of them that usual writes may overlap.
+    mixed: RangeSet,
+    /// Whether usual writes may be under way.
+    is_mixed: bool,
     /// How many of them are at the target.
     at_target: u64,
     /// What the job has claimed.
@@ -103,7 +110,7 @@ pub(crate) struct Told {
 }
 
 /// Ranges that do not overlap.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct RangeSet {
     /// Where each starts, and where it ends.
     by_start: BTreeMap<u64, u64>,
@@ -196,6 +203,21 @@ impl State {
         }
     }
 
+    /// Usual writes may be let in from now on, everywhere.
+    fn mix(&mut self) {
+        self.is_mixed = true;
+        self.mixed = self.writes.clone();
+    }
+
+    /// A usual write is let in.
+    fn mix_in(&mut self, range: ByteRange) {
+        self.is_mixed = true;
+        let beside = self.writes.iter().filter(|write| write.overlaps(range));
+        for write in beside.collect::<Vec<_>>() {
+            self.mixed.insert(write);
+        }
+    }
+
     /// All who wait go on as usual writes.
     fn let_go(&mut self) {
         self.set_wish(None);
@@ -220,12 +242,18 @@ impl Actives {
         let is_usual = known.is_some_and(|known| known.goes_alone);
         let mut driver = None;
         let mut unused = None;
-        let result = if !state.is_on || is_usual || range.is_empty() {
+        let result = if !state.is_on || range.is_empty() {
+            Ok(false)
+        } else if is_usual {
+            state.mix_in(range);
             Ok(false)
         } else if state.is_in_the_way(range, is_next) {
             Err(InTheWay)
         } else {
             state.writes.insert(range);
+            if state.is_mixed {
+                state.mixed.insert(range);
+            }
             state.count += 1;
             Ok(true)
         };
@@ -267,14 +295,23 @@ impl Actives {
 
     /// Who waits has given up, or waits for something else now.
     pub(super) fn forget(&self, id: WaiterId) {
-        let removed = self.0.lock().waiting.remove(&id);
+        let mut state = self.0.lock();
+        let removed = state.waiting.remove(&id);
+        // The job has claimed nothing of what it has given way to.
+        let is_next = removed.as_ref().is_some_and(|waiting| waiting.is_next);
+        let driver = state.driver.clone().filter(|_| is_next);
+        drop(state);
         drop(removed);
+        if let Some(driver) = driver {
+            driver.wake();
+        }
     }
 
     /// The claim of a write ends. It is recorded.
     pub(super) fn end(&self, range: ByteRange) {
         let mut state = self.0.lock();
         state.writes.remove(range);
+        state.mixed.remove(range);
         state.count -= 1;
         let mut wakers = state.wakers_in(range);
         if state.wish.is_some_and(|wish| wish.overlaps(range)) {
@@ -284,10 +321,14 @@ impl Actives {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// How many active writes are inside. With the lock held none comes or goes while `count` looks.
+    /// Whether no more than the active writes are inside. With the lock held none of them comes or goes while `count`
+    /// looks.
     pub(super) fn are_all(&self, count: impl FnOnce() -> u64) -> bool {
-        let state = self.0.lock();
-        count() == state.count
+        let mut state = self.0.lock();
+        let are_all = count() == state.count;
+        // For those that begin from now on.
+        state.is_mixed &= !(are_all && state.is_on);
+        are_all
     }
 }
 
@@ -337,7 +378,11 @@ impl Inner {
             dirty.set(left_out).expect("within the disk");
         }
         let part = ByteRange::from(start..end);
-        dirty.reset_inner(part).expect("within the disk");
+        // What a usual write has made dirty meanwhile may be newer than this.
+        let is_mixed = state.mixed.first_in(range).is_some();
+        if !is_mixed || is_broken(Sabotage::CleanBesideOthers) {
+            dirty.reset_inner(part).expect("within the disk");
+        }
         if is_broken(Sabotage::WriteIntoDirty) {
             let outward = granularity.align_down(start)..up(end, granularity.bytes());
             dirty.reset(outward).expect("made of granules");
@@ -389,7 +434,11 @@ impl ActiveWrites {
     pub(crate) fn new(node: &Node, bitmap: &JobBitmap, align: u64) -> Self {
         let node = Arc::clone(node.inner());
         let bitmap = bitmap.id();
-        node.gate.actives.0.lock().job = Some(ActiveJob { bitmap, align });
+        let mut state = node.gate.actives.0.lock();
+        state.job = Some(ActiveJob { bitmap, align });
+        // What was under way when another job ended is none of this one's.
+        state.told = Told::default();
+        drop(state);
         Self { node }
     }
 
@@ -402,16 +451,29 @@ impl ActiveWrites {
 
     /// Writes that are let in from now on are active ones. Those that were let in before are not.
     pub(crate) fn begin(&self) {
-        self.lock().is_on = true;
+        let mut state = self.lock();
+        state.is_on = true;
+        state.is_mixed = true;
+        drop(state);
         self.node.gate.copy_actively(true);
     }
 
     /// They are not any more. Those that were let in before are.
     pub(crate) fn stop(&self) {
-        self.node.gate.copy_actively(false);
         let mut state = self.lock();
         state.is_on = false;
+        // Before usual writes are let in.
+        state.mix();
         state.let_go();
+        drop(state);
+        self.node.gate.copy_actively(false);
+    }
+
+    /// Looks whether usual writes are under way still, if there may be any.
+    pub(crate) fn look_for_others(&self) {
+        if self.lock().is_mixed {
+            self.node.gate.are_all_active();
+        }
     }
 
     /// Whether every write that is under way is an active one.
@@ -504,15 +566,13 @@ impl ActiveWrites {
 
 impl Drop for ActiveWrites {
     fn drop(&mut self) {
-        self.node.gate.copy_actively(false);
+        self.stop();
         let mut state = self.lock();
         state.job = None;
-        state.is_on = false;
         state.claimed = RangeSet::default();
         state.told = Told::default();
         let unused = state.written.take();
         let driver = state.driver.take();
-        state.let_go();
         drop(state);
         drop((driver, unused));
         self.wake();

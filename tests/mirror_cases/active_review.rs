@@ -1,0 +1,210 @@
+//! Active writes beside usual ones, and those that give up: what both sides may forget.
+
+use std::io::ErrorKind;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+
+use blockjob::{
+    Begin, ByteRange, Change, CheckpointId, CopyMode, Lane, Limits, Mirror, MirrorOptions, OnError,
+    OpKind, PendingWrite, Side, TargetWrite, Ticket,
+};
+
+use crate::machine::{Count, KIB, MS, Machine, bytes};
+use crate::{LEN, single};
+
+const GRANULE: u64 = 4 * KIB;
+
+type Write = Ticket<Arc<Lane>>;
+
+fn active() -> MirrorOptions {
+    let mut options = single();
+    options.copy_mode = CopyMode::WriteBlocking;
+    options
+}
+
+fn go(machine: &Machine, range: impl Into<ByteRange>) -> Write {
+    let begun = machine.node.begin_write_owned(range.into());
+    begun.go().expect("nothing is in its way")
+}
+
+fn wait(machine: &Machine, range: impl Into<ByteRange>) -> PendingWrite<Arc<Lane>> {
+    match machine.node.begin_write_owned(range.into()) {
+        Begin::Wait(pending) => pending,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn change(machine: &Machine, mode: CopyMode) {
+    let change = Change {
+        copy_mode: Some(mode),
+        ..Change::default()
+    };
+    machine.job.change(change).unwrap();
+}
+
+/// The guest's data of a write, which it keeps: the source may hold other data by then.
+fn to_target(machine: &mut Machine, half: TargetWrite<Arc<Lane>>, byte: u8) {
+    machine.target[bytes(half.range())].fill(byte);
+    machine.is_unflushed = true;
+    half.finish(Ok(()));
+}
+
+#[test]
+fn a_usual_write_that_ends_beside_an_active_one_is_not_forgotten() {
+    // The usual one begins before writes are active, or when they are not any more.
+    for is_first in [true, false] {
+        let (from, to) = match is_first {
+            true => (CopyMode::Background, CopyMode::WriteBlocking),
+            false => (CopyMode::WriteBlocking, CopyMode::Background),
+        };
+        let mut options = single();
+        options.copy_mode = from;
+        let mut machine = Machine::ready(LEN, options);
+        let first = go(&machine, 0..GRANULE);
+        change(&machine, to);
+        let _ = machine.take_all();
+        let second = go(&machine, 0..GRANULE);
+        assert!(first.is_active() != is_first && second.is_active() == is_first);
+        let (usual, active) = match is_first {
+            true => (first, second),
+            false => (second, first),
+        };
+        machine.guest_lands(0..GRANULE, 0xac);
+        machine.guest_lands(0..GRANULE, 0x05);
+        usual.finish(());
+        if let Some(half) = active.source_written(true) {
+            to_target(&mut machine, half, 0xac);
+        }
+        let _ = machine.drive();
+        assert!(machine.is_equal(), "usual one first: {is_first}");
+    }
+}
+
+#[test]
+fn active_writes_are_trusted_once_no_usual_one_is_left() {
+    let mut machine = Machine::ready(LEN, single());
+    let usual = go(&machine, 0..1);
+    change(&machine, CopyMode::WriteBlocking);
+    let _ = machine.take_all();
+    usual.cancel();
+    let _ = machine.take_all();
+    // Dirty, for it has never come to the target.
+    let skipped = go(&machine, 0..GRANULE);
+    machine.guest_lands(0..GRANULE, 1);
+    skipped.source_written(true).unwrap().skip();
+    let write = go(&machine, 0..GRANULE);
+    machine.guest_lands(0..GRANULE, 2);
+    let half = write.source_written(true).unwrap();
+    to_target(&mut machine, half, 2);
+    let left = machine.mirror().left_dirty().unwrap();
+    assert!(left.is_clean() && machine.is_equal());
+}
+
+#[test]
+fn a_job_is_told_when_a_write_that_it_has_given_way_to_gives_up() {
+    let mut options = active();
+    options.job.on_target_error = OnError::Ignore;
+    let mut machine = Machine::started(LEN, options);
+    machine.fault = Some(Box::new(|_, kind| {
+        let is_first = kind.range().is_some_and(|range| range.start() == 0);
+        let fails = matches!(kind, OpKind::Copy(_)) && is_first;
+        fails.then_some((Side::Target, ErrorKind::Other))
+    }));
+    let _ = machine.drive_now();
+    machine.fault = None;
+    // What waits to be tried again is left to the write.
+    let mut pending = wait(&machine, 0..1);
+    let woken = Arc::new(Count::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    assert!(pending.poll_begin(&waker).is_pending());
+    let _ = machine.take_all();
+    assert_eq!(woken.take(), 1);
+    machine.now += 1000 * MS;
+    let until = machine.take_all().wait();
+    assert_eq!(until, None, "it waits for the write alone");
+    let _ = machine.woken.take();
+    drop(pending);
+    assert!(machine.woken.take() > 0, "there is work again");
+    let _ = machine.drive();
+    assert!(machine.is_equal());
+}
+
+#[test]
+fn what_has_ended_after_a_job_is_not_told_to_the_next() {
+    let mut machine = Machine::ready(LEN, active());
+    let write = go(&machine, 0..GRANULE);
+    machine.guest_lands(0..GRANULE, 3);
+    let half = write.source_written(true).unwrap();
+    machine.drop_mirror();
+    half.finish(Ok(()));
+    let limits = Limits::new(LEN);
+    let mirror = Mirror::new(&machine.node, limits, limits, active()).unwrap();
+    let mut next = Machine::of(machine.node.clone(), mirror, limits);
+    next.job.start().unwrap();
+    let _ = next.drive();
+    assert_eq!(next.job.query().progress.current, LEN);
+}
+
+#[test]
+fn writes_anywhere_at_all_are_taken() {
+    let mut machine = Machine::started(LEN, active());
+    let _ = machine.take_all();
+    machine.answer_all();
+    let _ = machine.take_all();
+    let ranges = [
+        0..u64::MAX,
+        LEN - 1..u64::MAX,
+        LEN..u64::MAX,
+        LEN + 1..LEN + 2,
+        u64::MAX - 1..u64::MAX,
+        u64::MAX..u64::MAX,
+        0..0,
+        LEN..LEN,
+    ];
+    for range in ranges {
+        let range = ByteRange::from(range);
+        let mut begun = machine.node.begin_write_owned(range);
+        let id = CheckpointId::default();
+        for _ in 0..100 {
+            let _ = machine.take_all();
+            let _ = machine.mirror().checkpoint(id).unwrap();
+            begun = match begun {
+                Begin::Wait(mut pending) => match pending.poll_begin(Waker::noop()) {
+                    Poll::Ready(write) => Begin::Go(write.unwrap()),
+                    Poll::Pending => Begin::Wait(pending),
+                },
+                other => other,
+            };
+            if let Begin::Go(_) = &begun {
+                break;
+            }
+            machine.answer_all();
+        }
+        let write = begun.go().expect("nothing is in its way for ever");
+        let _ = machine.take_all();
+        let _ = machine.mirror().checkpoint(id).unwrap();
+        let inside = range.intersection((0..LEN).into());
+        if !inside.is_empty() {
+            machine.guest_lands(inside, 9);
+        }
+        if let Some(half) = write.source_written(true) {
+            to_target(&mut machine, half, 9);
+        }
+        let _ = machine.take_all();
+    }
+    let _ = machine.drive();
+    assert!(machine.is_equal());
+}
+
+/// What each invariant is for: broken, the test named beside it fails.
+#[cfg(debug_assertions)]
+#[test]
+fn a_broken_invariant_is_noticed() {
+    use crate::machine::fails;
+    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+    break_on_this_thread(Some(Sabotage::CleanBesideOthers));
+    let is_noticed = fails(a_usual_write_that_ends_beside_an_active_one_is_not_forgotten);
+    break_on_this_thread(None);
+    assert!(is_noticed);
+}
