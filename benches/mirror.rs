@@ -47,7 +47,6 @@ mod in_step;
 #[path = "support/random.rs"]
 mod random;
 #[path = "../examples/support/mod.rs"]
-#[allow(dead_code, reason = "not all of it is used by all")]
 mod support;
 
 use copying::{Daemon, Files, InPlace, MIB, Moment, Result, Spread, is_installed, run_mirror};
@@ -255,17 +254,15 @@ struct Course {
 }
 
 impl Course {
-    /// Those that ended before it was ready, and those until it was told to end.
+    /// Writes that began before it was ready, and those that did later; without those that had not ended when it
+    /// was told to end.
     fn halves(&self) -> (Vec<Sample>, Vec<Sample>) {
-        let until = |instant: Option<Instant>| {
-            move |sample: &&Sample| instant.is_none_or(|instant| sample.ended < instant)
+        let has_ended = |sample: &&Sample| {
+            self.ended
+                .is_none_or(|ended| sample.began + sample.took < ended)
         };
-        let seen: Vec<_> = self.samples.iter().filter(until(self.ended)).collect();
-        let (before, after): (Vec<_>, Vec<_>) = seen.into_iter().partition(until(self.ready));
-        (
-            before.into_iter().copied().collect(),
-            after.into_iter().copied().collect(),
-        )
+        let seen = self.samples.iter().filter(has_ended).copied();
+        seen.partition(|sample| self.ready.is_none_or(|ready| sample.began < ready))
     }
 }
 
@@ -378,12 +375,18 @@ fn each_way(
     let mut narrow = with(CopyMode::WriteBlocking);
     narrow.workers = 1;
     narrow.chunk_max = 64 << 10;
-    let adaptive = CopyMode::Adaptive(Adaptive::default());
+    let adaptive = Adaptive::default();
+    let mut hasty = adaptive;
+    hasty.window = Duration::from_millis(200);
     let ways = [
         ("blockjob, background", with(CopyMode::Background)),
         ("blockjob, write-blocking", with(CopyMode::WriteBlocking)),
         ("blockjob, write-blocking, 1 worker, 64 KiB", narrow),
-        ("blockjob, adaptive", with(adaptive)),
+        ("blockjob, adaptive", with(CopyMode::Adaptive(adaptive))),
+        (
+            "blockjob, adaptive, windows of 0.2 s",
+            with(CopyMode::Adaptive(hasty)),
+        ),
     ];
     for (name, how) in ways {
         files.spoil()?;

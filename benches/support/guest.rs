@@ -103,7 +103,7 @@ pub(crate) struct Load {
 /// One write.
 #[derive(Clone, Copy)]
 pub(crate) struct Sample {
-    pub(crate) ended: Instant,
+    pub(crate) began: Instant,
     pub(crate) took: Duration,
 }
 
@@ -137,10 +137,9 @@ fn write_at_random(
         let at = next() % (load.len / BLOCK as u64) * BLOCK as u64;
         let began = Instant::now();
         write(at, &block)?;
-        let ended = Instant::now();
         samples.push(Sample {
-            ended,
-            took: ended - began,
+            began,
+            took: began.elapsed(),
         });
         thread::sleep(load.rest);
     }
