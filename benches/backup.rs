@@ -22,17 +22,16 @@
     reason = "a bench measures time and brings the threads"
 )]
 
-use std::cell::{Cell, RefCell};
-use std::io::{self, Read, Write};
+use std::cell::RefCell;
+use std::io;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockjob::driver::{Clock, Driver};
+use blockjob::driver::Driver;
 use blockjob::io::{AlignedBuf, BlockDevice, BufResult, FrozenDisk, ReadAt, WriteAt};
 use blockjob::{
     Backup, BackupBuffer, BackupOptions, BackupSync, Begin, BitmapMode, BitmapOptions, ByteRange,
@@ -42,6 +41,9 @@ use blockjob::{
 #[path = "support/copying.rs"]
 #[allow(dead_code, reason = "not all of it is used by all")]
 mod copying;
+#[path = "support/guest.rs"]
+#[allow(dead_code, reason = "not all of it is used by all")]
+mod guest;
 #[path = "support/random.rs"]
 mod random;
 #[path = "../examples/support/mod.rs"]
@@ -51,6 +53,7 @@ use copying::{
     Cost, Daemon, Files, InPlace, MIB, Result, Row, Spread, bare, is_installed, mirror, own_cpu,
     run_all,
 };
+use guest::{Load, NbdGuest, Sample, Slow, beside, cells};
 use random::random;
 use support::clock::{TimerClock, block_on};
 use support::file::FileDevice;
@@ -522,96 +525,8 @@ fn engine(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// A device whose writes take as long as at a certain rate, one after the other.
-struct Slow<'a> {
-    device: InPlace,
-    clock: &'a TimerClock,
-    rate: u64,
-    /// When it has done all it was given.
-    is_free_at: Cell<Duration>,
-}
-
-impl<'a> Slow<'a> {
-    fn new(files: &Files, clock: &'a TimerClock, rate: u64) -> Result<Self> {
-        Ok(Self {
-            device: InPlace::new(files.target()?)?,
-            clock,
-            rate,
-            is_free_at: Cell::default(),
-        })
-    }
-}
-
-impl BlockDevice for Slow<'_> {
-    type Buf = AlignedBuf;
-
-    fn limits(&self) -> Limits {
-        self.device.limits()
-    }
-}
-
-impl WriteAt for Slow<'_> {
-    async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
-        let time = Duration::from_secs_f64(buf.as_ref().len() as f64 / self.rate as f64);
-        let done = self.is_free_at.get().max(self.clock.now()) + time;
-        self.is_free_at.set(done);
-        self.clock.sleep_until(done).await;
-        self.device.write_at(offset, buf).await
-    }
-
-    async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
-        self.device.write_zeroes(range, unmap).await
-    }
-
-    async fn discard(&self, range: ByteRange) -> io::Result<()> {
-        self.device.discard(range).await
-    }
-
-    async fn flush(&self) -> io::Result<()> {
-        self.device.flush().await
-    }
-
-    async fn settle(&self) {}
-}
-
-/// Writes 4 KiB at random places, with a rest of 1 ms after each, until told to stop; how long each took.
-fn write_at_random(
-    len: u64,
-    stop: &AtomicBool,
-    mut write: impl FnMut(u64, &[u8]) -> Result<()>,
-) -> Result<Vec<f64>> {
-    let mut next = random(2);
-    let mut times = Vec::new();
-    let block = [0x42; 4096];
-    while !stop.load(Ordering::Relaxed) {
-        let at = next() % (len / 4096) * 4096;
-        let began = Instant::now();
-        write(at, &block)?;
-        times.push(began.elapsed().as_secs_f64() * 1e6);
-        thread::sleep(Duration::from_millis(1));
-    }
-    Ok(times)
-}
-
-/// A guest on a thread of its own, for as long as `work` takes.
-fn beside(
-    len: u64,
-    write: impl FnMut(u64, &[u8]) -> Result<()> + Send,
-    work: impl FnOnce() -> Result<()>,
-) -> Result<Vec<f64>> {
-    let stop = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let guest = scope.spawn(|| write_at_random(len, &stop, write));
-        let worked = work();
-        stop.store(true, Ordering::Relaxed);
-        let times = guest.join().expect("no panic");
-        worked?;
-        times
-    })
-}
-
 /// A guest of this library, and what runs beside it.
-fn our_guest(files: &Files, work: impl FnOnce(&Node) -> Result<()>) -> Result<Vec<f64>> {
+fn our_guest(files: &Files, work: impl FnOnce(&Node) -> Result<()>) -> Result<Vec<Sample>> {
     let node = Node::new(files.len);
     let (queue, disk) = (node.queue(), files.source()?);
     let write = move |at: u64, bytes: &[u8]| -> Result<()> {
@@ -619,74 +534,24 @@ fn our_guest(files: &Files, work: impl FnOnce(&Node) -> Result<()>) -> Result<Ve
         let ticket = block_on(async { queue.begin_write(range).await })?;
         Ok(ticket.finish(disk.write_all_at(bytes, at))?)
     };
-    beside(files.len, write, || work(&node))
+    beside(every(files.len), write, || work(&node))
 }
 
-/// A connection to a disk that the storage daemon serves, for one request at a time.
-struct NbdGuest(UnixStream);
-
-impl NbdGuest {
-    /// Has the daemon serve its source, and connects to it.
-    fn connect(daemon: &mut Daemon, files: &Files) -> Result<Self> {
-        let path = files.path("nbd");
-        let socket = path.display();
-        daemon.run(&format!(
-            r#""nbd-server-start", "arguments": {{"addr": {{"type": "unix", "data": {{"path": "{socket}"}}}}}}"#
-        ))?;
-        daemon.run(
-            r#""block-export-add", "arguments": {"type": "nbd", "id": "disk", "node-name": "source", "name": "disk", "writable": true}"#,
-        )?;
-        let mut stream = UnixStream::connect(&path)?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        let mut greeting = [0; 18];
-        stream.read_exact(&mut greeting)?;
-        if greeting[..8] != *b"NBDMAGIC" {
-            return Err("this is no NBD server".into());
-        }
-        // Fixed newstyle, no padding; then the oldest way to choose an export.
-        let mut hello = 3_u32.to_be_bytes().to_vec();
-        hello.extend(b"IHAVEOPT");
-        hello.extend(1_u32.to_be_bytes());
-        hello.extend(4_u32.to_be_bytes());
-        hello.extend(b"disk");
-        stream.write_all(&hello)?;
-        let mut export = [0; 10];
-        stream.read_exact(&mut export)?;
-        if export[..8] != files.len.to_be_bytes() {
-            return Err("this is another disk".into());
-        }
-        Ok(Self(stream))
-    }
-
-    fn write(&mut self, at: u64, bytes: &[u8]) -> Result<()> {
-        let mut request = 0x2560_9513_u32.to_be_bytes().to_vec();
-        request.extend(1_u32.to_be_bytes());
-        request.extend([7; 8]);
-        request.extend(at.to_be_bytes());
-        request.extend((bytes.len() as u32).to_be_bytes());
-        request.extend(bytes);
-        self.0.write_all(&request)?;
-        let mut reply = [0; 16];
-        self.0.read_exact(&mut reply)?;
-        if reply[..4] != 0x6744_6698_u32.to_be_bytes() || reply[4..8] != [0; 4] {
-            return Err(format!("a write of the guest failed: {reply:x?}").into());
-        }
-        Ok(())
+/// A load on all of the disk, with a rest of 1 ms after each write.
+fn every(len: u64) -> Load {
+    Load {
+        len,
+        rest: Duration::from_millis(1),
     }
 }
 
 /// A guest of the storage daemon, with a backup to a slow target beside it, or none.
-fn its_guest(files: &Files, rate: u64, with_backup: bool, alone: Duration) -> Result<Vec<f64>> {
+fn its_guest(files: &Files, rate: u64, with_backup: bool, alone: Duration) -> Result<Vec<Sample>> {
     let mut daemon = Daemon::start(files)?;
     let mut guest = NbdGuest::connect(&mut daemon, files)?;
-    daemon.run(&format!(
-        r#""object-add", "arguments": {{"qom-type": "throttle-group", "id": "slow", "limits": {{"bps-write": {rate}}}}}"#
-    ))?;
-    daemon.run(
-        r#""blockdev-add", "arguments": {"driver": "throttle", "node-name": "slow-target", "throttle-group": "slow", "file": "target"}"#,
-    )?;
+    daemon.slow_down(rate)?;
     beside(
-        files.len,
+        every(files.len),
         |at, bytes| guest.write(at, bytes),
         || {
             if !with_backup {
@@ -765,7 +630,7 @@ fn fleece(files: &Files, node: &Node, rate: u64) -> Result<()> {
     })
 }
 
-fn guest(options: &Options) -> Result<()> {
+fn guest_writes(options: &Options) -> Result<()> {
     let files = Files::new(options.guest_len)?;
     files.fill()?;
     let rate = options.slow;
@@ -775,17 +640,7 @@ fn guest(options: &Options) -> Result<()> {
         rate as f64 / MIB as f64
     );
     println!("|---|---|---|---|---|");
-    let row = |name: &str, mut times: Vec<f64>| {
-        times.sort_by(f64::total_cmp);
-        let of = |part: usize| times.get(times.len() * part / 100).copied();
-        println!(
-            "| {name} | {:.0} | {:.0} | {:.2} | {} |",
-            of(50).unwrap_or_default(),
-            of(99).unwrap_or_default(),
-            times.last().copied().unwrap_or_default() / 1e3,
-            times.len(),
-        );
-    };
+    let row = |name: &str, samples: Vec<Sample>| println!("| {name} | {} |", cells(&samples));
     row(
         "blockjob, no backup",
         our_guest(&files, |_| {
@@ -886,7 +741,7 @@ fn main() -> ExitCode {
             ("full", full),
             ("incremental", incremental),
             ("engine", engine),
-            ("guest", guest),
+            ("guest", guest_writes),
         ];
         let is_wanted = |name: &str| options.parts.iter().any(|part| part == name);
         parts

@@ -26,16 +26,20 @@
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::task::{Wake, Waker};
+use std::task::Waker;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use blockjob::{
-    Backup, BackupOptions, Begin, BitmapOptions, ByteRange, Content, Extent, Granularity, Job,
+    Backup, BackupOptions, Begin, BitmapOptions, ByteRange, Content, Extent, Granularity,
     JobBitmap, Limits, Mirror, MirrorOptions, MirrorSync, Node, OpKind, Outcome, Status, Step, Way,
 };
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput};
+use in_step::{StopOnDrop, keep_in_step, wait_until_ready};
+
+#[path = "support/in_step.rs"]
+mod in_step;
 
 /// Granules of the disk.
 const GRANULES: u64 = 1 << 20;
@@ -256,47 +260,6 @@ fn bitmaps(group: &mut BenchmarkGroup<'_, WallTime>) {
             });
         }
         assert_eq!(node.bitmaps().query_all().len(), count);
-    }
-}
-
-/// Wakes a parked thread.
-struct Unpark(thread::Thread);
-
-impl Wake for Unpark {
-    fn wake(self: std::sync::Arc<Self>) {
-        self.0.unpark();
-    }
-}
-
-/// Runs a mirror between devices that do nothing, until `stop`.
-fn keep_in_step(mut mirror: Mirror, stop: &AtomicBool) {
-    let began = Instant::now();
-    let waker = Waker::from(std::sync::Arc::new(Unpark(thread::current())));
-    while !stop.load(Ordering::Relaxed) {
-        match mirror.poll(began.elapsed(), &waker) {
-            Step::Op(op) => mirror.op_done(began.elapsed(), op, Outcome::Done),
-            Step::Wait { until: None } => thread::park_timeout(Duration::from_millis(100)),
-            Step::Wait { until: Some(at) } => {
-                thread::park_timeout(at.saturating_sub(began.elapsed()));
-            }
-            Step::Switch(_) | Step::SwitchBack(_) | Step::Done(_) => {
-                unreachable!("nobody asks for the end")
-            }
-        }
-    }
-}
-
-struct StopOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for StopOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn wait_until_ready(job: &Job) {
-    while job.query().status != Status::Ready {
-        thread::yield_now();
     }
 }
 

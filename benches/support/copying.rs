@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use blockjob::driver::{Clock, Driven, Driver};
 use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
 use blockjob::{
-    ByteRange, Event, Extent, Limits, Mirror, MirrorOptions, MirrorSync, Node, RangeLimits, Unmap,
+    ByteRange, Cancel, Event, Extent, Limits, Mirror, MirrorOptions, MirrorSync, Node, RangeLimits,
+    Unmap,
 };
 use rustix::time::{ClockId, clock_gettime};
 
@@ -179,6 +180,10 @@ impl InPlace {
         limits.discard = limits.write_zeroes;
         Ok(Self(file, limits, KnownData::default()))
     }
+
+    pub(crate) fn write_now(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
 }
 
 impl BlockDevice for InPlace {
@@ -204,7 +209,7 @@ impl ReadAt for InPlace {
 
 impl WriteAt for InPlace {
     async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
-        (self.0.write_all_at(buf.as_ref(), offset), buf)
+        (self.write_now(offset, buf.as_ref()), buf)
     }
 
     async fn write_zeroes(&self, range: ByteRange, unmap: Unmap) -> io::Result<()> {
@@ -241,52 +246,106 @@ where
     T: WriteAt<Buf = AlignedBuf>,
 {
     let mut options = MirrorOptions::default();
-    options.job.id = Some("peers".to_owned());
     options.sync = sync;
     let clock = TimerClock::new();
     let (began, cpu) = (Instant::now(), own_cpu());
+    let mut cost = None;
+    let held = run_mirror(
+        node,
+        (source, target, &clock),
+        options,
+        (PATIENCE, linger),
+        |moment| {
+            if moment == Moment::Ready {
+                cost = Some(Cost {
+                    wall: began.elapsed(),
+                    cpu: own_cpu() - cpu,
+                });
+            }
+            Ok(())
+        },
+    )?;
+    let (Some(cost), Some(held)) = (cost, held) else {
+        return Err("the mirror does not come to its end".into());
+    };
+    Ok(Mirrored { cost, held })
+}
+
+/// Where a mirror is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Moment {
+    /// Ready.
+    Ready,
+    /// About to be told to end.
+    Ending,
+    /// The guest is held, and both disks are equal.
+    Held,
+}
+
+/// Mirrors one device to the other, and tells where it is. If it is not ready within the first of `times` it is
+/// cancelled; otherwise it waits for the second and switches, and says how long the guest was held for that.
+pub(crate) fn run_mirror<S, T>(
+    node: &Node,
+    (source, target, clock): (S, T, &TimerClock),
+    mut options: MirrorOptions,
+    (patience, linger): (Duration, Duration),
+    mut tell: impl FnMut(Moment) -> Result<()>,
+) -> Result<Option<Duration>>
+where
+    S: ReadAt<Buf = AlignedBuf>,
+    T: WriteAt<Buf = AlignedBuf>,
+{
+    options.job.id = Some("peers".to_owned());
     let mut mirror = Mirror::new(node, source.limits(), target.limits(), options)?;
-    let driver = Driver::new(source, target, &clock);
+    let driver = Driver::new(source, target, clock);
     let job = mirror.job().clone();
     job.start()?;
-    let mut cost = None;
     let mut held = Duration::ZERO;
+    let mut is_ready = false;
+    let mut given_up = None;
     loop {
         let mut run = pin!(driver.run(&mut mirror));
         let mut wait = None;
-        let mut patience = pin!(clock.sleep_until(clock.now() + PATIENCE));
+        if !is_ready {
+            wait = Some(Box::pin(clock.sleep_until(clock.now() + patience)));
+        }
+        let mut most = pin!(clock.sleep_until(clock.now() + patience + linger + PATIENCE));
         let driven = block_on(poll_fn(|cx| {
-            if patience.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err("the mirror does not come to its end"));
+            if most.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Err("the mirror does not come to its end".into()));
             }
             while let Poll::Ready(event) = job.poll_event(cx.waker()) {
-                if matches!(event, Event::Ready { .. }) {
-                    cost = Some(Cost {
-                        wall: began.elapsed(),
-                        cpu: own_cpu() - cpu,
-                    });
+                if matches!(event, Event::Ready { .. }) && given_up.is_none() {
+                    is_ready = true;
+                    tell(Moment::Ready)?;
                     wait = Some(Box::pin(clock.sleep_until(clock.now() + linger)));
                 }
             }
             if let Some(sleep) = &mut wait {
                 if sleep.as_mut().poll(cx).is_ready() {
                     wait = None;
-                    job.complete().expect("it is ready");
+                    tell(Moment::Ending)?;
+                    match is_ready {
+                        true => job.complete()?,
+                        false => given_up = Some(job.cancel(Cancel::Force)?),
+                    }
                 }
             }
-            run.as_mut().poll(cx).map(Ok)
+            run.as_mut().poll(cx).map(Ok::<_, Error>)
         }));
         match driven? {
             Driven::Switch(switch) => {
                 let since = switch.held_since();
+                tell(Moment::Held)?;
                 switch.commit();
                 held = clock.now() - since;
             }
             Driven::SwitchBack(_) => unreachable!("this job is in no group"),
+            // Cancelled.
+            Driven::Done(_) if given_up.is_some() => return Ok(None),
             Driven::Done(result) => {
                 result?;
-                let cost = cost.ok_or("it was never ready")?;
-                return Ok(Mirrored { cost, held });
+                return Ok(Some(held));
             }
         }
     }
@@ -336,7 +395,6 @@ impl Daemon {
                 Err(_) => thread::sleep(Duration::from_millis(2)),
             }
         };
-        stream.set_read_timeout(Some(PATIENCE))?;
         daemon.lines = Some(BufReader::new(stream));
         daemon.wait_for("\"QMP\"")?;
         daemon.run("\"qmp_capabilities\"")?;
@@ -361,21 +419,55 @@ impl Daemon {
         self.wait_for("\"return\"")
     }
 
+    /// Puts a node `slow-target` before the target, which takes that many bytes in a second.
+    pub(crate) fn slow_down(&mut self, rate: u64) -> Result<()> {
+        self.run(&format!(
+            r#""object-add", "arguments": {{"qom-type": "throttle-group", "id": "slow", "limits": {{"bps-write": {rate}}}}}"#
+        ))?;
+        self.run(
+            r#""blockdev-add", "arguments": {"driver": "throttle", "node-name": "slow-target", "throttle-group": "slow", "file": "target"}"#,
+        )
+    }
+
     /// Reads up to a line that has this in it.
     pub(crate) fn wait_for(&mut self, what: &str) -> Result<()> {
+        match self.wait_for_within(what, PATIENCE)? {
+            true => Ok(()),
+            false => Err(format!("{what} does not come").into()),
+        }
+    }
+
+    /// Whether a line that has this in it comes within that time. If not, nothing more is to be read.
+    pub(crate) fn wait_for_within(&mut self, what: &str, time: Duration) -> Result<bool> {
         let lines = self.lines.as_mut().ok_or("not connected")?;
+        let until = Instant::now() + time;
         loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            lines.get_mut().set_read_timeout(Some(left))?;
             let mut line = String::new();
-            if lines.read_line(&mut line)? == 0 {
-                return Err("the storage daemon is gone".into());
+            match lines.read_line(&mut line) {
+                Ok(0) => return Err("the storage daemon is gone".into()),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error.into()),
             }
             if line.contains("\"error\"") || line.contains("BLOCK_JOB_ERROR") {
                 return Err(line.into());
             }
             if line.contains(what) {
-                return Ok(());
+                return Ok(true);
             }
         }
+    }
+
+    /// Bytes that it has given to files, in all.
+    pub(crate) fn written(&self) -> Result<u64> {
+        let counts = std::fs::read_to_string(format!("/proc/{}/io", self.child.id()))?;
+        let count = counts.lines().find_map(|line| line.strip_prefix("wchar: "));
+        Ok(count.ok_or("no count")?.parse()?)
     }
 
     pub(crate) fn cpu(&self) -> Result<Duration> {
