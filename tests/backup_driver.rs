@@ -15,8 +15,8 @@ use blockjob::io::{
 };
 use blockjob::{
     Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, BitmapOptions, ByteRange, Cancel,
-    Content, Extent, JobError, JobGroup, Limits, Mirror, MirrorOptions, Node, RangeLimits, Status,
-    Unmap,
+    CompareBy, Content, Extent, JobError, JobGroup, Limits, Mirror, MirrorOptions, MirrorSync,
+    Node, RangeLimits, Status, Unmap, Verified,
 };
 
 const LEN: u64 = 40 * (64 << 10) + 5_000;
@@ -107,6 +107,10 @@ impl WriteAt for Memory {
         (Ok(()), buf)
     }
 
+    async fn read_back(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        self.read_at(offset, buf).await
+    }
+
     async fn write_compressed_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
         let range = ByteRange::at(offset, buf.as_ref().len() as u64).unwrap();
         self.compressed.lock().push(range);
@@ -154,6 +158,22 @@ impl Clock for NoTime {
 
     async fn sleep_until(&self, _: Duration) {
         std::future::pending::<()>().await;
+    }
+}
+
+/// A millisecond later each time that somebody looks.
+#[derive(Default)]
+struct Ticking(AtomicUsize);
+
+impl Clock for Ticking {
+    fn now(&self) -> Duration {
+        Duration::from_millis(self.0.fetch_add(1, Ordering::Relaxed) as u64)
+    }
+
+    async fn sleep_until(&self, at: Duration) {
+        while self.now() < at {
+            tokio::task::yield_now().await;
+        }
     }
 }
 
@@ -365,6 +385,75 @@ async fn a_job_can_read_the_frozen_view_of_another() {
     assert!(view.begin_read((0..512).into()).is_err());
     let read = fleece.read.lock().len();
     assert!(read > 0, "nothing was saved");
+}
+
+/// A backup is compared with the frozen view while the guest writes on: what differs is told, and mended.
+#[tokio::test]
+async fn a_backup_is_verified_against_the_frozen_view() {
+    let (source, fleece) = (Arc::new(Memory::new(1)), Arc::new(Memory::new(5)));
+    let instant = source.bytes();
+    let mut backup = Memory::new(1); // holds the same
+    backup.limits.compare = Some(CompareBy::Reading);
+    backup.put(100_000, &[0; 300]);
+    backup.put(1_500_000, &[0; 1]);
+    let backup = Arc::new(backup);
+
+    let disk = GuestDisk::new(Node::new(LEN), Arc::clone(&source));
+    let fleecing = options(|options| {
+        (options.sync, options.view) = (BackupSync::None, true);
+    });
+    let limits = (source.limits(), fleece.limits());
+    let mut first = Backup::new(disk.node(), limits.0, limits.1, fleecing).unwrap();
+    let view = first.view().unwrap();
+    let frozen = FrozenDisk::new(view.clone(), Arc::clone(&source), Arc::clone(&fleece));
+    let first_job = first.job().clone();
+    first_job.start().unwrap();
+    let first_driver = Driver::new(Arc::clone(&source), Arc::clone(&fleece), NoTime);
+
+    // A mirror of nothing, on a node of its own: nobody writes to the frozen disk.
+    let mut options = MirrorOptions::default();
+    options.sync = MirrorSync::None;
+    let node = Node::new(LEN);
+    let limits = (frozen.limits(), backup.limits());
+    let mut mirror = Mirror::new(&node, limits.0, limits.1, options).unwrap();
+    let job = mirror.job().clone();
+    let driver = Driver::new(&frozen, Arc::clone(&backup), Ticking::default());
+    let verifying = async {
+        while view.accessible().is_err() {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..200 {
+            tokio::task::yield_now().await;
+        }
+        job.start().unwrap();
+        let asking = async {
+            while job.query().status != Status::Ready {
+                tokio::task::yield_now().await;
+            }
+            job.verify().unwrap();
+            loop {
+                match job.query().verification {
+                    Some(found) if found.state == Verified::Whole => break,
+                    _ => tokio::task::yield_now().await,
+                }
+            }
+            job.cancel(Cancel::Soft).unwrap();
+        };
+        let (driven, ()) = tokio::join!(driver.run(&mut mirror), asking);
+        assert!(matches!(driven, Driven::Done(Ok(()))));
+        first_job.cancel(Cancel::Force).unwrap();
+    };
+    let (_, (), writes) = tokio::join!(
+        first_driver.run_backup(&mut first),
+        verifying,
+        guest(&disk, &first_job)
+    );
+    assert!(writes > 10 && source.bytes() != instant);
+    let found = job.query().verification.unwrap();
+    assert_eq!((found.compared, found.differing), (LEN, 2 * (64 << 10)));
+    let differing = mirror.differing().unwrap();
+    assert!(differing.iter().eq([65536, 1_441_792]), "{differing:?}");
+    assert!(backup.bytes() == instant, "it is mended");
 }
 
 /// A disk that moves and another that is backed up end together, or neither does.

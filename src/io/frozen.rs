@@ -11,7 +11,10 @@ use crate::units::ByteRange;
 /// devices that hold it. What is saved is read from the target of the backup, everything else from its source.
 ///
 /// It can be the source of another job, on a [`Node`](crate::Node) of its own which no guest writes to: with
-/// [`discard_source`](crate::BackupOptions::discard_source) that gives back what it has copied.
+/// [`discard_source`](crate::BackupOptions::discard_source) that gives back what it has copied. To compare a backup
+/// of that instant with it, while the guest writes on, run a [`Mirror`](crate::Mirror) from this to the backup, with
+/// [sync none](crate::MirrorSync::None), and [`verify`](crate::Job::verify) once it is ready: what differs is told
+/// and mended.
 ///
 /// # Errors
 ///
