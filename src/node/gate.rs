@@ -204,12 +204,52 @@ pub(super) enum Turned {
 }
 
 /// What a write that was let in must know when it leaves.
+///
+/// In one word: with a field for each a ticket would be written to memory byte by byte and read back as a whole,
+/// which waits until the bytes are in the cache, at every write.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Entry {
-    /// The log to record the write in. A byte, so that a ticket stays small.
-    pub(super) log: Option<u8>,
+pub(super) struct Entry(u16);
+
+impl Entry {
+    /// Of the byte that says in which log a write is recorded.
+    const LOG: u16 = 0xff;
+    const ACTIVE: u16 = 1 << 8;
+
+    /// As the flags of the gate say it; not an active one.
+    #[inline]
+    fn by(flags: u64) -> Self {
+        Self((flags >> LOG_SHIFT) as u16 & Self::LOG)
+    }
+
+    #[inline]
+    fn active_if(self, is_active: bool) -> Self {
+        match is_active {
+            true => Self(self.0 | Self::ACTIVE),
+            false => self,
+        }
+    }
+
+    /// The log to record the write in.
+    #[inline]
+    pub(super) fn log(self) -> Option<u8> {
+        (self.0 as u8).checked_sub(1)
+    }
+
     /// Whether it is an active write, and has a claim.
-    pub(super) is_active: bool,
+    #[inline]
+    pub(super) fn is_active(self) -> bool {
+        self.0 & Self::ACTIVE != 0
+    }
+
+    /// Recorded nowhere.
+    pub(super) fn unrecorded(self) -> Self {
+        Self(self.0 & !Self::LOG)
+    }
+
+    /// Without a claim.
+    pub(super) fn usual(self) -> Self {
+        Self(self.0 & !Self::ACTIVE)
+    }
 }
 
 impl Gate {
@@ -272,18 +312,12 @@ impl Gate {
         count: impl FnOnce(&Counter),
     ) -> Result<Entry, Turned> {
         let flags = self.look_after(GateRule::CountThenLook, || count(&lane.0.0));
-        let mut entry = Entry {
-            log: ((flags >> LOG_SHIFT) as u8).checked_sub(1),
-            is_active: false,
-        };
+        let entry = Entry::by(flags);
         if flags & (CLOSED | REFUSED | HOLD | ACTIVE) == 0 {
             return Ok(entry);
         }
         match self.turned(flags, range, waiter) {
-            Ok(is_active) => {
-                entry.is_active = is_active;
-                Ok(entry)
-            }
+            Ok(is_active) => Ok(entry.active_if(is_active)),
             Err(turned) => {
                 if turned != Turned::Held || self.rules.keeps(GateRule::LeaveWhenHeld) {
                     self.leave(lane);

@@ -34,7 +34,7 @@ impl Lane {
 
     /// Counts out a write that was not issued.
     pub(super) fn give_back(&self, range: ByteRange, entry: Entry) {
-        if entry.is_active {
+        if entry.is_active() {
             self.node.gate.actives.end(range);
         }
         self.node.gate.leave(&self.counter);
@@ -47,10 +47,10 @@ impl Lane {
         if leaves_early {
             self.node.gate.leave(&self.counter);
         }
-        if let Some(log) = entry.log.filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
+        if let Some(log) = entry.log().filter(|_| !is_broken(Sabotage::RecordAtBegin)) {
             self.node.record(log, range);
         }
-        if entry.is_active {
+        if entry.is_active() {
             self.node.gate.actives.end(range);
         }
         if !leaves_early {

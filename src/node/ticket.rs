@@ -118,7 +118,7 @@ pub struct BeginFuture<L: Way>(Option<Begin<L>>);
 impl<L: Way> Ticket<L> {
     #[inline]
     fn new(lane: L, range: ByteRange, entry: Entry) -> Self {
-        if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log) {
+        if let (true, Some(log)) = (is_broken(Sabotage::RecordAtBegin), entry.log()) {
             lane.node.record(log, range);
         }
         Self {
@@ -166,7 +166,7 @@ impl<L: Way> Ticket<L> {
     /// call [`finish`](Self::finish) instead is as good for the data: the mirror copies it later.
     #[must_use]
     pub fn is_active(&self) -> bool {
-        self.entry.is_active
+        self.entry.is_active()
     }
 
     /// The write has settled on the source, well or not. What of it is to go to the mirror's target now, if
@@ -191,7 +191,7 @@ impl<L: Way> Ticket<L> {
     /// ```
     #[inline]
     pub fn source_written(mut self, has_succeeded: bool) -> Option<TargetWrite<L>> {
-        if !self.entry.is_active {
+        if !self.entry.is_active() {
             self.finish(());
             return None;
         }
@@ -207,7 +207,7 @@ impl<L: Way> TargetWrite<L> {
     fn new(lane: L, range: ByteRange, mut entry: Entry, has_succeeded: bool) -> Option<Self> {
         if is_broken(Sabotage::EndClaimEarly) {
             lane.node.gate.actives.end(range);
-            entry.is_active = false;
+            entry = entry.usual();
         }
         let part = match has_succeeded {
             true => lane.node.part_for_target(range),
@@ -278,7 +278,7 @@ impl<L: Way> fmt::Debug for TargetWrite<L> {
 impl<L: Way> Drop for Ticket<L> {
     fn drop(&mut self) {
         if is_broken(Sabotage::ForgetDropped) {
-            self.entry.log = None;
+            self.entry = self.entry.unrecorded();
         }
         if let Some(lane) = self.lane.take() {
             lane.settle(self.range, self.entry);
