@@ -111,7 +111,7 @@ enum Unsettled<D> {
     /// The disk's own.
     Source(OwnedTicket),
     /// The target of a mirror.
-    Target(TargetWrite<Arc<Lane>>, Arc<D>),
+    Target(TargetWrite<crate::sync::Arc<Lane>>, Arc<D>),
 }
 
 impl<D> Default for Abandoned<D> {
