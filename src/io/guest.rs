@@ -12,6 +12,8 @@ use parking_lot::{Mutex, RwLock};
 use crate::copy::{Extent, Limits, RangeLimits, Unmap};
 use crate::io::{BlockDevice, BufResult, BufferPool, ReadAt, WriteAt};
 use crate::node::{Lane, Node, OwnedTicket, QuiesceGuard, TargetWrite, WriteRefused};
+// Not that of the devices where loom looks at the gate.
+use crate::sync::Arc as LaneArc;
 use crate::units::ByteRange;
 
 /// A guest's disk: a device behind the gate of a [`Node`], which can be exchanged for another while
@@ -111,7 +113,7 @@ enum Unsettled<D> {
     /// The disk's own.
     Source(OwnedTicket),
     /// The target of a mirror.
-    Target(TargetWrite<crate::sync::Arc<Lane>>, Arc<D>),
+    Target(TargetWrite<LaneArc<Lane>>, Arc<D>),
 }
 
 impl<D> Default for Abandoned<D> {
