@@ -8,15 +8,18 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 
 use blockjob::io::{
-    AlignedBuf, BlockDevice, BufResult, BufferPool, GuestDisk, HeapPool, ReadAt, WriteAt,
+    AlignedBuf, BlockDevice, BufResult, BufferPool, CopiesTo, GuestDisk, HeapPool, ReadAt, WriteAt,
 };
 use blockjob::{
-    BitmapOptions, BitmapStorage, ByteRange, Content, Extent, Granularity, JobBitmap, Limits, Node,
-    QuiesceGuard, Unmap,
+    BitmapOptions, BitmapStorage, ByteRange, Content, CopyMode, Extent, Granularity, JobBitmap,
+    Limits, Mirror, MirrorOptions, Node, OnError, OpKind, Outcome, QuiesceGuard, RangeLimits, Step,
+    Unmap,
 };
 
 const LEN: u64 = 1 << 20;
@@ -480,4 +483,330 @@ fn buffers_of_a_pool_are_as_the_device_wants_them() {
     let bufs = [(); 4].map(|()| loose.take(100).unwrap());
     let refused = |buf| now(disk.write_at(0, buf)).0.is_err();
     assert!(bufs.into_iter().any(refused));
+}
+
+// Beside a write-blocking mirror
+
+/// A pool that has buffers, or none.
+#[derive(Clone, Default)]
+struct Pool(Arc<AtomicBool>);
+
+impl BufferPool for Pool {
+    type Buf = AlignedBuf;
+
+    fn take(&self, len: usize) -> io::Result<AlignedBuf> {
+        match self.0.load(Ordering::Relaxed) {
+            true => Err(io::ErrorKind::OutOfMemory.into()),
+            false => AlignedBuf::new(len, 1),
+        }
+    }
+
+    fn put(&self, _buf: AlignedBuf) {}
+}
+
+/// A disk of a guest, and a mirror that is ready.
+struct Mirrored {
+    disk: GuestDisk<Device, CopiesTo<Device, Pool>>,
+    source: Arc<Device>,
+    target: Arc<Device>,
+    pool: Pool,
+    mirror: Mirror,
+    now: Duration,
+}
+
+impl Mirrored {
+    fn new(limits: Limits) -> Self {
+        let (source, target) = (Device::plain(), Device::new(limits));
+        let node = Node::new(LEN);
+        let pool = Pool::default();
+        let disk = GuestDisk::with_pool(node.clone(), Arc::clone(&source), pool.clone());
+        disk.copy_to(Some(Arc::clone(&target)));
+        let mut options = MirrorOptions::default();
+        options.copy_mode = CopyMode::WriteBlocking;
+        options.granularity = Granularity::from_bytes(GRANULE);
+        options.job.on_target_error = OnError::Ignore;
+        let mirror = Mirror::new(&node, source.limits(), limits, options).unwrap();
+        mirror.job().start().unwrap();
+        let mut new = Self {
+            disk,
+            source,
+            target,
+            pool,
+            mirror,
+            now: Duration::ZERO,
+        };
+        new.copy_all();
+        new
+    }
+
+    /// Copies until nothing is left. How much was copied.
+    fn copy_all(&mut self) -> u64 {
+        let mut copied = 0;
+        // What was written of late may wait for more.
+        self.now += Duration::from_secs(1);
+        loop {
+            let Step::Op(op) = self.mirror.poll(self.now, Waker::noop()) else {
+                return copied;
+            };
+            let outcome = match op.kind() {
+                OpKind::Status(range) => Outcome::Status(Extent {
+                    len: range.len(),
+                    content: Content::Data,
+                    in_top: true,
+                }),
+                OpKind::Copy(range) => {
+                    copied += range.len();
+                    let bytes = range.start() as usize..range.end() as usize;
+                    let data = self.source.state.lock().unwrap().bytes[bytes.clone()].to_vec();
+                    self.target.state.lock().unwrap().bytes[bytes].copy_from_slice(&data);
+                    Outcome::Done
+                }
+                _ => Outcome::Done,
+            };
+            self.mirror.op_done(self.now, op, outcome);
+        }
+    }
+
+    fn is_equal(&self) -> bool {
+        let source = self.source.state.lock().unwrap();
+        source.bytes == self.target.state.lock().unwrap().bytes
+    }
+
+    /// Granules that the target may lack.
+    fn left(&self) -> Vec<ByteRange> {
+        self.mirror.left_dirty().unwrap().runs().collect()
+    }
+}
+
+#[test]
+fn an_active_write_is_on_both_devices_when_the_guest_is_told() {
+    let mut mirrored = Mirrored::new(Limits::new(LEN));
+    let (result, buf) = now(mirrored.disk.write_at(GRANULE, full_of(5)));
+    result.unwrap();
+    assert_eq!(buf.as_ref(), full_of(5).as_ref());
+    assert!(mirrored.is_equal() && mirrored.left().is_empty());
+    assert_eq!(mirrored.target.byte(GRANULE), 5);
+    // This target takes no zeroes; what is discarded is copied in any case.
+    now(mirrored.disk.write_zeroes(granule(1), Unmap::Allowed)).unwrap();
+    assert_eq!(mirrored.left(), [granule(1)]);
+    now(mirrored.disk.discard(granule(3))).unwrap();
+    assert_eq!(mirrored.left(), [granule(1), granule(3)]);
+    assert_eq!(mirrored.copy_all(), 2 * GRANULE);
+    assert!(mirrored.is_equal());
+
+    let mut limits = Limits::new(LEN);
+    limits.write_zeroes = Some(RangeLimits {
+        align: 512,
+        max: GRANULE,
+    });
+    let mut mirrored = Mirrored::new(limits);
+    now(mirrored.disk.write_at(0, full_of(5))).0.unwrap();
+    now(mirrored.disk.write_zeroes((0..1024).into(), Unmap::Allowed)).unwrap();
+    assert!(mirrored.is_equal() && mirrored.left().is_empty());
+    for range in [1..GRANULE, 0..2 * GRANULE] {
+        let write = mirrored.disk.write_zeroes(range.into(), Unmap::Allowed);
+        now(write).unwrap();
+        assert!(!mirrored.left().is_empty(), "it cannot be asked for");
+        mirrored.copy_all();
+        assert!(mirrored.is_equal());
+    }
+}
+
+#[test]
+fn a_part_of_what_is_dirty_is_left_to_the_mirror() {
+    let mut mirrored = Mirrored::new(Limits::new(LEN));
+    mirrored.target.fail(io::ErrorKind::Other);
+    now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
+    mirrored.target.state.lock().unwrap().fails = None;
+    assert_eq!(mirrored.left(), [granule(0)]);
+    now(mirrored.disk.write_at(100, full_of(2))).0.unwrap();
+    assert_eq!(mirrored.left(), [granule(0)]);
+    assert_eq!(mirrored.target.byte(GRANULE), 2);
+    assert_eq!(mirrored.target.byte(GRANULE + 100), 0);
+    assert_eq!(mirrored.target.byte(100), 1);
+    mirrored.copy_all();
+    assert!(mirrored.is_equal());
+}
+
+#[test]
+fn without_a_buffer_or_a_target_the_mirror_copies_later() {
+    let mut mirrored = Mirrored::new(Limits::new(LEN));
+    mirrored.pool.0.store(true, Ordering::Relaxed);
+    now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
+    assert_eq!(mirrored.left(), [granule(0)]);
+    mirrored.pool.0.store(false, Ordering::Relaxed);
+    mirrored.disk.copy_to(None);
+    now(mirrored.disk.write_at(GRANULE, full_of(2))).0.unwrap();
+    now(mirrored.disk.write_zeroes(granule(2), Unmap::Allowed)).unwrap();
+    assert_eq!(mirrored.left(), [ByteRange::from(0..3 * GRANULE)]);
+    mirrored.copy_all();
+    assert!(mirrored.is_equal());
+    let mut limits = Limits::new(LEN);
+    limits.max_transfer = 1024;
+    let mut mirrored = Mirrored::new(limits);
+    now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
+    assert_eq!(mirrored.left(), [granule(0)], "too much at once");
+    mirrored.copy_all();
+    assert!(mirrored.is_equal());
+}
+
+#[test]
+fn an_active_write_dropped_half_way_is_settled_and_copied_later() {
+    for at_target in [false, true] {
+        let mut mirrored = Mirrored::new(Limits::new(LEN));
+        let held = match at_target {
+            false => Arc::clone(&mirrored.source),
+            true => Arc::clone(&mirrored.target),
+        };
+        held.hold();
+        let mut write = Box::pin(mirrored.disk.write_at(0, full_of(1)));
+        assert!(poll(write.as_mut()).is_pending());
+        drop(write);
+        assert_eq!(mirrored.copy_all(), 0, "it may still land");
+        assert_eq!(mirrored.left(), [granule(0)]);
+        let mut next = Box::pin(mirrored.disk.write_at(0, full_of(2)));
+        assert!(poll(next.as_mut()).is_pending());
+        held.land();
+        assert!(poll(next.as_mut()).is_ready());
+        drop(next);
+        mirrored.copy_all();
+        assert!(mirrored.is_equal() && mirrored.left().is_empty());
+        assert_eq!(mirrored.target.byte(0), 2);
+    }
+}
+
+#[test]
+fn who_waits_for_a_write_that_is_dropped_settles_it() {
+    for at_target in [false, true] {
+        let mirrored = Mirrored::new(Limits::new(LEN));
+        let held = match at_target {
+            false => &mirrored.source,
+            true => &mirrored.target,
+        };
+        held.hold();
+        let mut write = Box::pin(mirrored.disk.write_at(0, full_of(1)));
+        assert!(poll(write.as_mut()).is_pending());
+        let mut next = pin!(mirrored.disk.write_at(0, full_of(2)));
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut cx = Context::from_waker(&waker);
+        assert!(next.as_mut().poll(&mut cx).is_pending());
+        drop(write);
+        assert!(woken.0.load(Ordering::Relaxed), "nobody else would");
+        held.land();
+        let Poll::Ready((result, _)) = next.poll(&mut cx) else {
+            panic!("it waits for ever");
+        };
+        result.unwrap();
+        assert_eq!((mirrored.source.byte(0), mirrored.target.byte(0)), (2, 2));
+    }
+}
+
+/// Memory that its guest may change while it is written from.
+struct Changing {
+    /// Which of the two it holds.
+    is_second: Arc<AtomicBool>,
+    data: [Vec<u8>; 2],
+}
+
+impl Changing {
+    fn new(data: [Vec<u8>; 2]) -> Self {
+        let is_second = Arc::default();
+        Self { is_second, data }
+    }
+
+    fn which(&self) -> usize {
+        usize::from(self.is_second.load(Ordering::Relaxed))
+    }
+}
+
+impl AsRef<[u8]> for Changing {
+    fn as_ref(&self) -> &[u8] {
+        &self.data[self.which()]
+    }
+}
+
+impl AsMut<[u8]> for Changing {
+    fn as_mut(&mut self) -> &mut [u8] {
+        let which = self.which();
+        &mut self.data[which]
+    }
+}
+
+/// A device that takes such memory.
+struct OfChanging(Arc<Device>);
+
+impl BlockDevice for OfChanging {
+    type Buf = Changing;
+
+    fn limits(&self) -> Limits {
+        self.0.limits
+    }
+}
+
+impl WriteAt for OfChanging {
+    async fn write_at(&self, offset: u64, buf: Changing) -> BufResult<Changing> {
+        (self.0.submit(offset, buf.as_ref().to_vec()).await, buf)
+    }
+
+    async fn write_zeroes(&self, _range: ByteRange, _unmap: Unmap) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    async fn discard(&self, _range: ByteRange) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn settle(&self) {
+        self.0.settle().await;
+    }
+}
+
+struct ChangingPool;
+
+impl BufferPool for ChangingPool {
+    type Buf = Changing;
+
+    fn take(&self, len: usize) -> io::Result<Changing> {
+        Ok(Changing::new([vec![0; len], vec![0; len]]))
+    }
+
+    fn put(&self, _buf: Changing) {}
+}
+
+#[test]
+fn both_devices_get_the_same_though_the_guest_changes_its_memory_meanwhile() {
+    let mirrored = Mirrored::new(Limits::new(LEN));
+    let node = mirrored.disk.node().clone();
+    let device = Arc::new(OfChanging(Arc::clone(&mirrored.source)));
+    let disk = GuestDisk::with_pool(node, device, ChangingPool);
+    disk.copy_to(Some(Arc::new(OfChanging(Arc::clone(&mirrored.target)))));
+    mirrored.source.hold();
+    let len = GRANULE as usize;
+    let memory = Changing::new([vec![1; len], vec![2; len]]);
+    let is_second = Arc::clone(&memory.is_second);
+    let mut write = pin!(disk.write_at(0, memory));
+    assert!(poll(write.as_mut()).is_pending());
+    is_second.store(true, Ordering::Relaxed);
+    mirrored.source.land();
+    let Poll::Ready((result, memory)) = poll(write) else {
+        panic!("both have it");
+    };
+    result.unwrap();
+    assert_eq!(memory.as_ref()[0], 2, "its own memory comes back");
+    assert_eq!((mirrored.source.byte(0), mirrored.target.byte(0)), (1, 1));
+    assert!(mirrored.left().is_empty());
+}
+
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

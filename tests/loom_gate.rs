@@ -14,6 +14,8 @@
 //! bitmaps           a write is in one of two bitmaps that take turns, and in both that overlap
 //! resize            a write is recorded also where the disk has just grown to
 //! backup            a write goes on once what was there is saved, not before, and it does go on
+//! mirror            no usual write is under way once the target is actively synced; and whether one that waits
+//!                   is an active write or not, it goes on when writes are usual ones again
 //! ```
 //!
 //! Each rule of the gate is also broken on purpose, in a scenario that passes when it is kept.
@@ -25,9 +27,9 @@ use std::task::{Poll, Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
-    Backup, BackupOptions, BackupSync, Begin, BitmapOptions, BitmapStorage, ByteRange, ClaimFor,
-    GateRule, Granularity, Grown, JobBitmap, Limits, Node, OpKind, Outcome, QuiesceGuard,
-    SnapshotOf, Step, Transaction, Way,
+    Backup, BackupOptions, BackupSync, Begin, BitmapOptions, BitmapStorage, ByteRange, Change,
+    ClaimFor, CopyMode, GateRule, Granularity, Grown, JobBitmap, Limits, Mirror, MirrorOptions,
+    Node, OpKind, Outcome, QuiesceGuard, SnapshotOf, Step, Transaction, Way,
 };
 use loom::future::block_on;
 use loom::sync::Arc;
@@ -464,6 +466,89 @@ fn hold_back_once(broken: Option<GateRule>) {
     });
 }
 
+/// A mirror of the disk that is ready.
+fn mirror(disk: &Disk, copy_mode: CopyMode) -> Mirror {
+    let mut options = MirrorOptions::default();
+    options.sync = blockjob::MirrorSync::None;
+    options.granularity = Granularity::from_bytes(GRANULE);
+    options.copy_mode = copy_mode;
+    let limits = Limits::new(disk.node.len());
+    let mut mirror = Mirror::new(&disk.node, limits, limits, options).unwrap();
+    mirror.job().start().unwrap();
+    while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+        mirror.op_done(Duration::ZERO, op, Outcome::Done);
+    }
+    mirror
+}
+
+fn change_to(mirror: &mut Mirror, copy_mode: CopyMode) {
+    let change = Change {
+        copy_mode: Some(copy_mode),
+        ..Change::default()
+    };
+    mirror.job().change(change).unwrap();
+    let _ = mirror.poll(Duration::ZERO, Waker::noop());
+}
+
+/// Writes are active ones from some moment on, while a guest writes.
+fn begin_active(path: Path) {
+    explore(2, move || {
+        let disk = Disk::new(1, None);
+        let mut mirror = mirror(&disk, CopyMode::Background);
+        let queue = disk.node.queue();
+        let guest = {
+            let disk = disk.clone();
+            thread::spawn(move || {
+                let begin = match path {
+                    Path::Node => disk.node.begin_write_owned(at(0)),
+                    Path::Queue => queue.begin_write_owned(at(0)),
+                };
+                let ticket = block_on(begin.into_future()).unwrap();
+                if ticket.is_active() {
+                    ticket.cancel();
+                    return;
+                }
+                disk.data[0].store(TORN, Relaxed);
+                disk.data[0].store(NEW, Relaxed);
+                ticket.finish(());
+            })
+        };
+        change_to(&mut mirror, CopyMode::WriteBlocking);
+        if mirror.is_actively_synced() {
+            let before = disk.read();
+            assert!(before != [TORN], "a usual write is under way");
+            guest.join().unwrap();
+            assert_eq!(disk.read(), before, "a usual write was under way");
+            return;
+        }
+        guest.join().unwrap();
+    });
+}
+
+/// Writes are usual ones from some moment on, while a guest waits for an active one that does not end.
+fn stop_active(drops: bool) {
+    explore(2, move || {
+        let disk = Disk::new(1, None);
+        let mut mirror = mirror(&disk, CopyMode::WriteBlocking);
+        let first = disk.node.begin_write_owned(at(0)).go().unwrap();
+        assert!(first.is_active());
+        let guests = start_guests(&disk, &[Path::Node]);
+        if drops {
+            drop(mirror);
+            join(guests);
+        } else {
+            change_to(&mut mirror, CopyMode::Background);
+            join(guests);
+            // What it has made dirty stays so, whatever becomes of the first.
+            let half = first.source_written(true).expect("it is what it was");
+            half.finish(Ok(()));
+            let left = mirror.left_dirty().unwrap();
+            assert!(left.any_dirty_in(at(0)));
+        }
+        assert_eq!(disk.read(), [NEW]);
+    });
+}
+
 /// A guest was held back, and waits: it is not inside.
 fn held_is_not_inside(broken: Option<GateRule>) {
     explore(2, move || {
@@ -612,6 +697,20 @@ fn a_write_that_is_held_back_goes_on_when_its_cluster_is_saved() {
 fn a_write_that_is_held_back_does_not_keep_the_node_from_being_quiesced() {
     quiesce_beside_a_held_write();
     held_is_not_inside(None);
+}
+
+#[test]
+fn no_usual_write_is_under_way_when_the_target_is_actively_synced() {
+    for path in [Path::Node, Path::Queue] {
+        begin_active(path);
+    }
+}
+
+#[test]
+fn a_write_that_waits_goes_on_when_writes_are_usual_ones_again() {
+    for drops in [false, true] {
+        stop_active(drops);
+    }
 }
 
 #[test]

@@ -1,13 +1,19 @@
 //! A device for a guest whose path is async: writes pass the node's gate on their way.
 
+use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Poll, Waker};
 
 use parking_lot::{Mutex, RwLock};
 
 use crate::copy::{Extent, Limits, RangeLimits, Unmap};
 use crate::io::{BlockDevice, BufResult, BufferPool, ReadAt, WriteAt};
 use crate::node::{Lane, Node, OwnedTicket, QuiesceGuard, TargetWrite, WriteRefused};
+// Not that of the devices where loom looks at the gate.
+use crate::sync::Arc as LaneArc;
 use crate::units::ByteRange;
 
 /// A guest's disk: a device behind the gate of a [`Node`], which can be exchanged for another while
@@ -23,16 +29,24 @@ use crate::units::ByteRange;
 /// # Cancel safety
 ///
 /// A write whose future is dropped may still reach the device. It counts as in flight until the device
-/// has settled: the next write through this disk sees to that, or [`settle`](WriteAt::settle). Until
-/// then the node cannot be quiesced.
+/// has settled: the next write through this disk sees to that, one that waits to be let in, or
+/// [`settle`](WriteAt::settle). Until then the node cannot be quiesced.
 /// Let the disk [`settle`](WriteAt::settle) before it is dropped: dropping it says that all has settled.
 #[derive(Debug)]
 pub struct GuestDisk<D, C = NoCopies> {
     node: Node,
     device: RwLock<Arc<D>>,
     copies: C,
-    /// Writes whose futures were dropped while a device may still be at work on them.
-    abandoned: Mutex<Vec<Unsettled<D>>>,
+    abandoned: Mutex<Abandoned<D>>,
+}
+
+/// Writes whose futures were dropped while a device may still be at work on them.
+#[derive(Debug)]
+struct Abandoned<D> {
+    unsettled: Vec<Unsettled<D>>,
+    /// Writes that wait to be let in, maybe for one that comes here.
+    waiting: BTreeMap<u64, Waker>,
+    next_id: u64,
 }
 
 /// A [`GuestDisk`] that never copies what is written.
@@ -99,7 +113,17 @@ enum Unsettled<D> {
     /// The disk's own.
     Source(OwnedTicket),
     /// The target of a mirror.
-    Target(TargetWrite<Arc<Lane>>, Arc<D>),
+    Target(TargetWrite<LaneArc<Lane>>, Arc<D>),
+}
+
+impl<D> Default for Abandoned<D> {
+    fn default() -> Self {
+        Self {
+            unsettled: Vec::new(),
+            waiting: BTreeMap::new(),
+            next_id: 0,
+        }
+    }
 }
 
 /// A write in flight; hands over to the disk what is unsettled when it is dropped half-way.
@@ -115,7 +139,7 @@ impl<D> GuestDisk<D> {
             node,
             device: RwLock::new(device),
             copies: NoCopies,
-            abandoned: Mutex::new(Vec::new()),
+            abandoned: Mutex::default(),
         }
     }
 }
@@ -131,7 +155,7 @@ impl<D: BlockDevice, P: BufferPool<Buf = D::Buf>> GuestDisk<D, CopiesTo<D, P>> {
                 target: RwLock::new(None),
                 pool,
             },
-            abandoned: Mutex::new(Vec::new()),
+            abandoned: Mutex::default(),
         }
     }
 
@@ -155,6 +179,18 @@ impl<D, C> GuestDisk<D, C> {
     #[must_use]
     pub fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// Those writes may still change a device. One that waits to be let in settles them, if one does.
+    fn abandon(&self, unsettled: &mut Vec<Unsettled<D>>) {
+        if unsettled.is_empty() {
+            return;
+        }
+        let mut abandoned = self.abandoned.lock();
+        abandoned.unsettled.append(unsettled);
+        let wakers = std::mem::take(&mut abandoned.waiting);
+        drop(abandoned);
+        wakers.into_values().for_each(Waker::wake);
     }
 
     /// The device it is on now.
@@ -181,7 +217,24 @@ impl<D: WriteAt, C: Copies<D>> GuestDisk<D, C> {
     /// Waits until a write is let in. The device is to be chosen after that.
     async fn begin(&self, range: ByteRange) -> Result<InFlight<'_, D, C>, WriteRefused> {
         self.settle_abandoned().await;
-        let ticket = self.node.begin_write_owned(range).await?;
+        let mut begun = pin!(self.node.begin_write_owned(range).into_future());
+        let mut waits = Waits {
+            disk: self,
+            id: None,
+        };
+        let ticket = loop {
+            let ticket = poll_fn(|cx| match begun.as_mut().poll(cx) {
+                Poll::Ready(ticket) => Poll::Ready(Some(ticket)),
+                // Nobody else may ever settle what it waits for.
+                Poll::Pending if waits.must_settle(cx.waker()) => Poll::Ready(None),
+                Poll::Pending => Poll::Pending,
+            })
+            .await;
+            match ticket {
+                Some(ticket) => break ticket?,
+                None => self.settle_abandoned().await,
+            }
+        };
         Ok(InFlight {
             disk: self,
             unsettled: Some(Unsettled::Source(ticket)),
@@ -189,14 +242,14 @@ impl<D: WriteAt, C: Copies<D>> GuestDisk<D, C> {
     }
 
     async fn settle_abandoned(&self) {
-        if self.abandoned.lock().is_empty() {
+        if self.abandoned.lock().unsettled.is_empty() {
             return;
         }
         // Only those that are here now: one abandoned while we wait is not covered by this settle. If
         // this future is dropped, too, they go back.
-        let mut taken = Abandoned {
+        let mut taken = Taken {
             disk: self,
-            unsettled: std::mem::take(&mut *self.abandoned.lock()),
+            unsettled: std::mem::take(&mut self.abandoned.lock().unsettled),
         };
         self.device().settle().await;
         let mut settled: Option<Arc<D>> = None;
@@ -307,21 +360,58 @@ impl<D, C> InFlight<'_, D, C> {
     }
 }
 
-struct Abandoned<'a, D, C> {
+/// What is being settled.
+struct Taken<'a, D, C> {
     disk: &'a GuestDisk<D, C>,
     unsettled: Vec<Unsettled<D>>,
 }
 
-impl<D, C> Drop for Abandoned<'_, D, C> {
+impl<D, C> Drop for Taken<'_, D, C> {
     fn drop(&mut self) {
-        self.disk.abandoned.lock().append(&mut self.unsettled);
+        self.disk.abandon(&mut self.unsettled);
     }
 }
 
 impl<D, C> Drop for InFlight<'_, D, C> {
     fn drop(&mut self) {
         if let Some(unsettled) = self.unsettled.take() {
-            self.disk.abandoned.lock().push(unsettled);
+            self.disk.abandon(&mut vec![unsettled]);
+        }
+    }
+}
+
+/// A write that waits to be let in.
+struct Waits<'a, D, C> {
+    disk: &'a GuestDisk<D, C>,
+    id: Option<u64>,
+}
+
+impl<D, C> Waits<'_, D, C> {
+    /// Whether something is there to be settled. If not, `waker` is called when something is.
+    fn must_settle(&mut self, waker: &Waker) -> bool {
+        // Foreign code, both the making and the dropping of it.
+        let waker = waker.clone();
+        let mut abandoned = self.disk.abandoned.lock();
+        if !abandoned.unsettled.is_empty() {
+            return true;
+        }
+        let next_id = &mut abandoned.next_id;
+        let id = *self.id.get_or_insert_with(|| {
+            *next_id += 1;
+            *next_id
+        });
+        let unused = abandoned.waiting.insert(id, waker);
+        drop(abandoned);
+        drop(unused);
+        false
+    }
+}
+
+impl<D, C> Drop for Waits<'_, D, C> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            let unused = self.disk.abandoned.lock().waiting.remove(&id);
+            drop(unused);
         }
     }
 }

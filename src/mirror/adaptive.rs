@@ -230,7 +230,7 @@ impl Watch {
         let is_outpaced = sample.left > 0 && seen.ready_in.is_none();
         // One window of another kind says little.
         self.outpaced = match is_outpaced {
-            true => self.outpaced + 1,
+            true => self.outpaced.saturating_add(1),
             false if sample.left == 0 => 0,
             false => self.outpaced.saturating_sub(1),
         };
@@ -270,7 +270,7 @@ impl Watch {
         let allowed = self.allowed(adaptive);
         self.make_room(cost, allowed, seen);
         self.expensive = if cost > allowed {
-            self.expensive + 1
+            self.expensive.saturating_add(1)
         } else {
             0
         };
