@@ -22,9 +22,9 @@ use std::time::Duration;
 use blockjob::driver::{Driven, Driver};
 use blockjob::io::{AlignedBuf, BlockDevice, GuestDisk, HeapPool, WriteAt};
 use blockjob::{
-    Backup, BackupOptions, BackupSync, BitmapOptions, ByteRange, Cancel, ErrorAction, Event,
-    Granularity, Job, JobError, Mirror, MirrorOptions, MirrorSync, Node, OnError, Side, Status,
-    Transaction, Unmap,
+    Backup, BackupOptions, BackupSync, BitmapMode, BitmapOptions, ByteRange, Cancel, ChangedSince,
+    Checkpoint, CheckpointId, ErrorAction, Event, Granularity, HBitmap, Job, JobError, Mirror,
+    MirrorOptions, MirrorSync, Node, OnError, Resume, Side, SnapshotOf, Status, Transaction, Unmap,
 };
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -528,6 +528,107 @@ async fn a_target_that_dies_stops_the_job_and_not_the_guest() {
         "{result:?}"
     );
     assert_guest_unharmed(it.guests, it.source).await;
+}
+
+/// The server of the target is killed in the midst of it. Another process, so to speak, goes on from what is stored:
+/// the checkpoint, and the bitmap of what was written since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mirror_whose_target_was_killed_goes_on_with_the_rest() {
+    let name = "a_mirror_whose_target_was_killed_goes_on_with_the_rest";
+    if qemu::is_missing(name) {
+        return;
+    }
+    eprintln!("{name}: seed 7");
+    let id = CheckpointId {
+        source: [1; 16],
+        target: [2; 16],
+        generation: 1,
+    };
+    let scratch = Scratch::new();
+    let source = scratch.create("source.qcow2", &[], 64 * MIB);
+    fill(&source);
+    let before = source.content();
+    let image = scratch.create("target.qcow2", &[], 64 * MIB);
+    let (mut source, mut target) = (source.export(&[]), image.export(&[]));
+    let disk = guest_disk(&mut source);
+    let node = disk.node();
+    let guard = node.quiesce().try_guard().expect("nobody writes yet");
+    let bitmaps = node.bitmaps();
+    bitmaps
+        .add(&guard, "since", BitmapOptions::default())
+        .expect("it is new");
+    drop(guard);
+    let guests = Guests::start(&disk, &before, Path::Disk, 1, 7);
+
+    let mut slow = options();
+    slow.job.speed = 16 * MIB;
+    let (from, to) = (source.connect(), target.connect());
+    let mut mirror = Mirror::new(node, from.limits(), to.limits(), slow).expect("they fit");
+    let job = mirror.job().clone();
+    job.start().expect("it is new");
+    let driver = Driver::new(from, to, RealTime::start());
+    while job.query().progress.current < 8 * MIB {
+        let slice = Duration::from_millis(20);
+        let ended = tokio::time::timeout(slice, driver.run(&mut mirror)).await;
+        assert!(ended.is_err(), "{:?}", job.query());
+    }
+    // What is confirmed counts once it is durable: first the bitmap, then the checkpoint, then a flush.
+    bitmaps.clear("since").expect("nobody has it");
+    let stored = mirror.checkpoint(id).expect("it has begun");
+    target.connect().flush().await.expect("it lives");
+    let first = Running {
+        job: job.clone(),
+        task: drive(driver, mirror),
+    };
+    guests.write_more(20).await;
+    first.wait_until_copied(12 * MIB).await;
+    target.kill();
+    let result = first.result().await;
+    assert!(matches!(result, Err(JobError::Io { .. })), "{result:?}");
+    guests.write_more(20).await;
+    guests.ask_to_stop();
+    // The last of them settle.
+    let guard = node.quiesce().await;
+    let checkpoint = Checkpoint::decode(&stored, 1 << 20).expect("it is our own");
+    let since = bitmaps
+        .snapshot("since", SnapshotOf::Bitmap)
+        .expect("it is idle");
+    let left =
+        HBitmap::union(checkpoint.left(), &since, since.granularity()).expect("they are as long");
+    drop(guard);
+    let confirmed = 64 * MIB - checkpoint.left().dirty_bytes_in_len();
+    assert!(confirmed > 0 && left.dirty_bytes_in_len() < 64 * MIB);
+
+    image.mend_leaks();
+    let mut target = image.export(&[]);
+    let (from, to) = (source.connect(), target.connect());
+    let mut options = options();
+    options.bitmap = Some("since".to_owned());
+    options.bitmap_mode = Some(BitmapMode::OnSuccess);
+    let resume = Resume {
+        checkpoint,
+        id,
+        changed: ChangedSince::InBitmap,
+    };
+    let mirror = Mirror::resume(node, from.limits(), to.limits(), options, resume);
+    let mirror = mirror.expect("it is of these disks");
+    let job = mirror.job().clone();
+    job.start().expect("it is new");
+    let driver = Driver::new(from, to, RealTime::start());
+    let task = drive(driver, mirror);
+    let second = Running { job, task };
+    second.wait_until_ready().await;
+    let sent = second.job.query().progress.current;
+    assert_eq!(sent, left.dirty_bytes_in_len(), "what is left, and no more");
+    second.complete(|_| ()).await;
+
+    let promise = guests.stop().await;
+    disk.device().flush().await.expect("a flush of the source");
+    let (source, target) = (source.shut_down(), target.shut_down());
+    source.assert_same_content(&target);
+    target.check();
+    promise.assert_kept(&target.content());
+    eprintln!("{name}: {confirmed} bytes were confirmed, {sent} sent after that");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
