@@ -1,21 +1,20 @@
 //! Runs a machine over the caller's devices and clock. Decides nothing.
 
-use std::future::{Future, poll_fn};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
-use std::time::Duration;
+mod crew;
 
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::backup::Backup;
 use crate::bytes::{differing, is_zero};
-use crate::copy::{CompareBy, IfZero, Op, OpKind, Outcome, Side};
+use crate::copy::{CompareBy, IfZero, OpKind, Outcome, Side};
 use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
 use crate::job::JobError;
-use crate::machine::{Machine, Step};
 use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
+
+pub use crew::Crew;
 
 /// The caller's time: the library reads no clock.
 pub trait Clock {
@@ -127,6 +126,15 @@ pub enum Driven {
     Done(Result<(), JobError>),
 }
 
+impl Driven {
+    fn of_backup(self) -> Result<(), JobError> {
+        match self {
+            Driven::Done(result) => result,
+            Driven::Switch(_) | Driven::SwitchBack(_) => unreachable!("a backup never switches"),
+        }
+    }
+}
+
 impl<S, T, C> Driver<S, T, HeapPool, C>
 where
     S: BlockDevice<Buf = AlignedBuf>,
@@ -197,7 +205,7 @@ where
     /// and a guest that was held goes on. The job can be run on, by this driver or another over the same
     /// devices, or cancelled.
     pub async fn run(&self, mirror: &mut Mirror) -> Driven {
-        self.drive(mirror).await
+        self.crew(mirror).run().await
     }
 
     /// Runs a backup until it is over. Backups that were started by one transaction, or are of one
@@ -212,64 +220,17 @@ where
     /// As [`run`](Self::run). Guest writes that wait for something to be saved do so until the job is run on,
     /// or dropped.
     pub async fn run_backup(&self, backup: &mut Backup) -> Result<(), JobError> {
-        match self.drive(backup).await {
-            Driven::Done(result) => result,
-            Driven::Switch(_) | Driven::SwitchBack(_) => unreachable!("a backup never switches"),
-        }
+        self.crew(backup).run_backup().await
     }
 
-    async fn drive<M: Machine>(&self, machine: &mut M) -> Driven {
-        let machine = DropSafe(machine);
-        let gives_up = AtomicBool::new(false);
-        let mut running = FuturesUnordered::new();
-        let mut urgent = FuturesUnordered::new();
-        let mut sleep = None;
-        poll_fn(|cx| {
-            loop {
-                while let Poll::Ready(Some((op, outcome))) = urgent.poll_next_unpin(cx) {
-                    machine.0.op_done(self.clock.now(), op, outcome);
-                }
-                // One at a time: a device may do its work when it is polled, and a guest that came meanwhile is
-                // not to wait for all of them.
-                let done = running.poll_next_unpin(cx);
-                let is_done = matches!(done, Poll::Ready(Some(_)));
-                if let Poll::Ready(Some((op, outcome))) = done {
-                    machine.0.op_done(self.clock.now(), op, outcome);
-                }
-                match machine.0.poll(self.clock.now(), cx.waker()) {
-                    Step::Op(op) if op.is_urgent() => urgent.push(self.perform(op, &gives_up)),
-                    Step::Op(op) => running.push(self.perform(op, &gives_up)),
-                    Step::Wait { .. } if is_done => {}
-                    Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
-                    Step::SwitchBack(back) => return Poll::Ready(Driven::SwitchBack(back)),
-                    Step::Done(result) => return Poll::Ready(Driven::Done(result)),
-                    Step::Wait { until: None } => return Poll::Pending,
-                    Step::Wait { until: Some(at) } => {
-                        let (known, future) =
-                            sleep.get_or_insert_with(|| (at, Box::pin(self.clock.sleep_until(at))));
-                        if *known != at {
-                            *known = at;
-                            future.set(self.clock.sleep_until(at));
-                        }
-                        if future.as_mut().poll(cx).is_pending() {
-                            return Poll::Pending;
-                        }
-                        sleep = None;
-                    }
-                }
-            }
-        })
-        .await
-    }
-
-    async fn perform(&self, op: Op, gives_up: &AtomicBool) -> (Op, Outcome) {
-        let outcome = match op.kind() {
+    async fn perform(&self, kind: OpKind, gives_up: &AtomicBool) -> Outcome {
+        match kind {
             OpKind::Copy(range)
             | OpKind::CopyDetecting(range, _)
             | OpKind::CopyCompressed(range)
             | OpKind::Save(range)
             | OpKind::CopySaved(range)
-            | OpKind::CopySavedCompressed(range) => self.copy(op.kind(), range, gives_up).await,
+            | OpKind::CopySavedCompressed(range) => self.copy(kind, range, gives_up).await,
             OpKind::CopyOffloaded(range) => {
                 done(Side::Target, self.target.copy_from_source(range).await)
             }
@@ -305,8 +266,7 @@ where
                     error,
                 },
             },
-        };
-        (op, outcome)
+        }
     }
 
     async fn compare(&self, range: ByteRange, by: CompareBy) -> Outcome {
@@ -400,14 +360,5 @@ fn done(side: Side, result: std::io::Result<()>) -> Outcome {
     match result {
         Ok(()) => Outcome::Done,
         Err(error) => Outcome::Failed { side, error },
-    }
-}
-
-/// Tells the machine when the driver's future is dropped half-way.
-struct DropSafe<'a, M: Machine>(&'a mut M);
-
-impl<M: Machine> Drop for DropSafe<'_, M> {
-    fn drop(&mut self) {
-        self.0.ops_lost();
     }
 }

@@ -37,7 +37,10 @@ pub trait Machine: sealed::Sealed {
     /// Takes back an operation.
     fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome);
 
-    /// Everything handed out and not reported is lost.
+    /// An operation is lost, and others go on.
+    fn op_lost(&mut self, op: Op);
+
+    /// Everything handed out and not reported is lost, and nobody drives the job any more.
     fn ops_lost(&mut self);
 }
 

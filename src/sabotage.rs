@@ -18,6 +18,8 @@ pub enum Sabotage {
     ForgetFailed,
     /// Copy machinery 6: a lost range is free again before the target has settled.
     DoNotSettle,
+    /// Copy machinery 6: a settling that was asked for before covers what is lost after that.
+    SettledBefore,
     /// Copy machinery 7: what was planned is forgotten when the job gives up.
     ForgetPlanned,
     /// Copy machinery 8: a clean bitmap is taken for equal disks.
@@ -252,6 +254,12 @@ pub enum Sabotage {
     WaitForNobody,
     /// Active writes 8: a write makes clean what a usual one beside it has made dirty.
     CleanBesideOthers,
+    /// Crew 1: who is about to wait does not hear that the bell has rung.
+    DoNotHearBell,
+    /// Crew 2: who leaves does not ring the bell.
+    LeaveInSilence,
+    /// Crew 3: what a member had in flight when it left is on its way for ever.
+    ForgetLostWork,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.

@@ -474,21 +474,47 @@ impl Backup {
         self.publish();
     }
 
+    /// The next operation that a guest write waits for, if there is one: as [`poll`](Self::poll), but nothing else
+    /// is handed out. For a thread that does no more than this for a guest, beside another that drives the job.
+    pub fn poll_urgent(&mut self, now: Duration, waker: &Waker) -> Option<Op> {
+        // What was lost is settled first, by who drives the job.
+        match self.settle_at() {
+            None => self.serve_guests(now, waker),
+            Some(_) => None,
+        }
+    }
+
+    /// Says that this operation is lost, because what worked on it was dropped, while others work on. What the
+    /// target may still be doing is waited for before the same range is written again.
+    pub fn op_lost(&mut self, op: Op) {
+        self.pace.lose();
+        if let Some(kind) = self.engine.lose_one(&op) {
+            self.forget_question(kind);
+        }
+        self.look_again = true;
+        self.publish();
+    }
+
     /// Says that every operation handed out and not reported is lost, because what worked on them was
     /// dropped. What the target may still be doing is waited for before the same range is written again.
     /// Guest writes that wait for such a range do so until the job is driven again.
     pub fn ops_lost(&mut self) {
         self.pace.lose();
         for kind in self.engine.lose_running() {
-            if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
-                *flush = None;
-            }
+            self.forget_question(kind);
         }
         if matches!(self.phase, Phase::Attaching { .. }) {
             self.phase = Phase::Created;
         }
         self.look_again = true;
         self.publish();
+    }
+
+    /// No answer will come to that: it is asked once more.
+    fn forget_question(&mut self, kind: OpKind) {
+        if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
+            *flush = None;
+        }
     }
 
     fn turn(&mut self, now: Duration, waker: &Waker) -> Turn {
@@ -830,6 +856,10 @@ impl Machine for Backup {
 
     fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         Backup::op_done(self, now, op, outcome);
+    }
+
+    fn op_lost(&mut self, op: Op) {
+        Backup::op_lost(self, op);
     }
 
     fn ops_lost(&mut self) {

@@ -310,6 +310,11 @@ impl OpKind {
         }
     }
 
+    /// Whether it waits until a device has settled.
+    pub(crate) fn settles(self) -> bool {
+        matches!(self, OpKind::Settle | OpKind::SettleSaved)
+    }
+
     /// What it reads, and what it writes or asks.
     pub(crate) fn sides(self) -> [Side; 2] {
         match self {

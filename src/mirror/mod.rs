@@ -575,6 +575,18 @@ impl Mirror {
         self.wake_guests();
     }
 
+    /// Says that this operation is lost, because what worked on it was dropped, while others work on. What the
+    /// target may still be doing is waited for before the same range is written again.
+    pub fn op_lost(&mut self, op: Op) {
+        if let Some(kind) = self.engine.lose_one(&op) {
+            self.forget_question(kind);
+        }
+        // The guest does not wait for what must be done once more.
+        self.let_guest_go();
+        self.publish();
+        self.wake_guests();
+    }
+
     /// Says that every operation handed out and not reported is lost, because what worked on them was
     /// dropped. What the target may still be doing is waited for before the same range is written again.
     ///
@@ -582,11 +594,7 @@ impl Mirror {
     /// something to be copied.
     pub fn ops_lost(&mut self) {
         for kind in self.engine.lose_running() {
-            match &mut self.phase {
-                Phase::Scanning { asked, .. } if kind != OpKind::Flush => *asked = None,
-                Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
-                _ => {}
-            }
+            self.forget_question(kind);
         }
         self.let_guest_go();
         if !is_broken(Sabotage::WaitForNobody) {
@@ -594,6 +602,15 @@ impl Mirror {
         }
         self.publish();
         self.wake_guests();
+    }
+
+    /// No answer will come to that: it is asked once more.
+    fn forget_question(&mut self, kind: OpKind) {
+        match &mut self.phase {
+            Phase::Scanning { asked, .. } if kind != OpKind::Flush => *asked = None,
+            Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
+            _ => {}
+        }
     }
 
     fn turn(&mut self, now: Duration, waker: &Waker) -> Turn {
@@ -775,6 +792,10 @@ impl Machine for Mirror {
 
     fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         Mirror::op_done(self, now, op, outcome);
+    }
+
+    fn op_lost(&mut self, op: Op) {
+        Mirror::op_lost(self, op);
     }
 
     fn ops_lost(&mut self) {

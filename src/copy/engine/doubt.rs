@@ -254,14 +254,18 @@ impl Engine {
         true
     }
 
-    /// Everything handed out is lost.
-    pub(super) fn lose_questions(&mut self) {
-        if let Some(doubts) = &mut self.doubts {
-            let asking = std::mem::take(&mut doubts.asking);
-            if doubts.is_on {
-                doubts.to_ask.extend(asking.into_values());
-            }
+    /// A question that is lost is asked again. Whether it is one about what differs.
+    pub(super) fn lose_question(&mut self, id: OpId) -> bool {
+        let Some(doubts) = &mut self.doubts else {
+            return false;
+        };
+        let Some(range) = doubts.asking.remove(&id) else {
+            return false;
+        };
+        if doubts.is_on {
+            doubts.to_ask.push_back(range);
         }
+        true
     }
 
     /// What was not defined is not open any more.

@@ -69,55 +69,69 @@ impl Engine {
     /// Everything handed out is lost: who worked on it was dropped. Returns what belonged to no claim,
     /// and must be asked for again.
     pub(crate) fn lose_running(&mut self) -> Vec<OpKind> {
-        let mut unclaimed = Vec::new();
-        self.lose_questions();
-        for Out { id, kind, .. } in self.running.take_all() {
-            match kind {
-                OpKind::Status(range) if self.is_claimed_by(range, id) => {
-                    self.claims.set_state(range.start(), ClaimState::Look);
-                    self.ready.push_front(range.start());
-                }
-                OpKind::Copy(range)
-                | OpKind::CopyDetecting(range, _)
-                | OpKind::CopyCompressed(range)
-                | OpKind::CopyOffloaded(range)
-                | OpKind::Zero(range, _)
-                | OpKind::Discard(range)
-                | OpKind::CopySaved(range)
-                | OpKind::CopySavedCompressed(range) => {
-                    self.claims.set_state(range.start(), ClaimState::Lost);
-                }
-                // What only reads has no effect that could come later.
-                OpKind::Compare(range, _) => self.not_compared(range),
-                OpKind::Flush => {
-                    self.has_unflushed = true;
-                    unclaimed.push(kind);
-                }
-                OpKind::Status(_) => unclaimed.push(kind),
-                // Should it still come to the buffer, it is what belongs there: the guest is held back.
-                OpKind::Save(range) => {
-                    if let Some(buffer) = &mut self.buffer {
-                        buffer.stop(range);
-                        buffer.lose();
-                    }
-                }
-                OpKind::DiscardSaved(range) => {
-                    if let Some(buffer) = &mut self.buffer {
-                        buffer.discard_again(range);
-                        buffer.lose();
-                    }
-                }
-                OpKind::SettleSaved => {
-                    if let Some(buffer) = &mut self.buffer {
-                        buffer.lose();
-                    }
-                }
-                OpKind::GiveUp(_) => self.has_lost_discard = true,
-                OpKind::DiscardSource(_) | OpKind::Settle | OpKind::CancelInFlight => {}
+        let all = self.running.take_all();
+        all.into_iter().filter_map(|out| self.lose(out)).collect()
+    }
+
+    /// That operation alone is lost. Returns it if it belonged to no claim, and must be asked for again.
+    pub(crate) fn lose_one(&mut self, op: &Op) -> Option<OpKind> {
+        let out = self.running.take_back(op)?;
+        // A device that is asked already settles what it had when it was asked: it is asked once more.
+        if !is_broken(Sabotage::SettledBefore) {
+            for settling in self.running.take_settling() {
+                self.lose(settling);
             }
         }
-        self.is_settling = false;
-        unclaimed
+        self.lose(out)
+    }
+
+    fn lose(&mut self, Out { id, kind, .. }: Out) -> Option<OpKind> {
+        match kind {
+            OpKind::Status(range) if self.is_claimed_by(range, id) => {
+                self.claims.set_state(range.start(), ClaimState::Look);
+                self.ready.push_front(range.start());
+            }
+            OpKind::Copy(range)
+            | OpKind::CopyDetecting(range, _)
+            | OpKind::CopyCompressed(range)
+            | OpKind::CopyOffloaded(range)
+            | OpKind::Zero(range, _)
+            | OpKind::Discard(range)
+            | OpKind::CopySaved(range)
+            | OpKind::CopySavedCompressed(range) => {
+                self.claims.set_state(range.start(), ClaimState::Lost);
+            }
+            // What only reads has no effect that could come later.
+            OpKind::Compare(range, _) => self.not_compared(range),
+            OpKind::Flush => {
+                self.has_unflushed = true;
+                return Some(kind);
+            }
+            OpKind::Status(_) if self.lose_question(id) => {}
+            OpKind::Status(_) => return Some(kind),
+            // Should it still come to the buffer, it is what belongs there: the guest is held back.
+            OpKind::Save(range) => {
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.stop(range);
+                    buffer.lose();
+                }
+            }
+            OpKind::DiscardSaved(range) => {
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.discard_again(range);
+                    buffer.lose();
+                }
+            }
+            OpKind::SettleSaved => {
+                if let Some(buffer) = &mut self.buffer {
+                    buffer.lose();
+                }
+            }
+            OpKind::GiveUp(_) => self.has_lost_discard = true,
+            OpKind::Settle => self.is_settling = false,
+            OpKind::DiscardSource(_) | OpKind::CancelInFlight => {}
+        }
+        None
     }
 
     /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.

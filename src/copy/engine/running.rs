@@ -76,6 +76,22 @@ impl Running {
         all
     }
 
+    /// Takes back what waits for a device to settle.
+    pub(super) fn take_settling(&mut self) -> Vec<Out> {
+        let mut settling = Vec::new();
+        for (number, slot) in (0..).zip(&mut self.slots) {
+            let is_settling = |out: &mut Out| out.kind.settles();
+            if let Some(out) = slot.take_if(is_settling) {
+                self.free.push(number);
+                settling.push(out);
+            }
+        }
+        for out in &settling {
+            *self.count(out.rank) -= 1;
+        }
+        settling
+    }
+
     fn count(&mut self, rank: Rank) -> &mut usize {
         match rank {
             Rank::Worker => &mut self.workers,

@@ -1,0 +1,481 @@
+//! One job, and several tasks that drive it.
+//!
+//! ```text
+//!            ┌────────────────────────────────────────────────────────────┐
+//!            ▼                                                            │
+//!  looks: machine.poll ─Op─▶ rings, and works on it ──▶ op_done           │
+//!            │                                                            │
+//!            └─Wait─▶ sits down with its waker ◀─ring─ the machine, or another that has found something
+//!                     gets up at that time, or when a request of its own is answered
+//! ```
+//!
+//! A device that does its work when it is polled copies with as many processors as there are tasks on threads
+//! of their own, and nothing is handed from one thread to another.
+//!
+//! Invariants:
+//!
+//! 1. Who sits down has looked since the last ring, or is the one that was woken for it. So what happens is
+//!    never left unseen while somebody is there to see it.
+//! 2. Who leaves rings: it may have been woken for something that it did not look at, and nobody waits for
+//!    the time that it was waiting for.
+//! 3. Who leaves with operations that are not done says of each that it is lost. What others do stays in
+//!    flight. When the last one leaves, nobody drives the job.
+//! 4. The time that the machine is told never falls, although each looks at the clock for itself.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+
+use super::{Clock, Driven, Driver, SaveArea};
+use crate::backup::Backup;
+use crate::copy::Op;
+use crate::io::{BufferPool, ReadAt, WriteAt};
+use crate::job::JobError;
+use crate::machine::{Machine, Step};
+use crate::sabotage::{Sabotage, is_broken};
+
+/// A job that several tasks drive at once, each of which does what it takes.
+///
+/// # Examples
+///
+/// A backup by two threads, with devices that block. Each of them reads and writes, so twice as much is copied.
+///
+/// ```
+/// # use std::sync::Mutex;
+/// # use std::time::Duration;
+/// # use blockjob::driver::{Clock, Driver};
+/// # use blockjob::io::{AlignedBuf, BlockDevice, BufResult, ReadAt, WriteAt};
+/// # use blockjob::{Backup, BackupOptions, ByteRange, Content, Extent, Limits, Node, Unmap};
+/// # struct Memory(Mutex<Vec<u8>>);
+/// # impl BlockDevice for Memory {
+/// #     type Buf = AlignedBuf;
+/// #     fn limits(&self) -> Limits {
+/// #         Limits::new(self.0.lock().unwrap().len() as u64)
+/// #     }
+/// # }
+/// # impl ReadAt for Memory {
+/// #     async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
+/// #         let at = offset as usize..offset as usize + buf.as_ref().len();
+/// #         buf.as_mut().copy_from_slice(&self.0.lock().unwrap()[at]);
+/// #         (Ok(()), buf)
+/// #     }
+/// #     async fn block_status(&self, range: ByteRange) -> std::io::Result<Extent> {
+/// #         Ok(Extent { len: range.len(), content: Content::Data, in_top: true })
+/// #     }
+/// # }
+/// # impl WriteAt for Memory {
+/// #     async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+/// #         let at = offset as usize..offset as usize + buf.as_ref().len();
+/// #         self.0.lock().unwrap()[at].copy_from_slice(buf.as_ref());
+/// #         (Ok(()), buf)
+/// #     }
+/// #     async fn write_zeroes(&self, _: ByteRange, _: Unmap) -> std::io::Result<()> {
+/// #         Err(std::io::ErrorKind::Unsupported.into())
+/// #     }
+/// #     async fn discard(&self, _: ByteRange) -> std::io::Result<()> {
+/// #         Err(std::io::ErrorKind::Unsupported.into())
+/// #     }
+/// #     async fn flush(&self) -> std::io::Result<()> {
+/// #         Ok(())
+/// #     }
+/// #     async fn settle(&self) {}
+/// # }
+/// # struct NoTime;
+/// # impl Clock for NoTime {
+/// #     fn now(&self) -> Duration {
+/// #         Duration::ZERO
+/// #     }
+/// #     async fn sleep_until(&self, _: Duration) {
+/// #         std::future::pending().await
+/// #     }
+/// # }
+/// # fn block_on<F: Future>(future: F) -> F::Output {
+/// #     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+/// # }
+/// let (source, target) = (Memory(Mutex::new(vec![1; 1 << 22])), Memory(Mutex::new(vec![0; 1 << 22])));
+/// let node = Node::new(1 << 22);
+/// let mut backup = Backup::new(&node, source.limits(), target.limits(), BackupOptions::default())?;
+/// backup.job().start()?;
+/// let driver = Driver::new(&source, &target, NoTime);
+///
+/// let crew = driver.crew(&mut backup);
+/// std::thread::scope(|scope| {
+///     scope.spawn(|| block_on(crew.run_backup()));
+///     block_on(crew.run_backup())
+/// })?;
+/// assert_eq!(*target.0.lock().unwrap(), vec![1; 1 << 22]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub struct Crew<'a, M: Machine, D> {
+    driver: &'a D,
+    state: Mutex<State<'a, M>>,
+    bell: Arc<Bell>,
+    /// What the machine gets: it rings the bell.
+    waker: Waker,
+    /// Whether the target was told to give up what it has: it gets nothing more.
+    gives_up: AtomicBool,
+}
+
+impl<S, T, P, C, B> Driver<S, T, P, C, B> {
+    /// A job that is to be driven by several tasks.
+    pub fn crew<'a, M: Machine>(&'a self, machine: &'a mut M) -> Crew<'a, M, Self> {
+        let bell = Arc::new(Bell::default());
+        Crew {
+            driver: self,
+            state: Mutex::new(State {
+                machine,
+                now: Duration::ZERO,
+                members: 0,
+            }),
+            waker: Waker::from(Arc::clone(&bell)),
+            bell,
+            gives_up: AtomicBool::new(false),
+        }
+    }
+}
+
+impl<M, S, T, P, C, B> Crew<'_, M, Driver<S, T, P, C, B>>
+where
+    M: Machine,
+    S: ReadAt,
+    T: WriteAt<Buf = S::Buf>,
+    P: BufferPool<Buf = S::Buf>,
+    C: Clock,
+    B: SaveArea<S::Buf>,
+{
+    /// Drives the job until it is over, or wants to switch: as [`Driver::run`], beside others that do the same.
+    ///
+    /// All are told when it is over, but only one gets a switch. That one runs it on afterwards; the others wait
+    /// meanwhile.
+    ///
+    /// Wakers are called, and the clock is asked, by whoever of them happens to work. They must not poll one of
+    /// these futures at once.
+    ///
+    /// # Cancel safety
+    ///
+    /// The future can be dropped at any await: what it had in flight is dirty again once the target has
+    /// [settled](WriteAt::settle), which another sees to, or the next run. With the last of them nobody drives the
+    /// job any more, as with [`Driver::run`].
+    pub async fn run(&self) -> Driven {
+        let member = Member::join(self);
+        let mut running = FuturesUnordered::new();
+        let mut urgent = FuturesUnordered::new();
+        let mut sleep = None;
+        poll_fn(|cx| {
+            member.gets_up();
+            loop {
+                while let Poll::Ready(Some(())) = urgent.poll_next_unpin(cx) {}
+                // One at a time: a device may do its work when it is polled, and a guest that came meanwhile is
+                // not to wait for all of them.
+                let is_done = matches!(running.poll_next_unpin(cx), Poll::Ready(Some(())));
+                match self.look() {
+                    Step::Op(op) => {
+                        // There may be more, and others have nothing to do.
+                        self.bell.wake_one();
+                        match op.is_urgent() {
+                            true => urgent.push(self.work_on(op)),
+                            false => running.push(self.work_on(op)),
+                        }
+                    }
+                    Step::Wait { .. } if is_done => {}
+                    Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
+                    Step::SwitchBack(back) => return Poll::Ready(Driven::SwitchBack(back)),
+                    Step::Done(result) => return Poll::Ready(Driven::Done(result)),
+                    Step::Wait { until } => {
+                        if let Some(at) = until {
+                            let sleep_until = |at| self.driver.clock.sleep_until(at);
+                            let (known, future) =
+                                sleep.get_or_insert_with(|| (at, Box::pin(sleep_until(at))));
+                            if *known != at {
+                                *known = at;
+                                future.set(sleep_until(at));
+                            }
+                            if future.as_mut().poll(cx).is_ready() {
+                                sleep = None;
+                                continue;
+                            }
+                        }
+                        if member.sits_down(cx) {
+                            return Poll::Pending;
+                        }
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    fn look(&self) -> Step {
+        let now = self.driver.clock.now();
+        let mut state = self.state.lock();
+        let now = state.see(now);
+        state.machine.poll(now, &self.waker)
+    }
+
+    async fn work_on(&self, op: Op) {
+        let mut work = Work {
+            crew: self,
+            op: Some(op),
+        };
+        let kind = work.op.as_ref().expect("it is not done").kind();
+        let outcome = self.driver.perform(kind, &self.gives_up).await;
+        let op = work.op.take().expect("it is done once");
+        let now = self.driver.clock.now();
+        let mut state = self.state.lock();
+        let now = state.see(now);
+        state.machine.op_done(now, op, outcome);
+    }
+}
+
+impl<S, T, P, C, B> Crew<'_, Backup, Driver<S, T, P, C, B>>
+where
+    S: ReadAt,
+    T: WriteAt<Buf = S::Buf>,
+    P: BufferPool<Buf = S::Buf>,
+    C: Clock,
+    B: SaveArea<S::Buf>,
+{
+    /// As [`run`](Self::run), of a backup, which never switches.
+    ///
+    /// # Errors
+    ///
+    /// Why the backup did not succeed.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`run`](Self::run).
+    pub async fn run_backup(&self) -> Result<(), JobError> {
+        self.run().await.of_backup()
+    }
+
+    /// Waits for a guest write to be let through, and copies here what it waits for.
+    ///
+    /// So a guest whose thread can block does not wait for another thread to be woken, and that for it. Somebody
+    /// must drive the job all the same: deadlines, and all else, are seen to there. What this task is at is not
+    /// left at the deadline, if the device does its work when it is polled.
+    ///
+    /// `write` is [`Node::begin_write`](crate::Node::begin_write) awaited, or any other future.
+    ///
+    /// # Cancel safety
+    ///
+    /// That of `write`, and of [`run`](Self::run).
+    pub async fn save_for<F: Future>(&self, write: F) -> F::Output {
+        let mut write = pin!(write);
+        if let Some(output) = once(&mut write).await {
+            return output;
+        }
+        let _member = Member::join(self);
+        let mut urgent = FuturesUnordered::new();
+        let mut output = None;
+        poll_fn(|cx| {
+            loop {
+                if output.is_none() {
+                    if let Poll::Ready(ready) = write.as_mut().poll(cx) {
+                        output = Some(ready);
+                    }
+                }
+                let is_done = matches!(urgent.poll_next_unpin(cx), Poll::Ready(Some(())));
+                if is_done {
+                    continue;
+                }
+                if output.is_some() {
+                    // What others wait for is brought to its end.
+                    return match urgent.is_empty() {
+                        true => Poll::Ready(output.take().expect("it is there")),
+                        false => Poll::Pending,
+                    };
+                }
+                match self.look_for_guests() {
+                    Some(op) => urgent.push(self.work_on(op)),
+                    None => return Poll::Pending,
+                }
+            }
+        })
+        .await
+    }
+
+    fn look_for_guests(&self) -> Option<Op> {
+        let now = self.driver.clock.now();
+        let mut state = self.state.lock();
+        let now = state.see(now);
+        state.machine.poll_urgent(now, &self.waker)
+    }
+}
+
+/// Looks at a future once.
+async fn once<F: Future>(future: &mut std::pin::Pin<&mut F>) -> Option<F::Output> {
+    poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Some(output)),
+        Poll::Pending => Poll::Ready(None),
+    })
+    .await
+}
+
+impl<M: Machine, D> fmt::Debug for Crew<'_, M, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew").finish_non_exhaustive()
+    }
+}
+
+struct State<'a, M: Machine> {
+    machine: &'a mut M,
+    /// The latest that anybody has seen.
+    now: Duration,
+    /// How many drive it.
+    members: usize,
+}
+
+impl<M: Machine> State<'_, M> {
+    /// What time it is, when somebody has seen that.
+    fn see(&mut self, now: Duration) -> Duration {
+        self.now = self.now.max(now);
+        self.now
+    }
+}
+
+/// An operation that somebody works on. It is lost if that is dropped.
+struct Work<'c, 'a, M: Machine, D> {
+    crew: &'c Crew<'a, M, D>,
+    op: Option<Op>,
+}
+
+impl<M: Machine, D> Drop for Work<'_, '_, M, D> {
+    fn drop(&mut self) {
+        if let Some(op) = self.op.take() {
+            if is_broken(Sabotage::ForgetLostWork) {
+                return;
+            }
+            self.crew.state.lock().machine.op_lost(op);
+        }
+    }
+}
+
+/// Who drives the job.
+struct Member<'c, 'a, M: Machine, D> {
+    crew: &'c Crew<'a, M, D>,
+    id: u64,
+}
+
+impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
+    fn join(crew: &'c Crew<'a, M, D>) -> Self {
+        crew.state.lock().members += 1;
+        let id = crew.bell.next_id.fetch_add(1, Ordering::Relaxed);
+        Self { crew, id }
+    }
+
+    /// Waits to be woken; `false` if the bell has rung since somebody looked.
+    fn sits_down(&self, cx: &Context<'_>) -> bool {
+        self.crew.bell.sit_down(self.id, cx.waker().clone())
+    }
+
+    /// Waits no more.
+    fn gets_up(&self) {
+        self.crew.bell.get_up(self.id);
+    }
+}
+
+impl<M: Machine, D> Drop for Member<'_, '_, M, D> {
+    fn drop(&mut self) {
+        self.gets_up();
+        let mut state = self.crew.state.lock();
+        state.members -= 1;
+        if state.members == 0 {
+            state.machine.ops_lost();
+        }
+        drop(state);
+        if !is_broken(Sabotage::LeaveInSilence) {
+            self.crew.bell.ring();
+        }
+    }
+}
+
+/// What the machine calls when it is worth asking it again.
+#[derive(Default)]
+struct Bell {
+    seats: Mutex<Seats>,
+    next_id: AtomicU64,
+}
+
+#[derive(Default)]
+struct Seats {
+    /// Who waits; the one that came last is woken first, for its caches are warm.
+    taken: Vec<(u64, Waker)>,
+    /// Whether it rang when nobody waited.
+    has_rung: bool,
+}
+
+impl Bell {
+    fn sit_down(&self, id: u64, waker: Waker) -> bool {
+        let mut seats = self.seats.lock();
+        if std::mem::take(&mut seats.has_rung) && !is_broken(Sabotage::DoNotHearBell) {
+            return false;
+        }
+        seats.taken.push((id, waker));
+        true
+    }
+
+    fn get_up(&self, id: u64) {
+        let mut seats = self.seats.lock();
+        let seat = seats.taken.iter().position(|(taken, _)| *taken == id);
+        let seat = seat.map(|seat| seats.taken.remove(seat));
+        drop(seats);
+        drop(seat);
+    }
+
+    /// Wakes one of those who wait. If there is none, the next one that would wait looks again instead.
+    fn ring(&self) {
+        let mut seats = self.seats.lock();
+        let seat = seats.taken.pop();
+        seats.has_rung |= seat.is_none();
+        drop(seats);
+        if let Some((_, waker)) = seat {
+            waker.wake();
+        }
+    }
+
+    /// Wakes one of those who wait, if there is one.
+    fn wake_one(&self) {
+        let seat = self.seats.lock().taken.pop();
+        if let Some((_, waker)) = seat {
+            waker.wake();
+        }
+    }
+}
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.ring();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.ring();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_never_falls() {
+        let node = crate::Node::new(1 << 20);
+        let limits = crate::Limits::new(1 << 20);
+        let mut backup =
+            Backup::new(&node, limits, limits, crate::BackupOptions::default()).unwrap();
+        let mut state = State {
+            machine: &mut backup,
+            now: Duration::ZERO,
+            members: 0,
+        };
+        let seen = [3, 5, 4, 6].map(|second| state.see(Duration::from_secs(second)).as_secs());
+        assert_eq!(seen, [3, 5, 5, 6]);
+    }
+}
