@@ -40,7 +40,9 @@ pub enum Sabotage {
     TellOnly,
     /// Mirror 11: ready is told while something is doubtful.
     ReadyInDoubt,
-    /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
+    /// Copy machinery 9: what was written in part, and is not in the top layer, is left so.
+    SkipTorn,
+    /// Copy machinery 10: what a guest waits for is kept back by the limits of the rest.
     LimitUrgent,
     /// Backup 1: writes are let through before what is to be copied is complete.
     HoldBeforeContent,

@@ -2,6 +2,9 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test has a watchdog")]
 
+#[cfg(debug_assertions)]
+#[path = "backup_review/torn.rs"]
+mod torn;
 #[path = "backup_review/views.rs"]
 mod views;
 

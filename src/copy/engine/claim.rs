@@ -257,6 +257,15 @@ impl Engine {
         if !self.shape.only_top || extent.in_top {
             return self.zero_already(known, align, extent.content);
         }
+        let torn = self.torn.as_ref();
+        let torn = torn.and_then(|torn| torn.next_dirty_area(known, known.len()));
+        let known = match torn {
+            Some(torn) if torn.start() <= known.start() => {
+                return (none, known.end().min(torn.end()));
+            }
+            Some(torn) => known.split_at(torn.start()).0,
+            None => known,
+        };
         let whole = self.shape.whole_blocks(known, align);
         match whole.start() > known.start() {
             true => (none, known.end().min(whole.start())),

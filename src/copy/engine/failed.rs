@@ -100,6 +100,7 @@ impl Engine {
             | OpKind::CopySaved(range)
             | OpKind::CopySavedCompressed(range) => {
                 self.claims.set_state(range.start(), ClaimState::Lost);
+                self.note_torn(range);
             }
             // What only reads has no effect that could come later.
             OpKind::Compare(range, _) => self.not_compared(range),
@@ -132,6 +133,17 @@ impl Engine {
             OpKind::DiscardSource(_) | OpKind::CancelInFlight => {}
         }
         None
+    }
+
+    /// The target may hold a part of what was to be written there.
+    pub(super) fn note_torn(&mut self, range: ByteRange) {
+        if let Some(torn) = self
+            .torn
+            .as_mut()
+            .filter(|_| !is_broken(Sabotage::SkipTorn))
+        {
+            torn.set(range).expect("within the disk");
+        }
     }
 
     /// Gives up what was not handed out yet, and what waits to be tried again: it is dirty again.

@@ -21,7 +21,9 @@
 //!    then: the write may still land.
 //! 7. What was claimed and never handed out is dirty again when the job gives up.
 //! 8. What the target holds is promised only when no claim is left: not by a clean bitmap alone.
-//! 9. What a guest waits for goes ahead of everything else, and is not kept back by what the rest has of
+//! 9. What was not written to the end is written again, also where only what is in the top layer is copied and
+//!    the source says by then that this is not.
+//! 10. What a guest waits for goes ahead of everything else, and is not kept back by what the rest has of
 //!    workers and buffers.
 
 mod claim;
@@ -69,6 +71,8 @@ pub(crate) struct Engine {
     cursor: u64,
     /// For a target whose clusters must be written whole at first: those that were.
     filled: Option<HBitmap>,
+    /// Where a write to the target has failed, or was lost, if only what is in the top layer is copied.
+    torn: Option<HBitmap>,
     copy_by: CopyBy,
     /// What is known to read as zeroes on the target, where zeroes are not cheap.
     zeroes: Option<Zeroes>,
@@ -166,7 +170,17 @@ impl Engine {
                 HBitmap::new(shape.len, granularity)
             })
             .transpose()?;
+        let torn = match shape.only_top {
+            true => {
+                let mut torn = HBitmap::new(shape.len, shape.granularity)?;
+                // What has failed must not be forgotten for want of memory.
+                torn.reserve()?;
+                Some(torn)
+            }
+            false => None,
+        };
         Ok(Self {
+            torn,
             buf_size: buf_size.max(shape.chunk_max),
             background_max: u64::MAX,
             run_max: shape.run_max,
@@ -632,6 +646,9 @@ impl Engine {
                     if !is_broken(Sabotage::ForgetFailed) {
                         make_dirty(dirty, range);
                     }
+                    if side != Side::Source {
+                        self.note_torn(range);
+                    }
                 }
                 Done::Failed {
                     side,
@@ -646,6 +663,7 @@ impl Engine {
                 if let Some(range) = self.claimed_range(kind, op.id()) {
                     let dirty = dirty.expect("a range was claimed, so there is a bitmap");
                     make_dirty(dirty, range);
+                    self.note_torn(range);
                 }
                 Done::Failed {
                     side: if kind.writes_target() {
