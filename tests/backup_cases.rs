@@ -453,9 +453,13 @@ fn the_cluster_is_the_largest_that_anybody_wants() {
     };
     for cluster in [None, Some(512), Some(64 << 10)] {
         assert_eq!(size(cluster, 1, 0), Ok(64 * KIB), "{cluster:?}");
-        assert_eq!(size(cluster, 1, 1), Ok(64 * KIB));
+        assert_eq!(size(cluster, 1, 64 * KIB), Ok(64 * KIB));
         assert_eq!(size(cluster, 1, 2 * MIB), Ok(2 * MIB));
     }
+    for cluster in [None, Some(512), Some(4 << 10)] {
+        assert_eq!(size(cluster, 1, 4 * KIB), Ok(4 * KIB), "{cluster:?}");
+    }
+    assert_eq!(size(Some(64 << 10), 1, 4 * KIB), Ok(64 * KIB));
     assert_eq!(size(Some(1 << 20), 1, 0), Ok(MIB));
     assert_eq!(size(Some(1 << 20), 1, 64 * KIB), Ok(MIB));
     assert_eq!(
@@ -463,7 +467,7 @@ fn the_cluster_is_the_largest_that_anybody_wants() {
         Ok(128 * KIB),
         "nothing shorter can be copied"
     );
-    for wish in [3, 65 * KIB, 4 << 30, u64::MAX] {
+    for wish in [1, 3, 2 * KIB, 65 * KIB, 4 << 30, u64::MAX] {
         assert_eq!(size(None, 1, wish), Err(BackupError::ClusterSize(wish)));
     }
     let too_short = BackupError::ChunkTooShort {

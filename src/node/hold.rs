@@ -32,8 +32,8 @@ use crate::sync::Arc;
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::units::{ByteRange, Granularity};
 
-/// The smallest cluster that writes are held back by: 64 KiB.
-const CLUSTER_EXPONENT_MIN: u8 = 16;
+/// The smallest cluster that writes are held back by: 4 KiB.
+const CLUSTER_EXPONENT_MIN: u8 = 12;
 /// The largest: 2 GiB.
 const CLUSTER_EXPONENT_MAX: u8 = 31;
 const MAPS: usize = (CLUSTER_EXPONENT_MAX - CLUSTER_EXPONENT_MIN) as usize + 1;
@@ -251,7 +251,7 @@ impl Held {
 
 impl WriteHold {
     /// Holds back from now on every write that touches a dirty granule of `clusters`, a bitmap for this
-    /// node with granules of 64 KiB to 2 GiB.
+    /// node with granules of 4 KiB to 2 GiB.
     ///
     /// On error nothing is held back.
     pub(crate) fn new(
