@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Waker};
 use blockjob::io::{BlockDevice, BufResult, BufferPool, ReadAt, WriteAt};
 use blockjob::{ByteRange, Content, Extent, Limits, Unmap};
 
-use super::world::{Happening, JobAnswer, Shared, World};
+use super::world::{Happening, JobAnswer, Loss, Shared, World};
 
 /// What is known per block of the medium.
 pub(crate) const BLOCK: u64 = 512;
@@ -488,11 +488,18 @@ impl Drop for Io {
         let mut world = self.device.world.borrow_mut();
         let requests = &mut world.disks[self.device.disk].requests;
         let request = requests.get_mut(&id).expect("it was made");
+        let loss = match request.ask {
+            Ask::Status => None,
+            Ask::Flush => Some(Loss::Flush),
+            _ => Some(Loss::Range(request.range)),
+        };
         if request.is_answered {
             requests.remove(&id);
         } else {
             request.owner = Owner::Nobody;
         }
+        let loss = loss.map(|loss| (self.device.disk, loss));
+        world.job_losses.extend(loss);
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub(crate) mod chain;
 pub(crate) mod content;
+pub(crate) mod crew;
 pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod rng;

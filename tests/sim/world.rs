@@ -49,6 +49,8 @@ pub(crate) struct World {
     pub queue_answers: Vec<(usize, u64)>,
     /// What became of the requests of jobs that are still waited for, if somebody asks for it.
     pub job_answers: Option<Vec<JobAnswer>>,
+    /// Requests of jobs that were dropped, and on which disk, for who asks for it.
+    pub job_losses: Vec<(usize, Loss)>,
 }
 
 /// A request of a job that was answered.
@@ -60,6 +62,15 @@ pub(crate) struct JobAnswer {
     pub is_write: bool,
     pub is_status: bool,
     pub is_good: bool,
+}
+
+/// What a request that was dropped was about.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Loss {
+    /// This was being read or written.
+    Range(ByteRange),
+    /// What was written before is perhaps durable, and nobody will know.
+    Flush,
 }
 
 pub(crate) type Shared = Rc<RefCell<World>>;
@@ -77,6 +88,7 @@ impl World {
             guest_answers: Vec::new(),
             queue_answers: Vec::new(),
             job_answers: None,
+            job_losses: Vec::new(),
         }))
     }
 

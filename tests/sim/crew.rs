@@ -1,0 +1,81 @@
+//! Several tasks that drive one job, and come and go.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
+
+use super::rng::Rng;
+use super::world::Flag;
+
+/// Runs so many of what `start` makes, until one of them is over. Now and then one is dropped wherever it is,
+/// though it may have been woken, and another takes its place.
+pub(crate) struct Several<F, S> {
+    start: S,
+    members: Vec<Option<(Pin<Box<F>>, Arc<Relay>)>>,
+    rng: Rng,
+    /// One in so many polls.
+    drops: u64,
+}
+
+/// Wakes the task that has all of them, and notes whom it is for.
+struct Relay {
+    flag: Arc<Flag>,
+    outer: Mutex<Option<Waker>>,
+}
+
+impl Wake for Relay {
+    fn wake(self: Arc<Self>) {
+        self.flag.clone().wake_it();
+        if let Some(outer) = self.outer.lock().unwrap().take() {
+            outer.wake();
+        }
+    }
+}
+
+impl<F: Future, S: Fn() -> F> Several<F, S> {
+    pub(crate) fn new(count: usize, drops: u64, rng: Rng, start: S) -> Self {
+        Self {
+            start,
+            members: (0..count).map(|_| None).collect(),
+            rng,
+            drops,
+        }
+    }
+}
+
+impl<F: Future, S: Fn() -> F + Unpin> Future for Several<F, S> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.get_mut();
+        for member in this.members.iter_mut().filter(|member| member.is_none()) {
+            let relay = Relay {
+                flag: Flag::new(),
+                outer: Mutex::default(),
+            };
+            *member = Some((Box::pin((this.start)()), Arc::new(relay)));
+        }
+        if this.members.len() > 1 && this.rng.one_in(this.drops) {
+            let dropped = this.rng.below(this.members.len() as u64) as usize;
+            this.members[dropped] = None;
+        }
+        // Before any is polled, or one that is woken meanwhile would wake nobody.
+        for (_, relay) in this.members.iter().flatten() {
+            *relay.outer.lock().unwrap() = Some(cx.waker().clone());
+        }
+        let first = this.rng.below(this.members.len() as u64) as usize;
+        let (before, after) = this.members.split_at_mut(first);
+        for (member, relay) in after.iter_mut().chain(before).flatten() {
+            if relay.flag.take() {
+                let waker = Waker::from(Arc::clone(relay));
+                let polled = member.as_mut().poll(&mut Context::from_waker(&waker));
+                if polled.is_ready() {
+                    return polled;
+                }
+            }
+        }
+        // One that is gone is followed by another later, when there is something to do.
+        Poll::Pending
+    }
+}
