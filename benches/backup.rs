@@ -96,6 +96,36 @@ where
     })
 }
 
+/// As [`back_up`], by so many threads that each do what they take.
+fn back_up_by<S, T>(
+    threads: usize,
+    node: &Node,
+    source: S,
+    target: T,
+    options: BackupOptions,
+) -> Result<Cost>
+where
+    S: ReadAt<Buf = AlignedBuf> + Sync,
+    T: WriteAt<Buf = AlignedBuf> + Sync,
+{
+    let clock = TimerClock::new();
+    let (began, cpu) = (Instant::now(), own_cpu());
+    let mut backup = Backup::new(node, source.limits(), target.limits(), options)?;
+    let driver = Driver::new(source, target, &clock);
+    backup.job().start()?;
+    let crew = driver.crew(&mut backup);
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|| block_on(crew.run_backup()));
+        }
+        block_on(crew.run_backup())
+    })?;
+    Ok(Cost {
+        wall: began.elapsed(),
+        cpu: own_cpu() - cpu,
+    })
+}
+
 /// What was asked to be copied by a bitmap that stays as it is.
 fn by_bitmap() -> BackupOptions {
     let mut options = BackupOptions::default();
@@ -256,6 +286,10 @@ fn full(options: &Options) -> Result<()> {
             let (source, target) = in_place()?;
             back_up(&node, source, target, BackupOptions::default())
         }),
+        Row::new("tmpfs, a backup, in place by 2 threads", || {
+            let (source, target) = in_place()?;
+            back_up_by(2, &node, source, target, BackupOptions::default())
+        }),
         Row::new("tmpfs, a mirror, 1 + 1 I/O threads", || {
             let (source, target) = pool(1)?;
             Ok(mirror(&node, source, target, sync, Duration::ZERO)?.cost)
@@ -390,6 +424,11 @@ fn incremental(options: &Options) -> Result<()> {
             let source = InPlace::new(files.source()?)?;
             let target = InPlace::new(files.target()?)?;
             checked(back_up(&node, source, target, by_bitmap()))
+        }),
+        Row::new("blockjob, in place by 2 threads", || {
+            let source = InPlace::new(files.source()?)?;
+            let target = InPlace::new(files.target()?)?;
+            checked(back_up_by(2, &node, source, target, by_bitmap()))
         }),
         Row::new("blockjob, 1 + 1 I/O threads", || {
             let source = FileDevice::new(files.source()?, 1)?;
@@ -591,6 +630,48 @@ where
     Ok(block_on(driver.run_backup(&mut backup))?)
 }
 
+/// A guest that copies each cluster to another file before it first writes to it, and nothing else.
+fn bare_guest(files: &Files, place: &str, alone: Duration) -> Result<Vec<Sample>> {
+    let (disk, place) = (files.source()?, files.create(place)?);
+    let mut is_saved = vec![false; files.len.div_ceil(CLUSTER) as usize];
+    let mut cluster = vec![0; CLUSTER as usize];
+    let write = move |at: u64, bytes: &[u8]| -> Result<()> {
+        if !std::mem::replace(&mut is_saved[(at / CLUSTER) as usize], true) {
+            let start = at / CLUSTER * CLUSTER;
+            disk.read_exact_at(&mut cluster, start)?;
+            place.write_all_at(&cluster, start)?;
+        }
+        Ok(disk.write_all_at(bytes, at)?)
+    };
+    beside(every(files.len), write, || {
+        thread::sleep(alone);
+        Ok(())
+    })
+}
+
+/// The same as [`buffered`], where the guest's own thread saves what it is about to overwrite.
+fn saving_guest(files: &Files, place: &str, rate: u64, cluster: u64) -> Result<Vec<Sample>> {
+    let node = Node::new(files.len);
+    let (queue, disk) = (node.queue(), files.source()?);
+    let clock = TimerClock::new();
+    let target = Slow::new(files, &clock, rate)?;
+    let source = InPlace::new(files.source()?)?;
+    let buffer = InPlace::new(files.create(place)?)?;
+    let mut backup = BackupOptions::default();
+    backup.buffer = Some(BackupBuffer::new(buffer.limits()));
+    backup.min_cluster_size = cluster;
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), backup)?;
+    let driver = Driver::new(source, target, &clock).with_buffer(buffer);
+    backup.job().start()?;
+    let crew = &driver.crew(&mut backup);
+    let write = move |at: u64, bytes: &[u8]| -> Result<()> {
+        let range = ByteRange::from(at..at + bytes.len() as u64);
+        let ticket = block_on(crew.save_for(async { queue.begin_write(range).await }))?;
+        Ok(ticket.finish(disk.write_all_at(bytes, at))?)
+    };
+    beside(every(files.len), write, || Ok(block_on(crew.run_backup())?))
+}
+
 /// A frozen view, of which another job on another thread makes a copy on the slow target.
 fn fleece(files: &Files, node: &Node, rate: u64) -> Result<()> {
     let place = files.create("fleece")?;
@@ -648,6 +729,10 @@ fn guest_writes(options: &Options) -> Result<()> {
             Ok(())
         })?,
     );
+    row(
+        "bare, each cluster is copied before it is written to",
+        bare_guest(&files, "buffer0", alone)?,
+    );
     let push = |workers: usize, chunk_max: u64| {
         our_guest(&files, |node| {
             let clock = TimerClock::new();
@@ -676,6 +761,14 @@ fn guest_writes(options: &Options) -> Result<()> {
     row(
         "blockjob, push with buffer",
         push_with("buffer2", Place::InPlace, MIB)?,
+    );
+    row(
+        "blockjob, push with buffer, the guest's thread saves",
+        saving_guest(&files, "buffer4", rate, CLUSTER)?,
+    );
+    row(
+        "the same, clusters of 4 KiB",
+        saving_guest(&files, "buffer5", rate, 4096)?,
     );
     row(
         "blockjob, push with buffer, copies of 64 KiB",
