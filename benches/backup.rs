@@ -60,6 +60,8 @@ use support::file::FileDevice;
 
 const GIB: f64 = (1u64 << 30) as f64;
 const CLUSTER: u64 = 64 << 10;
+/// The smallest clusters.
+const SMALL: u64 = 4 << 10;
 const DAEMON: &str = "qemu-storage-daemon";
 /// The bitmap of the incremental backups.
 const DAILY: &str = "daily";
@@ -631,15 +633,15 @@ where
 }
 
 /// A guest that copies each cluster to another file before it first writes to it, and nothing else.
-fn bare_guest(files: &Files, place: &str, alone: Duration) -> Result<Vec<Sample>> {
+fn bare_guest(files: &Files, place: &str, cluster: u64, alone: Duration) -> Result<Vec<Sample>> {
     let (disk, place) = (files.source()?, files.create(place)?);
-    let mut is_saved = vec![false; files.len.div_ceil(CLUSTER) as usize];
-    let mut cluster = vec![0; CLUSTER as usize];
+    let mut is_saved = vec![false; files.len.div_ceil(cluster) as usize];
+    let mut buf = vec![0; cluster as usize];
     let write = move |at: u64, bytes: &[u8]| -> Result<()> {
-        if !std::mem::replace(&mut is_saved[(at / CLUSTER) as usize], true) {
-            let start = at / CLUSTER * CLUSTER;
-            disk.read_exact_at(&mut cluster, start)?;
-            place.write_all_at(&cluster, start)?;
+        if !std::mem::replace(&mut is_saved[(at / cluster) as usize], true) {
+            let start = at / cluster * cluster;
+            disk.read_exact_at(&mut buf, start)?;
+            place.write_all_at(&buf, start)?;
         }
         Ok(disk.write_all_at(bytes, at)?)
     };
@@ -731,7 +733,11 @@ fn guest_writes(options: &Options) -> Result<()> {
     );
     row(
         "bare, each cluster is copied before it is written to",
-        bare_guest(&files, "buffer0", alone)?,
+        bare_guest(&files, "bare", CLUSTER, alone)?,
+    );
+    row(
+        "bare, the same with clusters of 4 KiB",
+        bare_guest(&files, "bare2", SMALL, alone)?,
     );
     let push = |workers: usize, chunk_max: u64| {
         our_guest(&files, |node| {
@@ -768,7 +774,7 @@ fn guest_writes(options: &Options) -> Result<()> {
     );
     row(
         "the same, clusters of 4 KiB",
-        saving_guest(&files, "buffer5", rate, 4096)?,
+        saving_guest(&files, "buffer5", rate, SMALL)?,
     );
     row(
         "blockjob, push with buffer, copies of 64 KiB",

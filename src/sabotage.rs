@@ -260,6 +260,8 @@ pub enum Sabotage {
     DoNotHearBell,
     /// Crew 2: who leaves does not ring the bell.
     LeaveInSilence,
+    /// Crew 2: who only saves does not ring the bell, whatever it has found.
+    SaveInSilence,
     /// Crew 3: what a member had in flight when it left is on its way for ever.
     ForgetLostWork,
     /// Gate 2: the gate is taken for quiet while writes are inside.

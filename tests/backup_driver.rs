@@ -1,6 +1,10 @@
 //! Backups by the async driver, over devices in memory: each way by which data goes, and a job that reads the
 //! frozen view of another.
 
+#[cfg(debug_assertions)]
+#[path = "backup_driver/crew.rs"]
+mod crew;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

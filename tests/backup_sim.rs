@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use blockjob::driver::Driver;
+use blockjob::driver::{Clock, Driver};
 use blockjob::queue::{Answer, Next, Queue, Request, Work};
 use blockjob::{
     Backup, BackupOptions, BackupSync, BitmapMode, BitmapOptions, ByteRange, Cancel, Change,
@@ -361,13 +361,25 @@ fn drive(world: &Shared, member: usize, slot: &Slot, crew: usize) -> Driving {
         backup,
     };
     let rng = Rng::new(world.borrow_mut().rng.next());
+    let clock = SimClock(Rc::clone(world));
     Box::pin(async move {
         let backup = put_back.backup.as_mut().expect("nobody else drives it");
         if crew == 1 {
             return driver.run_backup(backup).await;
         }
-        let all = driver.crew(backup);
-        Several::new(crew, 40, rng, || all.run_backup()).await
+        let all = &driver.crew(backup);
+        let clock = &clock;
+        let start = |index| async move {
+            if index < 2 {
+                return all.run_backup().await;
+            }
+            // One that only saves, for any guest, and comes back each time.
+            loop {
+                let until = clock.now() + Duration::from_micros(30);
+                all.save_for(clock.sleep_until(until)).await;
+            }
+        };
+        Several::new(crew, 40, rng, start).await
     })
 }
 
@@ -1769,7 +1781,8 @@ mod sabotage {
     ///
     /// Of the copying machinery, what is not here cannot harm a backup: nobody makes dirty again what it has
     /// claimed, its claims are never widened, and it does not go by a clean bitmap. `LimitUrgent` loses only
-    /// time; a case of its own notices it, and so do some for what is too rare here: `SkipTorn`, `SettledBefore`.
+    /// time. A case of its own notices it, and what is too rare here: `SkipTorn`, `SettledBefore`, and of the crew
+    /// `DoNotHearBell` and `SaveInSilence`.
     const BROKEN: &[(Sabotage, u64)] = &[
         (Sabotage::HoldBeforeContent, 20),
         (Sabotage::ReleaseInFlight, 50),

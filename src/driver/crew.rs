@@ -17,14 +17,16 @@
 //! 1. Who sits down has looked since the last ring, or is the one that was woken for it. So what happens is
 //!    never left unseen while somebody is there to see it.
 //! 2. Who leaves rings: it may have been woken for something that it did not look at, and nobody waits for
-//!    the time that it was waiting for.
+//!    the time that it was waiting for. Who only saves for a guest was never woken for the others: it looks in
+//!    their place, and rings if it has found something.
 //! 3. Who leaves with operations that are not done says of each that it is lost. What others do stays in
 //!    flight. When the last one leaves, nobody drives the job.
 //! 4. The time that the machine is told never falls, although each looks at the clock for itself.
 
+use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -134,6 +136,8 @@ impl<S, T, P, C, B> Driver<S, T, P, C, B> {
                 machine,
                 now: Duration::ZERO,
                 members: 0,
+                found: None,
+                until: None,
             }),
             waker: Waker::from(Arc::clone(&bell)),
             bell,
@@ -217,7 +221,14 @@ where
         let now = self.driver.clock.now();
         let mut state = self.state.lock();
         let now = state.see(now);
-        state.machine.poll(now, &self.waker)
+        let step = match state.found.take() {
+            Some(found) => found,
+            None => state.machine.poll(now, &self.waker),
+        };
+        if let Step::Wait { until } = step {
+            state.until = until;
+        }
+        step
     }
 
     async fn work_on(&self, op: Op) {
@@ -269,34 +280,36 @@ where
     /// That of `write`, and of [`run`](Self::run).
     pub async fn save_for<F: Future>(&self, write: F) -> F::Output {
         let mut write = pin!(write);
-        if let Some(output) = once(&mut write).await {
+        let mut saver = Saver::of(self);
+        if let Some(output) = once(|cx| saver.poll(write.as_mut(), cx)).await {
             return output;
         }
-        let _member = Member::join(self);
+        saver.join();
         let mut urgent = FuturesUnordered::new();
         let mut output = None;
         poll_fn(|cx| {
             loop {
                 if output.is_none() {
-                    if let Poll::Ready(ready) = write.as_mut().poll(cx) {
+                    if let Poll::Ready(ready) = saver.poll(write.as_mut(), cx) {
                         output = Some(ready);
                     }
                 }
-                let is_done = matches!(urgent.poll_next_unpin(cx), Poll::Ready(Some(())));
-                if is_done {
+                if let Poll::Ready(Some(())) = urgent.poll_next_unpin(cx) {
                     continue;
                 }
-                if output.is_some() {
-                    // What others wait for is brought to its end.
-                    return match urgent.is_empty() {
-                        true => Poll::Ready(output.take().expect("it is there")),
-                        false => Poll::Pending,
-                    };
+                // What others wait for is brought to its end, too.
+                match output.take_if(|_| urgent.is_empty()) {
+                    Some(output) => return Poll::Ready(output),
+                    None if output.is_some() => {}
+                    None => {
+                        if let Some(op) = self.look_for_guests() {
+                            urgent.push(self.work_on(op));
+                            continue;
+                        }
+                    }
                 }
-                match self.look_for_guests() {
-                    Some(op) => urgent.push(self.work_on(op)),
-                    None => return Poll::Pending,
-                }
+                saver.has_to_wait();
+                return Poll::Pending;
             }
         })
         .await
@@ -310,9 +323,9 @@ where
     }
 }
 
-/// Looks at a future once.
-async fn once<F: Future>(future: &mut std::pin::Pin<&mut F>) -> Option<F::Output> {
-    poll_fn(|cx| match future.as_mut().poll(cx) {
+/// Polls once.
+async fn once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
+    poll_fn(|cx| match poll(cx) {
         Poll::Ready(output) => Poll::Ready(Some(output)),
         Poll::Pending => Poll::Ready(None),
     })
@@ -331,6 +344,10 @@ struct State<'a, M: Machine> {
     now: Duration,
     /// How many drive it.
     members: usize,
+    /// What a saver has found, for who drives the job.
+    found: Option<Step>,
+    /// Until when who has looked last waits.
+    until: Option<Duration>,
 }
 
 impl<M: Machine> State<'_, M> {
@@ -338,6 +355,29 @@ impl<M: Machine> State<'_, M> {
     fn see(&mut self, now: Duration) -> Duration {
         self.now = self.now.max(now);
         self.now
+    }
+
+    /// Looks for others: whether there is something that they are to know.
+    fn finds_something(&mut self, waker: &Waker) -> bool {
+        if self.found.is_none() {
+            match self.machine.poll(self.now, waker) {
+                Step::Wait { until: None } => return false,
+                Step::Wait { until: Some(at) } => {
+                    return self.until.is_none_or(|until| at < until);
+                }
+                step => self.found = Some(step),
+            }
+        }
+        true
+    }
+
+    /// Somebody leaves. With the last one everything in flight is lost.
+    fn leave(&mut self) {
+        self.members -= 1;
+        if self.members == 0 {
+            self.found = None;
+            self.machine.ops_lost();
+        }
     }
 }
 
@@ -362,13 +402,19 @@ impl<M: Machine, D> Drop for Work<'_, '_, M, D> {
 struct Member<'c, 'a, M: Machine, D> {
     crew: &'c Crew<'a, M, D>,
     id: u64,
+    /// Whether it rings when it leaves.
+    rings: bool,
 }
 
 impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
     fn join(crew: &'c Crew<'a, M, D>) -> Self {
         crew.state.lock().members += 1;
         let id = crew.bell.next_id.fetch_add(1, Ordering::Relaxed);
-        Self { crew, id }
+        Self {
+            crew,
+            id,
+            rings: true,
+        }
     }
 
     /// Waits to be woken; `false` if the bell has rung since somebody looked.
@@ -382,18 +428,100 @@ impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
     }
 }
 
+impl<M: Machine, D> Member<'_, '_, M, D> {
+    /// Leaves, and nobody needs to be told.
+    fn leave(mut self) {
+        self.rings = false;
+    }
+}
+
 impl<M: Machine, D> Drop for Member<'_, '_, M, D> {
     fn drop(&mut self) {
         self.gets_up();
-        let mut state = self.crew.state.lock();
-        state.members -= 1;
-        if state.members == 0 {
-            state.machine.ops_lost();
-        }
-        drop(state);
-        if !is_broken(Sabotage::LeaveInSilence) {
+        self.crew.state.lock().leave();
+        if self.rings && !is_broken(Sabotage::LeaveInSilence) {
             self.crew.bell.ring();
         }
+    }
+}
+
+/// Who waits for a guest write, and saves what that is about to overwrite. It rings only if it must: that costs
+/// more than to save a small cluster.
+struct Saver<'c, 'a, M: Machine, D> {
+    crew: &'c Crew<'a, M, D>,
+    member: Option<Member<'c, 'a, M, D>>,
+    /// Whether the bell was to be rung here, and was not.
+    has_kept_quiet: bool,
+}
+
+impl<'c, 'a, M: Machine, D> Saver<'c, 'a, M, D> {
+    fn of(crew: &'c Crew<'a, M, D>) -> Self {
+        Self {
+            crew,
+            member: None,
+            has_kept_quiet: false,
+        }
+    }
+
+    /// Whatever rings here meanwhile is kept to itself: it is this write that comes.
+    fn poll<F: Future>(&mut self, write: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let quiet = Quiet::of(&self.crew.bell);
+        let polled = write.poll(cx);
+        self.has_kept_quiet |= quiet.was_rung();
+        polled
+    }
+
+    fn join(&mut self) {
+        self.member = Some(Member::join(self.crew));
+    }
+
+    /// Others must know how long the write may wait.
+    fn has_to_wait(&mut self) {
+        if std::mem::take(&mut self.has_kept_quiet) {
+            self.crew.bell.ring();
+        }
+    }
+}
+
+impl<M: Machine, D> Drop for Saver<'_, '_, M, D> {
+    fn drop(&mut self) {
+        let Some(member) = self.member.take() else {
+            return self.has_to_wait();
+        };
+        // It looks in place of those it would wake.
+        if self.crew.state.lock().finds_something(&self.crew.waker)
+            && !is_broken(Sabotage::SaveInSilence)
+        {
+            self.crew.bell.ring();
+        }
+        member.leave();
+    }
+}
+
+thread_local! {
+    /// The bell that is not to be rung on this thread, and whether it would have been.
+    static QUIET: Cell<(usize, bool)> = const { Cell::new((0, false)) };
+}
+
+/// The bell is not rung on this thread.
+struct Quiet {
+    before: (usize, bool),
+}
+
+impl Quiet {
+    fn of(bell: &Arc<Bell>) -> Self {
+        let before = QUIET.replace((bell.address(), false));
+        Self { before }
+    }
+
+    fn was_rung(&self) -> bool {
+        QUIET.get().1
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        QUIET.set(self.before);
     }
 }
 
@@ -413,6 +541,11 @@ struct Seats {
 }
 
 impl Bell {
+    /// Tells it from others.
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
     fn sit_down(&self, id: u64, waker: Waker) -> bool {
         let mut seats = self.seats.lock();
         if std::mem::take(&mut seats.has_rung) && !is_broken(Sabotage::DoNotHearBell) {
@@ -432,6 +565,9 @@ impl Bell {
 
     /// Wakes one of those who wait. If there is none, the next one that would wait looks again instead.
     fn ring(&self) {
+        if QUIET.get().0 == self.address() {
+            return QUIET.set((self.address(), true));
+        }
         let mut seats = self.seats.lock();
         let seat = seats.taken.pop();
         seats.has_rung |= seat.is_none();
@@ -474,6 +610,8 @@ mod tests {
             machine: &mut backup,
             now: Duration::ZERO,
             members: 0,
+            found: None,
+            until: None,
         };
         let seen = [3, 5, 4, 6].map(|second| state.see(Duration::from_secs(second)).as_secs());
         assert_eq!(seen, [3, 5, 5, 6]);

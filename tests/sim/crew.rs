@@ -8,7 +8,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use super::rng::Rng;
 use super::world::Flag;
 
-/// Runs so many of what `start` makes, until one of them is over. Now and then one is dropped wherever it is,
+/// Runs so many of what `start` makes, each from its number, until one of them is over. Now and then one is dropped wherever it is,
 /// though it may have been woken, and another takes its place.
 pub(crate) struct Several<F, S> {
     start: S,
@@ -33,7 +33,7 @@ impl Wake for Relay {
     }
 }
 
-impl<F: Future, S: Fn() -> F> Several<F, S> {
+impl<F: Future, S: Fn(usize) -> F> Several<F, S> {
     pub(crate) fn new(count: usize, drops: u64, rng: Rng, start: S) -> Self {
         Self {
             start,
@@ -44,17 +44,18 @@ impl<F: Future, S: Fn() -> F> Several<F, S> {
     }
 }
 
-impl<F: Future, S: Fn() -> F + Unpin> Future for Several<F, S> {
+impl<F: Future, S: Fn(usize) -> F + Unpin> Future for Several<F, S> {
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
         let this = self.get_mut();
-        for member in this.members.iter_mut().filter(|member| member.is_none()) {
+        let members = this.members.iter_mut().enumerate();
+        for (index, member) in members.filter(|(_, member)| member.is_none()) {
             let relay = Relay {
                 flag: Flag::new(),
                 outer: Mutex::default(),
             };
-            *member = Some((Box::pin((this.start)()), Arc::new(relay)));
+            *member = Some((Box::pin((this.start)(index)), Arc::new(relay)));
         }
         if this.members.len() > 1 && this.rng.one_in(this.drops) {
             let dropped = this.rng.below(this.members.len() as u64) as usize;

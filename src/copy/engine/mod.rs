@@ -24,7 +24,7 @@
 //! 9. What was not written to the end is written again, also where only what is in the top layer is copied and
 //!    the source says by then that this is not.
 //! 10. What a guest waits for goes ahead of everything else, and is not kept back by what the rest has of
-//!    workers and buffers.
+//!     workers and buffers.
 
 mod claim;
 mod doubt;

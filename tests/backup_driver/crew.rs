@@ -1,0 +1,353 @@
+//! Several tasks that drive one backup, and guests that save for themselves.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::atomic::AtomicBool;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+
+use blockjob::Job;
+use blockjob::sabotage::{Sabotage, break_on_this_thread};
+
+use super::*;
+
+const CLUSTER: u64 = 64 << 10;
+
+/// A waker that notes that it was called.
+#[derive(Default)]
+struct Flag(AtomicBool);
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// A future that is polled by hand.
+struct Task<'a, T> {
+    future: Pin<Box<dyn Future<Output = T> + 'a>>,
+    flag: Arc<Flag>,
+}
+
+impl<'a, T> Task<'a, T> {
+    fn new(future: impl Future<Output = T> + 'a) -> Self {
+        let flag = Arc::new(Flag::default());
+        flag.clone().wake();
+        Self {
+            future: Box::pin(future),
+            flag,
+        }
+    }
+
+    /// If it was woken.
+    fn poll(&mut self) -> Poll<T> {
+        if !self.flag.0.swap(false, Ordering::SeqCst) {
+            return Poll::Pending;
+        }
+        let waker = Waker::from(Arc::clone(&self.flag));
+        self.future.as_mut().poll(&mut Context::from_waker(&waker))
+    }
+}
+
+/// A disk whose reads are over when they are let.
+struct Gated {
+    memory: Memory,
+    let_through: Mutex<BTreeSet<u64>>,
+    waiting: Mutex<Vec<(u64, Waker)>>,
+}
+
+impl Gated {
+    fn new(seed: u8) -> Self {
+        Self {
+            memory: Memory::new(seed),
+            let_through: Mutex::default(),
+            waiting: Mutex::default(),
+        }
+    }
+
+    fn let_through(&self, offset: u64) {
+        self.let_through.lock().insert(offset);
+        let mut waiting = self.waiting.lock();
+        waiting.retain(|(at, waker)| {
+            if *at == offset {
+                waker.wake_by_ref();
+            }
+            *at != offset
+        });
+    }
+
+    fn has_waiting(&self, offset: u64) -> bool {
+        self.waiting.lock().iter().any(|(at, _)| *at == offset)
+    }
+}
+
+impl BlockDevice for Gated {
+    type Buf = AlignedBuf;
+
+    fn limits(&self) -> Limits {
+        self.memory.limits
+    }
+}
+
+impl ReadAt for Gated {
+    async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        std::future::poll_fn(|cx| {
+            if self.let_through.lock().contains(&offset) {
+                return Poll::Ready(());
+            }
+            self.waiting.lock().push((offset, cx.waker().clone()));
+            Poll::Pending
+        })
+        .await;
+        let at = offset as usize..offset as usize + buf.as_ref().len();
+        buf.as_mut().copy_from_slice(&self.memory.bytes.lock()[at]);
+        (Ok(()), buf)
+    }
+
+    async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        Ok(Extent::data(range.len()))
+    }
+}
+
+/// Bytes in memory. Each request is over when it was polled once.
+struct AtOnce(Mutex<Vec<u8>>);
+
+impl BlockDevice for AtOnce {
+    type Buf = AlignedBuf;
+
+    fn limits(&self) -> Limits {
+        Limits::new(self.0.lock().len() as u64)
+    }
+}
+
+impl ReadAt for AtOnce {
+    async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        let at = offset as usize..offset as usize + buf.as_ref().len();
+        buf.as_mut().copy_from_slice(&self.0.lock()[at]);
+        (Ok(()), buf)
+    }
+
+    async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        Ok(Extent::data(range.len()))
+    }
+}
+
+impl WriteAt for AtOnce {
+    async fn write_at(&self, offset: u64, buf: AlignedBuf) -> BufResult<AlignedBuf> {
+        let at = offset as usize..offset as usize + buf.as_ref().len();
+        self.0.lock()[at].copy_from_slice(buf.as_ref());
+        (Ok(()), buf)
+    }
+
+    async fn write_zeroes(&self, _: ByteRange, _: Unmap) -> io::Result<()> {
+        unreachable!("not offered")
+    }
+
+    async fn discard(&self, _: ByteRange) -> io::Result<()> {
+        unreachable!("not offered")
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    async fn settle(&self) {}
+}
+
+/// A clock by which a job is cancelled when somebody is about to wait.
+struct CancelsLate(Mutex<Option<Job>>);
+
+impl Clock for CancelsLate {
+    fn now(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    async fn sleep_until(&self, _: Duration) {
+        let job = self.0.lock().take();
+        if let Some(job) = job {
+            job.cancel(Cancel::Force).unwrap();
+        }
+        std::future::pending().await
+    }
+}
+
+/// Whether a job ends that is cancelled after its driver has looked, and before that waits.
+fn is_cancel_heard() -> bool {
+    let node = Node::new(LEN);
+    let (source, target) = (Memory::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let mut options = options(|options| options.chunk_max = CLUSTER);
+    // So slow that it waits after the first cluster.
+    options.job.speed = 1;
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    let clock = CancelsLate(Mutex::new(Some(backup.job().clone())));
+    let source = AtOnce(Mutex::new(source.bytes()));
+    let driver = Driver::new(source, target, &clock);
+    let mut run = Task::new(driver.run_backup(&mut backup));
+    let polled = run.poll();
+    assert!(clock.0.lock().is_none(), "it was about to wait");
+    polled.is_ready()
+}
+
+#[test]
+fn what_happens_between_looking_and_waiting_is_seen() {
+    assert!(is_cancel_heard());
+    break_on_this_thread(Some(Sabotage::DoNotHearBell));
+    let is_heard = is_cancel_heard();
+    break_on_this_thread(None);
+    assert!(!is_heard);
+}
+
+/// Whether a job ends of which a guest has saved the last cluster while nobody else had anything to do.
+fn is_end_seen() -> bool {
+    let node = Node::new(LEN);
+    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let instant = source.memory.bytes();
+    let last = LEN / CLUSTER * CLUSTER;
+    let options = options(|options| options.chunk_max = CLUSTER);
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let mut run = Task::new(crew.run_backup());
+    assert!(run.poll().is_pending());
+    let queue = node.queue();
+    let write = async { queue.begin_write((last..last + 1).into()).await };
+    let mut guest = Task::new(crew.save_for(write));
+    assert!(guest.poll().is_pending());
+    assert!(source.has_waiting(last), "the guest copies it");
+    for index in 0..last / CLUSTER {
+        source.let_through(index * CLUSTER);
+        let _ = run.poll();
+    }
+    // Also what it was told of the guest.
+    while run.flag.0.load(Ordering::SeqCst) {
+        assert!(run.poll().is_pending(), "the last cluster is missing");
+    }
+    source.let_through(last);
+    let Poll::Ready(ticket) = guest.poll() else {
+        panic!("it is saved");
+    };
+    ticket.unwrap().finish(());
+    let polled = run.poll();
+    if let Poll::Ready(result) = &polled {
+        result.as_ref().unwrap();
+        assert!(*target.0.lock() == instant);
+    }
+    polled.is_ready()
+}
+
+#[test]
+fn a_guest_that_saves_the_last_cluster_has_the_job_end() {
+    assert!(is_end_seen());
+    break_on_this_thread(Some(Sabotage::SaveInSilence));
+    let is_seen = is_end_seen();
+    break_on_this_thread(None);
+    assert!(!is_seen);
+}
+
+#[test]
+fn a_guest_that_gives_up_leaves_what_it_was_saving_to_the_others() {
+    let node = Node::new(LEN);
+    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let instant = source.memory.bytes();
+    let options = options(|options| options.chunk_max = CLUSTER);
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let mut run = Task::new(crew.run_backup());
+    assert!(run.poll().is_pending());
+    let queue = node.queue();
+    let last = LEN / CLUSTER * CLUSTER;
+    let write = async { queue.begin_write((last..last + 1).into()).await };
+    let mut guest = Task::new(crew.save_for(write));
+    assert!(guest.poll().is_pending());
+    assert!(source.has_waiting(last));
+    drop(guest);
+    let polled = (0..=last / CLUSTER).find_map(|index| {
+        source.let_through(index * CLUSTER);
+        loop {
+            match run.poll() {
+                Poll::Ready(result) => return Some(result),
+                Poll::Pending if !run.flag.0.load(Ordering::SeqCst) => return None,
+                Poll::Pending => {}
+            }
+        }
+    });
+    polled.expect("it is over").unwrap();
+    assert!(*target.0.lock() == instant);
+}
+
+/// Runs a future on this thread.
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(thread::Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut future = pin!(future);
+    loop {
+        match future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
+
+/// Two threads drive, and two guests write: one saves for itself, one waits. Small clusters, so that they meet often.
+#[test]
+fn threads_that_drive_and_guests_that_save_copy_what_was() {
+    let len = 16 << 20;
+    for round in 0..8 {
+        let byte = |at: usize| (at / 997) as u8 ^ round;
+        let source = AtOnce(Mutex::new((0..len).map(byte).collect()));
+        let target = AtOnce(Mutex::new(vec![0; len]));
+        let instant = source.0.lock().clone();
+        let node = Node::new(len as u64);
+        let options = options(|options| {
+            options.min_cluster_size = 4096;
+            options.chunk_max = 4096 << (round % 3);
+        });
+        let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+        let job = backup.job().clone();
+        job.start().unwrap();
+        let driver = Driver::new(&source, &target, NoTime);
+        let crew = &driver.crew(&mut backup);
+        let guest = |seed: usize, saves: bool| {
+            let (queue, source, job) = (node.queue(), &source, &job);
+            move || {
+                let mut writes = 0;
+                while job.query().status < Status::Concluded || writes < 100 {
+                    writes += 1;
+                    let at = (writes * 7_919_111 + seed) % (len - 5000);
+                    let range = (at as u64..at as u64 + 5000).into();
+                    let write = async { queue.begin_write(range).await };
+                    let ticket = match saves {
+                        true => block_on(crew.save_for(write)),
+                        false => block_on(write),
+                    };
+                    let ticket = ticket.unwrap();
+                    source.0.lock()[at..at + 5000].fill(writes as u8);
+                    ticket.finish(());
+                }
+            }
+        };
+        thread::scope(|scope| {
+            // Before the guests: they write at once, and the instant is that of the first look.
+            let other = scope.spawn(|| block_on(crew.run_backup()));
+            while job.query().progress.total == 0 {
+                thread::yield_now();
+            }
+            scope.spawn(guest(0, true));
+            scope.spawn(guest(12_345, false));
+            block_on(crew.run_backup()).unwrap();
+            other.join().unwrap().unwrap();
+        });
+        assert!(*target.0.lock() == instant, "round {round}");
+        assert!(*source.0.lock() != instant);
+    }
+}
