@@ -32,6 +32,10 @@ pub enum Sabotage {
     IgnoreActiveWrites,
     /// Zeroes 2: what is about to be zeroed reads so already.
     TrustZeroesAtOnce,
+    /// Zeroes 4: a part of a cluster is left, and what is written beside it fills it.
+    LeaveParts,
+    /// Doubts 4: what is doubtful, and gets zero, is left as it is where the target was known to read so.
+    TrustZeroesInDoubt,
     /// Doubts 1: what could not be compared is taken for equal.
     ForgetDoubt,
     /// Doubts 2: what a guest write has changed meanwhile is told to differ.

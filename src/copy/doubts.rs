@@ -12,8 +12,9 @@
 //! 2. What differs is told only if no guest write has to do with it: one that was under way while it was read, or
 //!    came later. That shows only once all writes have settled that were under way: then they are recorded.
 //! 3. What differs stays known from the answer on until it is dirty, and is dirty before it is told.
-//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. What an
-//!    active write has changed of a suspect is doubtful again.
+//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. So
+//!    something must be written then, also where the target was known to read as zeroes. What an active write has
+//!    changed of a suspect is doubtful again.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -83,13 +84,16 @@ impl Doubts {
         self.map.set(range).expect("within the disk");
     }
 
-    /// It is being copied: nothing of it is of interest any more.
-    pub(super) fn forget(&mut self, range: ByteRange) {
+    /// It is being copied: nothing of it is of interest any more. Whether anything was.
+    pub(super) fn forget(&mut self, range: ByteRange) -> bool {
+        let mut is_doubtful = false;
         for map in [&mut self.map, &mut self.open, &mut self.suspects] {
-            if !map.is_clean() {
+            if map.any_dirty_in(range) {
+                is_doubtful = true;
                 map.reset_inner(range).expect("within the disk");
             }
         }
+        is_doubtful
     }
 
     /// An active write has changed it on both disks, or a part of it.

@@ -115,6 +115,11 @@ impl Shape {
         (align_down(range.start(), align)..end).into()
     }
 
+    /// Whether a write of `range` never has the target fill more than that.
+    pub(crate) fn fills_nothing_else(&self, range: ByteRange) -> bool {
+        self.widen(range, self.write_align) == range
+    }
+
     /// Rounds all that is dirty outward to what is written at once, clusters if they must be written whole.
     ///
     /// For those who go on where another has stopped: that one may have written what is clean together with

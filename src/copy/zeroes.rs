@@ -5,6 +5,8 @@
 //! 2. A range is known only once a write of zeroes was reported done, with nothing else in flight there: its
 //!    claim sees to that.
 //! 3. Granules are known as a whole, or not at all.
+//! 4. Of a cluster that the target fills when a part of it is written, no part is left as it is while another is
+//!    written.
 
 use crate::bitmap::{CreateError, HBitmap};
 use crate::units::{ByteRange, Granularity};

@@ -218,12 +218,57 @@ fn zeroes_that_do_not_come_about_are_not_trusted() {
     complete(&mut machine);
 }
 
+#[test]
+fn no_part_of_a_cluster_that_is_filled_is_left_as_it_is() {
+    let mut target = zeroing(LEN, 4096, false);
+    target.cluster = Some(4096);
+    target.fills_clusters = true;
+    target.max_transfer = 512;
+    let mut options = single();
+    options.detect_zeroes = true;
+    let mut machine = zeroed(target, options);
+    machine.lay(0..LEN, Content::Zero, true);
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    assert_eq!(writes(&mut machine), []);
+    // The source tells of data, and a part of that is zeroes. When the rest is written the target fills the cluster.
+    machine.guest_write(4 * KIB..8 * KIB, 0);
+    machine.guest_write(5 * KIB..8 * KIB, 7);
+    machine.now += 20 * crate::MS;
+    let _ = machine.drive().wait();
+    let written = writes(&mut machine);
+    assert_eq!(written.len(), 8, "{written:?}");
+    let is_left = |kind: &OpKind| matches!(kind, OpKind::CopyDetecting(_, IfZero::Leave));
+    assert!(!written.iter().any(is_left), "{written:?}");
+    complete(&mut machine);
+}
+
+#[test]
+fn what_is_doubtful_is_zeroed_although_it_was_known_to_be_zero() {
+    let mut target = zeroing(LEN, 512, false);
+    target.compare = Some(blockjob::CompareBy::Reading);
+    let mut machine = Machine::with_limits(Limits::new(LEN), target, single());
+    machine.lay(0..LEN, Content::Zero, true);
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    assert!(machine.is_equal());
+    machine.target[5000] = 1;
+    machine.job.verify().unwrap();
+    // What it writes needs no comparing, for it is copied: so it must be.
+    machine.guest_write(4 * KIB..8 * KIB, 0);
+    machine.lay(4 * KIB..8 * KIB, Content::Zero, true);
+    machine.now += 20 * crate::MS;
+    let _ = machine.drive().wait();
+    assert!(machine.is_equal());
+    complete(&mut machine);
+}
+
 #[cfg(debug_assertions)]
 #[test]
 fn these_tests_notice_zeroes_that_are_trusted_too_soon() {
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
-    let broken: [(Sabotage, fn()); 3] = [
+    let broken: [(Sabotage, fn()); 5] = [
         (
             Sabotage::KeepZeroes,
             zeroes_are_written_once_until_something_else_is_written_there,
@@ -235,6 +280,14 @@ fn these_tests_notice_zeroes_that_are_trusted_too_soon() {
         (
             Sabotage::TrustZeroesAtOnce,
             zeroes_that_do_not_come_about_are_not_trusted,
+        ),
+        (
+            Sabotage::LeaveParts,
+            no_part_of_a_cluster_that_is_filled_is_left_as_it_is,
+        ),
+        (
+            Sabotage::TrustZeroesInDoubt,
+            what_is_doubtful_is_zeroed_although_it_was_known_to_be_zero,
         ),
     ];
     for (sabotage, test) in broken {

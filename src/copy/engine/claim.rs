@@ -141,7 +141,12 @@ impl Engine {
                     .expect("aligned to the granularity, or ends with the disk");
             }
             if let Some(doubts) = &mut self.doubts {
-                doubts.forget(free);
+                let is_doubtful = doubts.forget(free);
+                if let (true, Some(zeroes)) = (is_doubtful, &mut self.zeroes) {
+                    if !is_broken(Sabotage::TrustZeroesInDoubt) {
+                        zeroes.forget(free);
+                    }
+                }
             }
             let claim = Claim {
                 range: free,

@@ -49,7 +49,9 @@ impl Engine {
             .zeroes
             .as_ref()
             .is_some_and(|known| known.has_all(range));
-        if is_zero {
+        // What is written beside it may fill the rest of a cluster with something else.
+        let is_whole = self.shape.fills_nothing_else(range) || is_broken(Sabotage::LeaveParts);
+        if is_zero && is_whole {
             return OpKind::CopyDetecting(range, IfZero::Leave);
         }
         match self.shape.takes_zeroes(range) {
