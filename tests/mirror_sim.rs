@@ -45,6 +45,7 @@ use blockjob::{
 };
 
 use sim::content::{fill_copied, fill_source, fill_target, is_equal};
+use sim::crew::Several;
 use sim::disk::{Ask, BLOCK, Disk, Faults, Latency, Owner, SimDevice, VecPool, result_of};
 use sim::guest::Guests;
 use sim::rng::Rng;
@@ -1402,8 +1403,15 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
     );
     loop {
         let mut signal = Signal::GoOn;
+        let (members, rng) = {
+            let rng = &mut sim.world.borrow_mut().rng;
+            (rng.between(1, 3) as usize, Rng::new(rng.next()))
+        };
         let driven = {
-            let mut future = pin!(driver.run(&mut mirror));
+            // One of them is as good as none.
+            let crew = &driver.crew(&mut mirror);
+            let run = Several::new(members, 60, rng, |_| crew.run());
+            let mut future = pin!(run);
             let flag = Flag::new();
             let waker = Waker::from(Arc::clone(&flag));
             loop {
