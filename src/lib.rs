@@ -28,7 +28,7 @@
 //!
 //! | layer | what | |
 //! |---|---|---|
-//! | 3 | [`driver`] | an async loop over a machine and the caller's devices ([`io`]) and clock; decides nothing |
+//! | 3 | [`driver`] | an async loop over a machine and the caller's devices ([`io`]) and clock; decides nothing. By one task, or by [several](driver::Crew) |
 //! | | [`queue`] | the same for completion queues, without any future |
 //! | 2 | [`Transaction`] | bitmaps of several disks changed, and jobs started, at one instant or not at all |
 //! | | [`Mirror`] | what to do next, as a machine without I/O: events in, operations out, time as an argument |

@@ -1,5 +1,7 @@
 //! Several tasks that drive one backup, and guests that save for themselves.
 
+#![allow(clippy::disallowed_methods, reason = "these tests bring the threads")]
+
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -168,7 +170,7 @@ impl Clock for CancelsLate {
         if let Some(job) = job {
             job.cancel(Cancel::Force).unwrap();
         }
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

@@ -2,8 +2,10 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
+
+use parking_lot::Mutex;
 
 use super::rng::Rng;
 use super::world::Flag;
@@ -12,11 +14,13 @@ use super::world::Flag;
 /// though it may have been woken, and another takes its place.
 pub(crate) struct Several<F, S> {
     start: S,
-    members: Vec<Option<(Pin<Box<F>>, Arc<Relay>)>>,
+    members: Vec<Option<Member<F>>>,
     rng: Rng,
     /// One in so many polls.
     drops: u64,
 }
+
+type Member<F> = (Pin<Box<F>>, Arc<Relay>);
 
 /// Wakes the task that has all of them, and notes whom it is for.
 struct Relay {
@@ -27,7 +31,7 @@ struct Relay {
 impl Wake for Relay {
     fn wake(self: Arc<Self>) {
         self.flag.clone().wake_it();
-        if let Some(outer) = self.outer.lock().unwrap().take() {
+        if let Some(outer) = self.outer.lock().take() {
             outer.wake();
         }
     }
@@ -63,7 +67,7 @@ impl<F: Future, S: Fn(usize) -> F + Unpin> Future for Several<F, S> {
         }
         // Before any is polled, or one that is woken meanwhile would wake nobody.
         for (_, relay) in this.members.iter().flatten() {
-            *relay.outer.lock().unwrap() = Some(cx.waker().clone());
+            *relay.outer.lock() = Some(cx.waker().clone());
         }
         let first = this.rng.below(this.members.len() as u64) as usize;
         let (before, after) = this.members.split_at_mut(first);
