@@ -19,7 +19,7 @@
 //! 2. Who leaves rings: it may have been woken for something that it did not look at, and nobody waits for
 //!    the time that it was waiting for. Who only saves for a guest was never woken for the others: it looks in
 //!    their place, and rings if it has found something.
-//! 3. Who leaves with operations that are not done says of each that it is lost. What others do stays in
+//! 3. Who leaves with operations that are not done, or not begun, says of each that it is lost. What others do stays in
 //!    flight. When the last one leaves, nobody drives the job.
 //! 4. The time that the machine is told never falls, although each looks at the clock for itself.
 
@@ -182,12 +182,12 @@ where
                 let is_done = matches!(running.poll_next_unpin(cx), Poll::Ready(Some(())));
                 match self.look() {
                     Step::Op(op) => {
-                        // There may be more, and others have nothing to do.
-                        self.bell.wake_one();
                         match op.is_urgent() {
                             true => urgent.push(self.work_on(op)),
                             false => running.push(self.work_on(op)),
                         }
+                        // There may be more, and others have nothing to do.
+                        self.bell.wake_one();
                     }
                     Step::Wait { .. } if is_done => {}
                     Step::Switch(switch) => return Poll::Ready(Driven::Switch(switch)),
@@ -231,18 +231,21 @@ where
         step
     }
 
-    async fn work_on(&self, op: Op) {
+    /// It is lost from here on if that is dropped, whether it was begun or not.
+    fn work_on(&self, op: Op) -> impl Future<Output = ()> {
+        let kind = op.kind();
         let mut work = Work {
             crew: self,
             op: Some(op),
         };
-        let kind = work.op.as_ref().expect("it is not done").kind();
-        let outcome = self.driver.perform(kind, &self.gives_up).await;
-        let op = work.op.take().expect("it is done once");
-        let now = self.driver.clock.now();
-        let mut state = self.state.lock();
-        let now = state.see(now);
-        state.machine.op_done(now, op, outcome);
+        async move {
+            let outcome = self.driver.perform(kind, &self.gives_up).await;
+            let now = self.driver.clock.now();
+            let mut state = self.state.lock();
+            let now = state.see(now);
+            let op = work.op.take().expect("it is done once");
+            state.machine.op_done(now, op, outcome);
+        }
     }
 }
 

@@ -282,6 +282,31 @@ fn a_guest_that_gives_up_leaves_what_it_was_saving_to_the_others() {
     assert!(*target.0.lock() == instant);
 }
 
+/// A member may have operations that it has not begun with: a device that yields has it come back to them later.
+#[test]
+fn what_a_member_has_not_begun_with_is_left_to_the_others_too() {
+    let node = Node::new(LEN);
+    let (source, target) = (Memory::new(1), Memory::new(2));
+    let options = options(|options| options.chunk_max = CLUSTER);
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let mut first = Task::new(crew.run_backup());
+    let mut second = Task::new(crew.run_backup());
+    assert!(first.poll().is_pending());
+    assert!(second.poll().is_pending());
+    drop(first);
+    let result = loop {
+        assert!(second.flag.0.load(Ordering::SeqCst), "it waits for ever");
+        if let Poll::Ready(result) = second.poll() {
+            break result;
+        }
+    };
+    result.unwrap();
+    assert!(target.bytes() == source.bytes());
+}
+
 /// Runs a future on this thread.
 fn block_on<F: Future>(future: F) -> F::Output {
     struct Unpark(thread::Thread);
