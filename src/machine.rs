@@ -42,6 +42,9 @@ pub trait Machine: sealed::Sealed {
 
     /// Everything handed out and not reported is lost, and nobody drives the job any more.
     fn ops_lost(&mut self);
+
+    /// Nobody drives the job any more, but what was handed out goes on.
+    fn let_go(&mut self);
 }
 
 mod sealed {

@@ -503,11 +503,17 @@ impl Backup {
         for kind in self.engine.lose_running() {
             self.forget_question(kind);
         }
+        self.let_go();
+        self.look_again = true;
+        self.publish();
+    }
+
+    /// Says that nobody drives the job any more, but what was handed out goes on: a guest that is held for the
+    /// instant goes on, too, until the job is driven again.
+    pub fn let_go(&mut self) {
         if matches!(self.phase, Phase::Attaching { .. }) {
             self.phase = Phase::Created;
         }
-        self.look_again = true;
-        self.publish();
     }
 
     /// No answer will come to that: it is asked once more.
@@ -864,6 +870,10 @@ impl Machine for Backup {
 
     fn ops_lost(&mut self) {
         Backup::ops_lost(self);
+    }
+
+    fn let_go(&mut self) {
+        Backup::let_go(self);
     }
 }
 

@@ -19,8 +19,9 @@
 //! 2. Who leaves rings: it may have been woken for something that it did not look at, and nobody waits for
 //!    the time that it was waiting for. Who only saves for a guest was never woken for the others: it looks in
 //!    their place, and rings if it has found something.
-//! 3. Who leaves with operations that are not done, or not begun, says of each that it is lost. What others do stays in
-//!    flight. When the last one leaves, nobody drives the job.
+//! 3. Who leaves with operations that are not done, or not begun, says of each that it is lost. What others do
+//!    stays in flight. When the last one leaves, all is lost. When only such are left that save for guests,
+//!    nobody drives the job: it holds no guest then, or they might wait for themselves.
 //! 4. The time that the machine is told never falls, although each looks at the clock for itself.
 
 use std::cell::Cell;
@@ -135,7 +136,8 @@ impl<S, T, P, C, B> Driver<S, T, P, C, B> {
             state: Mutex::new(State {
                 machine,
                 now: Duration::ZERO,
-                members: 0,
+                drivers: 0,
+                savers: 0,
                 found: None,
                 until: None,
             }),
@@ -169,7 +171,7 @@ where
     /// [settled](WriteAt::settle), which another sees to, or the next run. With the last of them nobody drives the
     /// job any more, as with [`Driver::run`].
     pub async fn run(&self) -> Driven {
-        let member = Member::join(self);
+        let member = Member::join(self, false);
         let mut running = FuturesUnordered::new();
         let mut urgent = FuturesUnordered::new();
         let mut sleep = None;
@@ -346,7 +348,9 @@ struct State<'a, M: Machine> {
     /// The latest that anybody has seen.
     now: Duration,
     /// How many drive it.
-    members: usize,
+    drivers: usize,
+    /// How many do no more than to save for a guest.
+    savers: usize,
     /// What a saver has found, for who drives the job.
     found: Option<Step>,
     /// Until when who has looked last waits.
@@ -360,8 +364,11 @@ impl<M: Machine> State<'_, M> {
         self.now
     }
 
-    /// Looks for others: whether there is something that they are to know.
+    /// Looks for others, if there are any: whether there is something that they are to know.
     fn finds_something(&mut self, waker: &Waker) -> bool {
+        if self.drivers == 0 {
+            return false;
+        }
         if self.found.is_none() {
             match self.machine.poll(self.now, waker) {
                 Step::Wait { until: None } => return false,
@@ -374,12 +381,21 @@ impl<M: Machine> State<'_, M> {
         true
     }
 
+    fn count(&mut self, saves: bool) -> &mut usize {
+        match saves {
+            true => &mut self.savers,
+            false => &mut self.drivers,
+        }
+    }
+
     /// Somebody leaves. With the last one everything in flight is lost.
-    fn leave(&mut self) {
-        self.members -= 1;
-        if self.members == 0 {
+    fn leave(&mut self, saves: bool) {
+        *self.count(saves) -= 1;
+        if self.drivers + self.savers == 0 {
             self.found = None;
             self.machine.ops_lost();
+        } else if self.drivers == 0 {
+            self.machine.let_go();
         }
     }
 }
@@ -401,23 +417,19 @@ impl<M: Machine, D> Drop for Work<'_, '_, M, D> {
     }
 }
 
-/// Who drives the job.
+/// Who drives the job, or saves for a guest.
 struct Member<'c, 'a, M: Machine, D> {
     crew: &'c Crew<'a, M, D>,
     id: u64,
-    /// Whether it rings when it leaves.
-    rings: bool,
+    /// Whether it does no more than to save for a guest.
+    saves: bool,
 }
 
 impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
-    fn join(crew: &'c Crew<'a, M, D>) -> Self {
-        crew.state.lock().members += 1;
+    fn join(crew: &'c Crew<'a, M, D>, saves: bool) -> Self {
+        *crew.state.lock().count(saves) += 1;
         let id = crew.bell.next_id.fetch_add(1, Ordering::Relaxed);
-        Self {
-            crew,
-            id,
-            rings: true,
-        }
+        Self { crew, id, saves }
     }
 
     /// Waits to be woken; `false` if the bell has rung since somebody looked.
@@ -431,18 +443,14 @@ impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
     }
 }
 
-impl<M: Machine, D> Member<'_, '_, M, D> {
-    /// Leaves, and nobody needs to be told.
-    fn leave(mut self) {
-        self.rings = false;
-    }
-}
-
 impl<M: Machine, D> Drop for Member<'_, '_, M, D> {
     fn drop(&mut self) {
+        if self.saves {
+            return self.crew.state.lock().leave(true);
+        }
         self.gets_up();
-        self.crew.state.lock().leave();
-        if self.rings && !is_broken(Sabotage::LeaveInSilence) {
+        self.crew.state.lock().leave(false);
+        if !is_broken(Sabotage::LeaveInSilence) {
             self.crew.bell.ring();
         }
     }
@@ -475,7 +483,7 @@ impl<'c, 'a, M: Machine, D> Saver<'c, 'a, M, D> {
     }
 
     fn join(&mut self) {
-        self.member = Some(Member::join(self.crew));
+        self.member = Some(Member::join(self.crew, true));
     }
 
     /// Others must know how long the write may wait.
@@ -497,7 +505,7 @@ impl<M: Machine, D> Drop for Saver<'_, '_, M, D> {
         {
             self.crew.bell.ring();
         }
-        member.leave();
+        drop(member);
     }
 }
 
@@ -612,7 +620,8 @@ mod tests {
         let mut state = State {
             machine: &mut backup,
             now: Duration::ZERO,
-            members: 0,
+            drivers: 0,
+            savers: 0,
             found: None,
             until: None,
         };

@@ -596,6 +596,12 @@ impl Mirror {
         for kind in self.engine.lose_running() {
             self.forget_question(kind);
         }
+        self.let_go();
+    }
+
+    /// Says that nobody drives the job any more, but what was handed out goes on. Guests go on, too, as with
+    /// [`ops_lost`](Self::ops_lost).
+    pub fn let_go(&mut self) {
         self.let_guest_go();
         if !is_broken(Sabotage::WaitForNobody) {
             self.stop_active_writes();
@@ -800,5 +806,9 @@ impl Machine for Mirror {
 
     fn ops_lost(&mut self) {
         Mirror::ops_lost(self);
+    }
+
+    fn let_go(&mut self) {
+        Mirror::let_go(self);
     }
 }

@@ -50,6 +50,16 @@ impl<'a, T> Task<'a, T> {
         let waker = Waker::from(Arc::clone(&self.flag));
         self.future.as_mut().poll(&mut Context::from_waker(&waker))
     }
+
+    /// As often as it is woken.
+    fn poll_on(&mut self) -> Option<T> {
+        while self.flag.0.load(Ordering::SeqCst) {
+            if let Poll::Ready(output) = self.poll() {
+                return Some(output);
+            }
+        }
+        None
+    }
 }
 
 /// A disk whose reads are over when they are let.
@@ -297,13 +307,55 @@ fn what_a_member_has_not_begun_with_is_left_to_the_others_too() {
     assert!(first.poll().is_pending());
     assert!(second.poll().is_pending());
     drop(first);
-    let result = loop {
-        assert!(second.flag.0.load(Ordering::SeqCst), "it waits for ever");
-        if let Poll::Ready(result) = second.poll() {
-            break result;
-        }
+    let result = second.poll_on();
+    result.expect("it waits for ever").unwrap();
+    assert!(target.bytes() == source.bytes());
+}
+
+/// With the last one that drives it the guest is let go, though another waits to save something.
+#[test]
+fn a_guest_that_saves_is_not_held_when_nobody_drives() {
+    let node = Node::new(LEN);
+    let (source, target) = (Memory::new(1), Memory::new(2));
+    let mut backup = Backup::new(
+        &node,
+        source.limits(),
+        target.limits(),
+        options(|options| options.chunk_max = CLUSTER),
+    )
+    .unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let queue = node.queue();
+    let begin = || async { queue.begin_write((0..1).into()).await.unwrap() };
+    let Poll::Ready(under_way) = Task::new(begin()).poll() else {
+        panic!("nobody holds it");
     };
-    result.unwrap();
+    let mut run = Task::new(crew.run_backup());
+    assert!(run.poll().is_pending());
+    let mut guest = Task::new(crew.save_for(begin()));
+    assert!(guest.poll().is_pending(), "it is held for the instant");
+    drop(run);
+    let Poll::Ready(ticket) = guest.poll() else {
+        panic!("nobody makes the instant");
+    };
+    ticket.finish(());
+
+    // Nor is it held by one that was about to save something, and leaves.
+    let mut other = Task::new(crew.save_for(std::future::pending::<()>()));
+    assert!(other.poll().is_pending());
+    let mut leaves = Task::new(crew.save_for(std::future::pending::<()>()));
+    assert!(leaves.poll().is_pending());
+    drop(leaves);
+    let Poll::Ready(ticket) = Task::new(begin()).poll() else {
+        panic!("nobody drives the job");
+    };
+    ticket.finish(());
+    under_way.finish(());
+    drop(other);
+    let result = Task::new(crew.run_backup()).poll_on();
+    result.expect("it waits for nothing").unwrap();
     assert!(target.bytes() == source.bytes());
 }
 
