@@ -264,7 +264,7 @@ pub enum Sabotage {
     DoNotHearBell,
     /// Crew 2: who leaves does not ring the bell.
     LeaveInSilence,
-    /// Crew 2: who only saves does not ring the bell, whatever it has found.
+    /// Crew 2: who only saves does not ring the bell, whatever it has found in place of others.
     SaveInSilence,
     /// Crew 3: what a member had in flight when it left is on its way for ever.
     ForgetLostWork,

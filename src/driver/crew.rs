@@ -17,8 +17,8 @@
 //! 1. Who sits down has looked since the last ring, or is the one that was woken for it. So what happens is
 //!    never left unseen while somebody is there to see it.
 //! 2. Who leaves rings: it may have been woken for something that it did not look at, and nobody waits for
-//!    the time that it was waiting for. Who only saves for a guest was never woken for the others: it looks in
-//!    their place, and rings if it has found something.
+//!    the time that it was waiting for. Who only saves for a guest was never woken for the others: when it leaves,
+//!    or waits with something done, it looks in their place, and rings if it has found something.
 //! 3. Who leaves with operations that are not done, or not begun, says of each that it is lost. What others do
 //!    stays in flight. When the last one leaves, all is lost. When only such are left that save for guests,
 //!    nobody drives the job: it holds no guest then, or they might wait for themselves.
@@ -300,6 +300,7 @@ where
                     }
                 }
                 if let Poll::Ready(Some(())) = urgent.poll_next_unpin(cx) {
+                    saver.has_done_something = true;
                     continue;
                 }
                 // What others wait for is brought to its end, too.
@@ -463,6 +464,8 @@ struct Saver<'c, 'a, M: Machine, D> {
     member: Option<Member<'c, 'a, M, D>>,
     /// Whether the bell was to be rung here, and was not.
     has_kept_quiet: bool,
+    /// Whether others may go on with what was done here, and have not heard of it.
+    has_done_something: bool,
 }
 
 impl<'c, 'a, M: Machine, D> Saver<'c, 'a, M, D> {
@@ -471,26 +474,33 @@ impl<'c, 'a, M: Machine, D> Saver<'c, 'a, M, D> {
             crew,
             member: None,
             has_kept_quiet: false,
+            has_done_something: false,
         }
     }
 
     /// Whatever rings here meanwhile is kept to itself: it is this write that comes.
     fn poll<F: Future>(&mut self, write: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let quiet = Quiet::of(&self.crew.bell);
-        let polled = write.poll(cx);
-        self.has_kept_quiet |= quiet.was_rung();
-        polled
+        let _quiet = Quiet::of(&self.crew.bell, &mut self.has_kept_quiet);
+        write.poll(cx)
     }
 
     fn join(&mut self) {
         self.member = Some(Member::join(self.crew, true));
     }
 
-    /// Others must know how long the write may wait.
+    /// Others must know how long the write may wait, and what was done.
     fn has_to_wait(&mut self) {
-        if std::mem::take(&mut self.has_kept_quiet) {
+        let has_kept_quiet = std::mem::take(&mut self.has_kept_quiet);
+        let has_done_something = std::mem::take(&mut self.has_done_something);
+        if has_kept_quiet || (has_done_something && self.finds_something()) {
             self.crew.bell.ring();
         }
+    }
+
+    /// It looks in place of those it would wake.
+    fn finds_something(&self) -> bool {
+        let is_found = self.crew.state.lock().finds_something(&self.crew.waker);
+        is_found && !is_broken(Sabotage::SaveInSilence)
     }
 }
 
@@ -499,10 +509,7 @@ impl<M: Machine, D> Drop for Saver<'_, '_, M, D> {
         let Some(member) = self.member.take() else {
             return self.has_to_wait();
         };
-        // It looks in place of those it would wake.
-        if self.crew.state.lock().finds_something(&self.crew.waker)
-            && !is_broken(Sabotage::SaveInSilence)
-        {
+        if self.finds_something() {
             self.crew.bell.ring();
         }
         drop(member);
@@ -515,24 +522,24 @@ thread_local! {
 }
 
 /// The bell is not rung on this thread.
-struct Quiet {
+struct Quiet<'a> {
     before: (usize, bool),
+    /// Set if it would have been.
+    was_rung: &'a mut bool,
 }
 
-impl Quiet {
-    fn of(bell: &Arc<Bell>) -> Self {
+impl<'a> Quiet<'a> {
+    fn of(bell: &Arc<Bell>, was_rung: &'a mut bool) -> Self {
         let before = QUIET.replace((bell.address(), false));
-        Self { before }
-    }
-
-    fn was_rung(&self) -> bool {
-        QUIET.get().1
+        Self { before, was_rung }
     }
 }
 
-impl Drop for Quiet {
+/// Also when what happens meanwhile panics.
+impl Drop for Quiet<'_> {
     fn drop(&mut self) {
-        QUIET.set(self.before);
+        let (_, was_rung) = QUIET.replace(self.before);
+        *self.was_rung |= was_rung;
     }
 }
 

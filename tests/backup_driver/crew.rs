@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::atomic::AtomicBool;
 use std::task::{Context, Poll, Wake, Waker};
@@ -67,6 +68,8 @@ struct Gated {
     memory: Memory,
     let_through: Mutex<BTreeSet<u64>>,
     waiting: Mutex<Vec<(u64, Waker)>>,
+    /// Where also a question waits, as if it were a read one byte further on.
+    asked_slowly: Mutex<Option<u64>>,
 }
 
 impl Gated {
@@ -75,6 +78,7 @@ impl Gated {
             memory: Memory::new(seed),
             let_through: Mutex::default(),
             waiting: Mutex::default(),
+            asked_slowly: Mutex::default(),
         }
     }
 
@@ -87,6 +91,17 @@ impl Gated {
             }
             *at != offset
         });
+    }
+
+    async fn wait_at(&self, offset: u64) {
+        std::future::poll_fn(|cx| {
+            if self.let_through.lock().contains(&offset) {
+                return Poll::Ready(());
+            }
+            self.waiting.lock().push((offset, cx.waker().clone()));
+            Poll::Pending
+        })
+        .await;
     }
 
     fn has_waiting(&self, offset: u64) -> bool {
@@ -104,20 +119,17 @@ impl BlockDevice for Gated {
 
 impl ReadAt for Gated {
     async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
-        std::future::poll_fn(|cx| {
-            if self.let_through.lock().contains(&offset) {
-                return Poll::Ready(());
-            }
-            self.waiting.lock().push((offset, cx.waker().clone()));
-            Poll::Pending
-        })
-        .await;
+        self.wait_at(offset).await;
         let at = offset as usize..offset as usize + buf.as_ref().len();
         buf.as_mut().copy_from_slice(&self.memory.bytes.lock()[at]);
         (Ok(()), buf)
     }
 
     async fn block_status(&self, range: ByteRange) -> io::Result<Extent> {
+        let is_slow = *self.asked_slowly.lock() == Some(range.start());
+        if is_slow {
+            self.wait_at(range.start() + 1).await;
+        }
         Ok(Extent::data(range.len()))
     }
 }
@@ -357,6 +369,84 @@ fn a_guest_that_saves_is_not_held_when_nobody_drives() {
     let result = Task::new(crew.run_backup()).poll_on();
     result.expect("it waits for nothing").unwrap();
     assert!(target.bytes() == source.bytes());
+}
+
+/// Whether another goes on with what a guest has begun for others, when that has all it needs and waits only for
+/// what is still in flight.
+fn is_work_for_others_seen() -> bool {
+    let node = Node::new(LEN);
+    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let options = options(|options| {
+        options.chunk_max = CLUSTER;
+        options.workers = 1;
+    });
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let mut run = Task::new(crew.run_backup());
+    assert!(run.poll_on().is_none());
+    let queue = &node.queue();
+    let [asked, read, own] = [38, 39, 40].map(|cluster| cluster * CLUSTER);
+    let begin = |at: u64| async move { queue.begin_write((at..at + 1).into()).await.unwrap() };
+    *source.asked_slowly.lock() = Some(asked);
+    let mut others = [Task::new(begin(asked)), Task::new(begin(read))];
+    assert!(others.iter_mut().all(|other| other.poll().is_pending()));
+    let mut guest = Task::new(crew.save_for(begin(own)));
+    assert!(guest.poll_on().is_none());
+    assert!(source.has_waiting(read) && source.has_waiting(own));
+    assert!(run.poll_on().is_none());
+    assert!(!source.has_waiting(asked));
+    source.let_through(own);
+    assert!(guest.poll_on().is_none(), "it is at something for others");
+    assert!(run.poll_on().is_none());
+    source.let_through(asked + 1);
+    assert!(guest.poll_on().is_none());
+    assert!(run.poll_on().is_none());
+    let is_seen = source.has_waiting(asked);
+    if !is_seen {
+        return false;
+    }
+    source.let_through(read);
+    source.let_through(asked);
+    guest.poll_on().expect("all is done").finish(());
+    assert!(run.poll_on().is_none());
+    for other in &mut others {
+        other.poll_on().expect("it is saved").finish(());
+    }
+    true
+}
+
+#[test]
+fn what_a_guest_has_begun_for_others_is_gone_on_with() {
+    assert!(is_work_for_others_seen());
+    break_on_this_thread(Some(Sabotage::SaveInSilence));
+    let is_seen = is_work_for_others_seen();
+    break_on_this_thread(None);
+    assert!(!is_seen);
+}
+
+/// What happens while a guest's write is begun is seen, though that panics.
+#[test]
+fn what_happens_before_a_guest_panics_is_seen() {
+    let node = Node::new(LEN);
+    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let options = options(|options| options.chunk_max = CLUSTER);
+    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+    let job = backup.job().clone();
+    job.start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let crew = driver.crew(&mut backup);
+    let mut run = Task::new(crew.run_backup());
+    assert!(run.poll_on().is_none());
+    let write = async {
+        job.set_speed(1).unwrap();
+        panic!("the guest is gone");
+    };
+    let mut guest = Task::new(crew.save_for(write));
+    let polled = catch_unwind(AssertUnwindSafe(|| guest.poll()));
+    assert!(polled.is_err());
+    assert!(run.flag.0.load(Ordering::SeqCst), "nobody has heard of it");
 }
 
 /// Runs a future on this thread.
