@@ -36,7 +36,11 @@ pub enum Sabotage {
     TellRaces,
     /// Doubts 3: what differs is told and not copied.
     TellOnly,
-    /// Mirror 11: ready is told while something is doubtful.
+    /// Doubts 4: what is dirty and doubtful is copied by what was known of the target before.
+    TrustDoubtful,
+    /// Doubts 4: what an active write has changed is suspected on.
+    KeepSuspicion,
+    /// Mirror 12: ready is told while something is doubtful.
     ReadyInDoubt,
     /// Copy machinery 9: what a guest waits for is kept back by the limits of the rest.
     LimitUrgent,

@@ -12,8 +12,9 @@
 //! 2. What differs is told only if no guest write has to do with it: one that was under way while it was read, or
 //!    came later. That shows only once all writes have settled that were under way: then they are recorded.
 //! 3. What differs stays known from the answer on until it is dirty, and is dirty before it is told.
-//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. What an
-//!    active write has changed of a suspect is doubtful again.
+//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. It is
+//!    copied by nothing that was known of the target before. What an active write has changed of a suspect is
+//!    doubtful again.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -41,6 +42,8 @@ pub(crate) struct Doubts {
     pub(super) cursor: u64,
     /// Claims that are there to compare.
     pub(super) claims: usize,
+    /// Sum of their lengths.
+    pub(super) claimed_bytes: u64,
     /// The first block that could not be claimed for an active write, when that was tried last.
     pub(super) blocked: Option<ByteRange>,
 }
@@ -62,6 +65,7 @@ impl Doubts {
             asking: BTreeMap::new(),
             cursor: 0,
             claims: 0,
+            claimed_bytes: 0,
             blocked: None,
         })
     }
@@ -77,6 +81,11 @@ impl Doubts {
             && self.to_ask.is_empty()
             && self.asking.is_empty()
             && self.suspects.is_clean()
+    }
+
+    /// Whether something of `range` is not known to be equal.
+    pub(super) fn is_doubtful(&self, range: ByteRange) -> bool {
+        self.map.any_dirty_in(range) || self.open.any_dirty_in(range)
     }
 
     pub(super) fn doubt(&mut self, range: ByteRange) {
