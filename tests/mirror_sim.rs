@@ -654,7 +654,7 @@ impl Sim {
         self.planted.damaged.contains(&block) || self.planted.stale.contains(&block)
     }
 
-    /// It is told to differ: so it does, and no guest write has to do with it.
+    /// It is told to differ: so it does at this moment, and no guest write has to do with it.
     fn differs(&mut self, range: ByteRange) {
         let world = self.world.borrow();
         let granularity = self.planted.granularity;
@@ -668,7 +668,8 @@ impl Sim {
                 let is_undefined = blocks
                     .get(block)
                     .is_some_and(|block| block.content == blockjob::Content::Undefined);
-                self.is_damaged(block) || self.planted.older.contains(&block) || is_undefined
+                let is_planted = self.is_damaged(block) || self.planted.older.contains(&block);
+                is_undefined || (is_planted && !is_equal(&world.disks, block))
             });
             assert!(is_right, "{granule} is told to differ and does not");
             start = granule.end();
@@ -1077,6 +1078,30 @@ fn run_verify(seed: u64) -> Report {
         for _ in 0..rng.between(1, 4) {
             plan.asks.push((10 + rng.below(20_000), Asking::Plant));
         }
+        if rng.one_in(3) {
+            plan.zero_often();
+            plan.options.detect_zeroes = rng.one_in(2);
+        }
+    });
+    drive(&mut sim, mirror);
+    sim.finish();
+    sim.report
+}
+
+/// The same, with much that is zero on both disks, where the guest writes zeroes once more.
+#[cfg(debug_assertions)]
+fn run_verify_zeroes(seed: u64) -> Report {
+    let mut rng = Rng::new(seed ^ 0x0e_21f8);
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.target.compare = Some(CompareBy::Reading);
+        plan.zero_often();
+        plan.threads = 4;
+        plan.ready_for = 30_000;
+        plan.options.job.speed = 0;
+        plan.options.sync = MirrorSync::Full;
+        for _ in 0..4 {
+            plan.asks.push((10 + rng.below(20_000), Asking::Plant));
+        }
     });
     drive(&mut sim, mirror);
     sim.finish();
@@ -1412,6 +1437,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
                     if let Poll::Ready(driven) = polled {
                         break Some(driven);
                     }
+                    sim.take_events();
                 }
                 signal = sim.step();
                 if !matches!(signal, Signal::GoOn) {
@@ -1836,8 +1862,12 @@ mod sabotage {
         (Sabotage::ForgetDoubt, 400),
         (Sabotage::TellRaces, 1500),
         (Sabotage::TellOnly, 200),
+        (Sabotage::KeepSuspicion, 2000),
         (Sabotage::ReadyInDoubt, 100),
     ];
+
+    /// The same, where zeroes are written to what is compared.
+    const BROKEN_IN_DOUBT_OF_ZEROES: &[(Sabotage, u64)] = &[(Sabotage::TrustDoubtful, 2000)];
 
     /// The same, with many zeroes.
     const BROKEN_WITH_ZEROES: &[(Sabotage, u64)] = &[
@@ -1888,7 +1918,11 @@ mod sabotage {
         let doubts = BROKEN_IN_DOUBT
             .iter()
             .map(|broken| (broken, run_verify as _));
+        let doubted = BROKEN_IN_DOUBT_OF_ZEROES
+            .iter()
+            .map(|broken| (broken, run_verify_zeroes as _));
         let all = all.chain(active).chain(chains).chain(zeroes).chain(doubts);
+        let all = all.chain(doubted);
         for (&(sabotage, seeds), run) in all {
             break_on_this_thread(Some(sabotage));
             let noticed = (0..seeds).find_map(|seed| Some((seed, notices(run, seed)?)));
