@@ -399,6 +399,9 @@ struct Planted {
     damaged: BTreeSet<usize>,
     /// Those of them that were there before the last verification that was cut short, and may be mended.
     stale: BTreeSet<usize>,
+    /// What was damaged and not told when the last checkpoint was taken, and what was damaged since: that does not
+    /// know of it.
+    since: BTreeSet<usize>,
     /// Blocks of an older copy that differ.
     older: BTreeSet<usize>,
     /// What was told, in bytes.
@@ -625,6 +628,7 @@ impl Sim {
             target.bytes[at].copy_from_slice(&wrong);
             target.blocks[block].content = blockjob::Content::Data;
             self.planted.damaged.insert(block);
+            self.planted.since.insert(block);
         }
     }
 
@@ -940,6 +944,8 @@ impl Sim {
         self.node.bitmaps().clear(SINCE).unwrap();
         self.checkpoints.push(mirror.checkpoint(id).unwrap());
         self.generation += 1;
+        let untold = self.planted.damaged.union(&self.planted.stale);
+        self.planted.since = untold.copied().collect();
     }
 
     /// The process ends with the job in its midst; what was requested of the disks goes on.
@@ -1150,6 +1156,7 @@ fn run_chain(seed: u64) -> Report {
         plan.die_at(&mut rng);
         plan.add_mode(&mut mode_rng(seed));
         plan.add_zeroes(&mut Rng::new(seed ^ 0x0_2e20));
+        plan.add_verify(&mut Rng::new(seed ^ 0x0e_21f7));
     });
     drive(&mut sim, mirror);
     while !(sim.report.switched || sim.checkpoints.is_empty()) && sim.report.resumed < 4 {
@@ -1189,6 +1196,7 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
         world,
         checkpoints,
         mut report,
+        planted,
         ..
     } = sim;
     world.borrow_mut().end_of_process();
@@ -1200,6 +1208,9 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
     plan.go_by(rng, since.bitmap);
     plan.asks = vec![(PEACE, Asking::MakePeace)];
     plan.die_at(rng);
+    if plan.target.compare.is_some() && rng.one_in(2) {
+        plan.asks.push((10 + rng.below(5_000), Asking::Plant));
+    }
     let node = Node::new(plan.source.len);
     plan.bitmaps(&node);
     // Some files are older, and one is of another target.
@@ -1237,6 +1248,9 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
     };
     let mut sim = Sim::new(world, node, resumed.job().clone(), plan, load);
     sim.report = report;
+    sim.planted.stale = planted.since.clone();
+    sim.planted.since = planted.since;
+    sim.planted.granularity = resumed.granularity().bytes();
     sim.is_resumed = true;
     sim.checkpoints = checkpoints;
     sim.generation = generation;
@@ -1726,11 +1740,13 @@ fn every_chain_of_processes_keeps_the_promises() {
     let reports: Vec<Report> = (first..first + count).map(run_it).collect();
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
     println!(
-        "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused",
+        "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused; \
+         {} that have found damage",
         count_of(|r| r.resumed > 0),
         count_of(|r| r.resumed > 1),
         count_of(|r| r.resumed > 0 && r.switched),
         count_of(|r| r.refused > 0),
+        count_of(|r| r.resumed > 0 && r.found > 0),
     );
     if count >= 1_000 {
         let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
@@ -1738,6 +1754,7 @@ fn every_chain_of_processes_keeps_the_promises() {
         assert!(share(|r| r.resumed > 1) > 0.05);
         assert!(share(|r| r.resumed > 0 && r.switched) > 0.1);
         assert!(share(|r| r.refused > 0) > 0.1);
+        assert!(share(|r| r.resumed > 0 && r.found > 0) > 0.01);
     }
 }
 
