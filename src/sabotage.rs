@@ -34,15 +34,17 @@ pub enum Sabotage {
     TrustZeroesAtOnce,
     /// Zeroes 4: a part of a cluster is left, and what is written beside it fills it.
     LeaveParts,
-    /// Doubts 4: what is doubtful, and gets zero, is left as it is where the target was known to read so.
-    TrustZeroesInDoubt,
     /// Doubts 1: what could not be compared is taken for equal.
     ForgetDoubt,
     /// Doubts 2: what a guest write has changed meanwhile is told to differ.
     TellRaces,
     /// Doubts 3: what differs is told and not copied.
     TellOnly,
-    /// Mirror 11: ready is told while something is doubtful.
+    /// Doubts 4: what is dirty and doubtful is copied by what was known of the target before.
+    TrustDoubtful,
+    /// Doubts 4: what an active write has changed is suspected on.
+    KeepSuspicion,
+    /// Mirror 12: ready is told while something is doubtful.
     ReadyInDoubt,
     /// Copy machinery 9: what was written in part, and is not in the top layer, is left so.
     SkipTorn,

@@ -400,6 +400,9 @@ struct Planted {
     damaged: BTreeSet<usize>,
     /// Those of them that were there before the last verification that was cut short, and may be mended.
     stale: BTreeSet<usize>,
+    /// What was damaged and not told when the last checkpoint was taken, and what was damaged since: that does not
+    /// know of it.
+    since: BTreeSet<usize>,
     /// Blocks of an older copy that differ.
     older: BTreeSet<usize>,
     /// What was told, in bytes.
@@ -626,6 +629,7 @@ impl Sim {
             target.bytes[at].copy_from_slice(&wrong);
             target.blocks[block].content = blockjob::Content::Data;
             self.planted.damaged.insert(block);
+            self.planted.since.insert(block);
         }
     }
 
@@ -655,7 +659,7 @@ impl Sim {
         self.planted.damaged.contains(&block) || self.planted.stale.contains(&block)
     }
 
-    /// It is told to differ: so it does, and no guest write has to do with it.
+    /// It is told to differ: so it does at this moment, and no guest write has to do with it.
     fn differs(&mut self, range: ByteRange) {
         let world = self.world.borrow();
         let granularity = self.planted.granularity;
@@ -669,7 +673,8 @@ impl Sim {
                 let is_undefined = blocks
                     .get(block)
                     .is_some_and(|block| block.content == blockjob::Content::Undefined);
-                self.is_damaged(block) || self.planted.older.contains(&block) || is_undefined
+                let is_planted = self.is_damaged(block) || self.planted.older.contains(&block);
+                is_undefined || (is_planted && !is_equal(&world.disks, block))
             });
             assert!(is_right, "{granule} is told to differ and does not");
             start = granule.end();
@@ -940,6 +945,8 @@ impl Sim {
         self.node.bitmaps().clear(SINCE).unwrap();
         self.checkpoints.push(mirror.checkpoint(id).unwrap());
         self.generation += 1;
+        let untold = self.planted.damaged.union(&self.planted.stale);
+        self.planted.since = untold.copied().collect();
     }
 
     /// The process ends with the job in its midst; what was requested of the disks goes on.
@@ -1078,6 +1085,30 @@ fn run_verify(seed: u64) -> Report {
         for _ in 0..rng.between(1, 4) {
             plan.asks.push((10 + rng.below(20_000), Asking::Plant));
         }
+        if rng.one_in(3) {
+            plan.zero_often();
+            plan.options.detect_zeroes = rng.one_in(2);
+        }
+    });
+    drive(&mut sim, mirror);
+    sim.finish();
+    sim.report
+}
+
+/// The same, with much that is zero on both disks, where the guest writes zeroes once more.
+#[cfg(debug_assertions)]
+fn run_verify_zeroes(seed: u64) -> Report {
+    let mut rng = Rng::new(seed ^ 0x0e_21f8);
+    let (mut sim, mirror) = begin(seed, |plan| {
+        plan.target.compare = Some(CompareBy::Reading);
+        plan.zero_often();
+        plan.threads = 4;
+        plan.ready_for = 30_000;
+        plan.options.job.speed = 0;
+        plan.options.sync = MirrorSync::Full;
+        for _ in 0..4 {
+            plan.asks.push((10 + rng.below(20_000), Asking::Plant));
+        }
     });
     drive(&mut sim, mirror);
     sim.finish();
@@ -1126,6 +1157,7 @@ fn run_chain(seed: u64) -> Report {
         plan.die_at(&mut rng);
         plan.add_mode(&mut mode_rng(seed));
         plan.add_zeroes(&mut Rng::new(seed ^ 0x0_2e20));
+        plan.add_verify(&mut Rng::new(seed ^ 0x0e_21f7));
     });
     drive(&mut sim, mirror);
     while !(sim.report.switched || sim.checkpoints.is_empty()) && sim.report.resumed < 4 {
@@ -1165,6 +1197,7 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
         world,
         checkpoints,
         mut report,
+        planted,
         ..
     } = sim;
     world.borrow_mut().end_of_process();
@@ -1176,6 +1209,9 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
     plan.go_by(rng, since.bitmap);
     plan.asks = vec![(PEACE, Asking::MakePeace)];
     plan.die_at(rng);
+    if plan.target.compare.is_some() && rng.one_in(2) {
+        plan.asks.push((10 + rng.below(5_000), Asking::Plant));
+    }
     let node = Node::new(plan.source.len);
     plan.bitmaps(&node);
     // Some files are older, and one is of another target.
@@ -1213,6 +1249,9 @@ fn next_process(mut sim: Sim, rng: &mut Rng) -> (Sim, Mirror) {
     };
     let mut sim = Sim::new(world, node, resumed.job().clone(), plan, load);
     sim.report = report;
+    sim.planted.stale = planted.since.clone();
+    sim.planted.since = planted.since;
+    sim.planted.granularity = resumed.granularity().bytes();
     sim.is_resumed = true;
     sim.checkpoints = checkpoints;
     sim.generation = generation;
@@ -1420,6 +1459,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
                     if let Poll::Ready(driven) = polled {
                         break Some(driven);
                     }
+                    sim.take_events();
                 }
                 signal = sim.step();
                 if !matches!(signal, Signal::GoOn) {
@@ -1708,11 +1748,13 @@ fn every_chain_of_processes_keeps_the_promises() {
     let reports: Vec<Report> = (first..first + count).map(run_it).collect();
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
     println!(
-        "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused",
+        "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused; \
+         {} that have found damage",
         count_of(|r| r.resumed > 0),
         count_of(|r| r.resumed > 1),
         count_of(|r| r.resumed > 0 && r.switched),
         count_of(|r| r.refused > 0),
+        count_of(|r| r.resumed > 0 && r.found > 0),
     );
     if count >= 1_000 {
         let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
@@ -1720,6 +1762,7 @@ fn every_chain_of_processes_keeps_the_promises() {
         assert!(share(|r| r.resumed > 1) > 0.05);
         assert!(share(|r| r.resumed > 0 && r.switched) > 0.1);
         assert!(share(|r| r.refused > 0) > 0.1);
+        assert!(share(|r| r.resumed > 0 && r.found > 0) > 0.01);
     }
 }
 
@@ -1844,8 +1887,12 @@ mod sabotage {
         (Sabotage::ForgetDoubt, 400),
         (Sabotage::TellRaces, 1500),
         (Sabotage::TellOnly, 200),
+        (Sabotage::KeepSuspicion, 2000),
         (Sabotage::ReadyInDoubt, 100),
     ];
+
+    /// The same, where zeroes are written to what is compared.
+    const BROKEN_IN_DOUBT_OF_ZEROES: &[(Sabotage, u64)] = &[(Sabotage::TrustDoubtful, 2000)];
 
     /// The same, with many zeroes.
     const BROKEN_WITH_ZEROES: &[(Sabotage, u64)] = &[
@@ -1896,7 +1943,11 @@ mod sabotage {
         let doubts = BROKEN_IN_DOUBT
             .iter()
             .map(|broken| (broken, run_verify as _));
+        let doubted = BROKEN_IN_DOUBT_OF_ZEROES
+            .iter()
+            .map(|broken| (broken, run_verify_zeroes as _));
         let all = all.chain(active).chain(chains).chain(zeroes).chain(doubts);
+        let all = all.chain(doubted);
         for (&(sabotage, seeds), run) in all {
             break_on_this_thread(Some(sabotage));
             let noticed = (0..seeds).find_map(|seed| Some((seed, notices(run, seed)?)));
