@@ -191,7 +191,7 @@ impl Mirror {
         // Those under way go nowhere any more; what of them is at the target counts as left.
         let writes = self.active.writes.take();
         let active = writes.as_ref().map(ActiveWrites::claims);
-        drop(writes);
+        self.active.left_at_target = writes.map_or(0, ActiveWrites::end);
         let mut scanned = 0;
         let dirty = bitmap.detach(claim, |left| {
             if let (Some(active), false) = (&active, is_broken(Sabotage::LeaveOutActives)) {
