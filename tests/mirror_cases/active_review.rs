@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use blockjob::{
-    Begin, ByteRange, Change, CheckpointId, CopyMode, Lane, Limits, Mirror, MirrorOptions, OnError,
-    OpKind, PendingWrite, Side, TargetWrite, Ticket,
+    Adaptive, Begin, ByteRange, Change, CheckpointId, CopyMode, Lane, Limits, Mirror,
+    MirrorOptions, OnError, OpKind, PendingWrite, Side, TargetWrite, Ticket,
 };
 
 use crate::machine::{Count, KIB, MS, Machine, bytes};
@@ -78,6 +78,51 @@ fn a_usual_write_that_ends_beside_an_active_one_is_not_forgotten() {
         let _ = machine.drive();
         assert!(machine.is_equal(), "usual one first: {is_first}");
     }
+}
+
+/// Of an adaptive mirror a write waits for the job only so long. Then it goes as a usual one, beside active ones.
+#[test]
+fn a_write_that_has_waited_too_long_goes_alone_and_is_copied_again() {
+    let mut machine = Machine::ready(LEN, active());
+    // So it is write-blocking from its first window on.
+    machine.now += 200 * MS;
+    let _ = machine.take_all();
+    let adaptive = Adaptive::default();
+    change(&machine, CopyMode::Adaptive(adaptive));
+    // Something that the job is copying.
+    let skipped = go(&machine, 0..GRANULE);
+    machine.guest_lands(0..GRANULE, 1);
+    skipped.source_written(true).unwrap().skip();
+    machine.now += 20 * MS;
+    let _ = machine.take_all();
+    assert_eq!(machine.kinds(), [OpKind::Status((0..GRANULE).into())]);
+    let mut wide = wait(&machine, 0..2 * GRANULE);
+    assert!(wide.try_begin().is_none());
+    let until = machine
+        .take_all()
+        .wait()
+        .expect("it does not wait for ever");
+    assert!(until <= machine.now + 2 * adaptive.latency_max);
+    machine.now += 2 * adaptive.latency_max - MS;
+    let _ = machine.take_all();
+    assert!(wide.try_begin().is_none());
+    machine.now += MS;
+    let _ = machine.take_all();
+
+    // One that began before it, and ends after it.
+    let active = go(&machine, GRANULE..2 * GRANULE);
+    let alone = wide.try_begin().expect("it waits no more").unwrap();
+    assert!(active.is_active() && !alone.is_active());
+    machine.guest_lands(GRANULE..2 * GRANULE, 0xac);
+    machine.guest_lands(0..2 * GRANULE, 0x05);
+    alone.finish(());
+    if let Some(half) = active.source_written(true) {
+        to_target(&mut machine, half, 0xac);
+    }
+    let left = machine.mirror().left_dirty().unwrap();
+    assert!(left.all_dirty_in(0..2 * GRANULE), "{left:?}");
+    let _ = machine.drive();
+    assert!(machine.is_equal());
 }
 
 #[test]
@@ -204,7 +249,10 @@ fn a_broken_invariant_is_noticed() {
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
     break_on_this_thread(Some(Sabotage::CleanBesideOthers));
-    let is_noticed = fails(a_usual_write_that_ends_beside_an_active_one_is_not_forgotten);
+    let noticed = [
+        fails(a_usual_write_that_ends_beside_an_active_one_is_not_forgotten),
+        fails(a_write_that_has_waited_too_long_goes_alone_and_is_copied_again),
+    ];
     break_on_this_thread(None);
-    assert!(is_noticed);
+    assert_eq!(noticed, [true, true]);
 }
