@@ -976,7 +976,11 @@ impl Sim {
             }
             Err(JobError::Cancelled { abandoned }) => {
                 assert_eq!(info.cancel, Some(Cancel::Force));
-                assert!(*abandoned == 0 || self.plan.options.job.cancel_grace.is_some());
+                let may_abandon = self.plan.options.job.cancel_grace.is_some();
+                assert!(
+                    may_abandon || *abandoned <= self.plan.threads,
+                    "active writes only"
+                );
                 self.report.cancelled = true;
             }
             Err(error) => {

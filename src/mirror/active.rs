@@ -26,6 +26,8 @@ pub(super) struct Active {
     /// Bytes that active writes have brought to the target, and how many writes were there.
     written: u64,
     count: u64,
+    /// How many were at the target when the job ended.
+    pub(super) left_at_target: u64,
     watch: Watch,
 }
 

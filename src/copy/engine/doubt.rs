@@ -313,26 +313,23 @@ impl Engine {
         let mut differing: Vec<ByteRange> = Vec::new();
         let runs: Vec<ByteRange> = doubts.suspects.runs().collect();
         let align = self.shape.cluster.unwrap_or(1).max(self.shape.block);
+        let asked = doubts.to_ask.iter().chain(doubts.asking.values()).copied();
+        let compared = self.claims.iter().filter_map(|claim| match claim.state {
+            ClaimState::Planned(OpKind::Compare(range, _)) => Some(range),
+            _ => None,
+        });
+        let running = self.running.iter().filter_map(|out| match out.kind {
+            OpKind::Compare(range, _) => Some(range),
+            _ => None,
+        });
+        let undecided = joined(asked.chain(compared).chain(running).collect());
         for mut rest in runs {
             while !rest.is_empty() {
                 let unit = self.shape.widen(rest.split_at(rest.start() + 1).0, align);
                 let part;
                 (part, rest) = rest.split_at(unit.end());
                 // What is copied at once is told at once, or some of it would be mended unseen.
-                let mut asked = doubts.to_ask.iter().chain(doubts.asking.values());
-                let is_open = asked.any(|asked| asked.overlaps(unit));
-                let is_claimed = self
-                    .claims
-                    .overlapping(unit)
-                    .any(|claim| match claim.state {
-                        ClaimState::Planned(OpKind::Compare(..)) => true,
-                        ClaimState::Running(id) => self
-                            .running
-                            .iter()
-                            .any(|out| out.id == id && matches!(out.kind, OpKind::Compare(..))),
-                        _ => false,
-                    });
-                if is_open || is_claimed || doubts.map.any_dirty_in(unit) {
+                if has_any(&undecided, unit) || doubts.map.any_dirty_in(unit) {
                     continue;
                 }
                 match differing.last_mut() {
@@ -398,4 +395,25 @@ impl Engine {
             doubts.open.reset_all();
         }
     }
+}
+
+/// In their order, those that touch as one.
+fn joined(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
+    ranges.sort_unstable_by_key(|range| range.start());
+    let mut joined: Vec<ByteRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end() >= range.start() => {
+                *last = (last.start()..last.end().max(range.end())).into();
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Whether one of those that were [joined] overlaps `range`.
+fn has_any(joined: &[ByteRange], range: ByteRange) -> bool {
+    let next = joined.partition_point(|known| known.end() <= range.start());
+    joined.get(next).is_some_and(|known| known.overlaps(range))
 }
