@@ -161,7 +161,7 @@ impl Engine {
     fn compare_max(&self, by: CompareBy) -> u64 {
         let buffers = OpKind::Compare((0..1).into(), by).buffered_bytes();
         let block = self.shape.block;
-        let most = (self.background_max / buffers & !(block - 1)).max(block);
+        let most = ((self.background_max / buffers) & !(block - 1)).max(block);
         self.shape.chunk_max.min(most)
     }
 
