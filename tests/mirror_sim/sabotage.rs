@@ -74,8 +74,8 @@ const BROKEN_IN_CHAINS: &[(Sabotage, u64)] = &[
 #[test]
 fn every_broken_invariant_is_noticed() {
     expect_panics();
-    let all: [(_, fn(u64) -> Report); 6] = [
-        (BROKEN, run),
+    let all = [
+        (BROKEN, run as fn(u64) -> Report),
         (BROKEN_WHEN_ACTIVE, run_active),
         (BROKEN_IN_CHAINS, run_chain),
         (BROKEN_WITH_ZEROES, run_zeroes),
