@@ -63,6 +63,7 @@ pub mod cost {}
 mod hash;
 mod iter;
 mod merge;
+mod ones;
 mod rescale;
 mod resize;
 mod search;

@@ -204,6 +204,18 @@ impl Summary {
         self.rebuild();
     }
 
+    /// Stores what 64 words hold. Nobody is told: [`rebuild`](Self::rebuild) follows.
+    #[inline]
+    pub(super) fn put(&mut self, block: usize, pair: Pair) {
+        self.lowest[block] = pair.into();
+    }
+
+    /// Whether of each so many blocks one has a mixed word.
+    pub(super) fn is_mixed_in_each(&self, blocks: usize) -> bool {
+        let mut pages = self.lowest.chunks(blocks);
+        pages.all(|page| page.iter().any(|pair| pair[0] != 0))
+    }
+
     /// Computes the upper levels from the lowest.
     pub(super) fn rebuild(&mut self) {
         let mut below = &self.lowest;
