@@ -54,6 +54,7 @@ use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 
 use crate::memory::{self, OutOfMemory};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 use summary::Summary;
 
@@ -184,16 +185,20 @@ impl HBitmap {
             return Err(CreateError::TooLong { len });
         }
         let granules = granularity.granules_in(len);
-        if granules > Self::GRANULES_MAX {
+        if granules > Self::GRANULES_MAX && !is_broken(Sabotage::ForgetMost) {
             return Err(CreateError::TooManyGranules { granules });
         }
-        Ok(Self {
+        let mut map = Self {
             len,
             granularity,
             count: 0,
             words: Vec::new(),
             summary: Summary::default(),
-        })
+        };
+        if is_broken(Sabotage::TakeMemoryAtOnce) {
+            map.reserve()?;
+        }
+        Ok(map)
     }
 
     /// Takes the memory that a map else takes when its first granule gets dirty.
@@ -495,6 +500,66 @@ mod sabotage {
         let mut map = map();
         map.count -= 1;
         map.check_invariants();
+    }
+
+    /// Three blocks, of which the first and the last have a mixed word each.
+    fn wide() -> HBitmap {
+        let mut map = HBitmap::new(3 * 4096, Granularity::from_bytes(1).unwrap()).unwrap();
+        map.set(5..6).unwrap();
+        map.set(3 * 4096 - 7..3 * 4096 - 6).unwrap();
+        map
+    }
+
+    fn what_is_filled_is_not_written() {
+        let mut map = wide();
+        map.set_all();
+        assert!(map.words[64..128].iter().all(|word| *word == 0), "written");
+        map.check_invariants();
+        let mut map = wide();
+        map.set(100..3 * 4096 - 100).unwrap();
+        assert!(map.words[64..128].iter().all(|word| *word == 0), "written");
+        map.check_invariants();
+    }
+
+    #[test]
+    fn invariant_10_what_is_filled_is_not_written() {
+        what_is_filled_is_not_written();
+        #[cfg(debug_assertions)]
+        {
+            use crate::sabotage::break_on_this_thread;
+            break_on_this_thread(Some(Sabotage::WriteFull));
+            let found = std::panic::catch_unwind(what_is_filled_is_not_written);
+            break_on_this_thread(None);
+            assert!(found.is_err(), "goes unnoticed");
+        }
+    }
+
+    /// Words of a uniform block that hold what nobody may ever see.
+    #[test]
+    fn invariant_10_what_is_uniform_is_not_read() {
+        for is_full in [false, true] {
+            let mut map = wide();
+            if is_full {
+                map.set(4096..2 * 4096).unwrap();
+            }
+            let sound = map.clone();
+            let words = &mut map.words[64..128];
+            words.iter_mut().step_by(3).for_each(|word| *word = 0xabcd);
+
+            assert!(map.iter().eq(&sound) && map.runs().eq(sound.runs()));
+            assert_eq!(map, sound);
+            assert_eq!(map.clone().words, sound.words);
+            let (mut some, mut expected) = ([7; 192], [7; 192]);
+            map.export_words(0, &mut some).unwrap();
+            sound.export_words(0, &mut expected).unwrap();
+            assert_eq!(some, expected);
+            let mut merged = wide();
+            merged.merge_from(&map).unwrap();
+            assert_eq!(merged, sound);
+            let mut rest = sound.clone();
+            rest.subtract(&map).unwrap();
+            assert!(rest.is_clean());
+        }
     }
 
     #[test]

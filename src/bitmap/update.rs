@@ -93,6 +93,9 @@ impl HBitmap {
     #[cold]
     #[inline(never)]
     fn set_at_the_end(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        if is_broken(Sabotage::SetAndRefuse) {
+            self.set_run(self.granularity.outward(self.clip(range)));
+        }
         self.check_bounds(range)?;
         Ok(self.set_run(self.granularity.outward(range)))
     }
@@ -574,7 +577,7 @@ fn fill_blocks<const DIRTY: bool>(map: &mut HBitmap, blocks: Range<usize>) -> u6
             continue;
         };
         ones += u64::from(pair.full.count_ones()) * 64;
-        if pair.mixed != 0 {
+        if pair.mixed != 0 || is_broken(Sabotage::WriteFull) {
             ones += replace(&mut map.words[block * 64..][..64], changed::<DIRTY>(0, !0));
         } else if pair.full != 0 && !DIRTY {
             clear(&mut map.words[block * 64..][..64]);

@@ -364,6 +364,9 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     let granules = map.granules();
     let no_memory = |OutOfMemory| CreateError::OutOfMemory { granules };
     let (last, past_end) = map.last_word();
+    if words[last].get() & kept(past_end) == 0 && words[..last].iter().all(|word| word.get() == 0) {
+        return Ok(false);
+    }
     let mut summary = Summary::new(words.len() as u64).map_err(no_memory)?;
     let mut ones = Ones::default();
     for (block, given) in words.chunks(64).enumerate() {
@@ -383,9 +386,6 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
         summary.put(block, pair);
     }
     let count = ones.total();
-    if count == 0 {
-        return Ok(false);
-    }
     summary.rebuild();
     if summary.is_mixed_in_each(PAGE / 64) {
         let mut all = Vec::new();
