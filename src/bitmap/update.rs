@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! of a word       the word and its pair are written, and nobody else is told while the block stays mixed
+//! a few           the same of two words at once, which may be one
 //! of a block      edge words │ words between, at once   ──▶ the pair, once
 //! of many         first block │ whole blocks, of which only mixed ones are read │ last   ──▶ those above, once
 //! ```
@@ -271,7 +272,7 @@ impl HBitmap {
     ///
     /// Word and pair are both written, whatever they held. A branch on whether the word was 0 would save the pair
     /// where it was not; but it is hard to predict, and is found out only when the word has come from far memory,
-    /// while nothing after it goes on. What others have to learn of is left to [`change_and_tell`], from its beginning:
+    /// while nothing after it goes on. What others have to learn of is left to [`change_and_tell`](Self::change_and_tell), from its beginning:
     /// a call amid of what is done here would make all of it longer.
     #[inline]
     fn set_bits(&mut self, at: usize, mask: u64) -> u64 {
@@ -339,7 +340,7 @@ impl HBitmap {
         self.summary.mark(at, Class::of(holds));
     }
 
-    /// As [`change_few`](Self::change_few), for any number.
+    /// As [`change_few`], for any number.
     fn change_many<const DIRTY: bool>(&mut self, granules: Range<u64>) -> bool {
         if DIRTY {
             self.set_run(granules)
@@ -409,8 +410,8 @@ fn reset_few(map: &mut HBitmap, first: u64, last: u64) -> bool {
     change_few::<false>(map, first, last)
 }
 
-/// Up to 64 granules, nearly always of one block, lie in a word or two. Which it is, is hard to predict, so it is
-/// not asked: if it is one, nothing is done for the second time.
+/// Up to 64 granules, nearly always of one block, lie in a word or two. Which it is, is hard to predict, so there is no
+/// branch for it: if it is one, the same is written to it twice.
 #[inline(always)]
 fn change_few<const DIRTY: bool>(map: &mut HBitmap, first: u64, last: u64) -> bool {
     let (a, b) = (word_of(first), word_of(last));

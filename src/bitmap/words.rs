@@ -401,7 +401,9 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
             }
         }
     }
-    map.words[last] &= kept(past_end);
+    if map.words[last] & !kept(past_end) != 0 {
+        map.words[last] &= kept(past_end);
+    }
     map.summary = summary;
     map.count = if is_broken(Sabotage::ForgetCount) {
         0
