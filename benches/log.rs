@@ -40,6 +40,7 @@ use std::time::{Duration, Instant};
 use blockjob::{ByteRange, DirtyLog, Granularity, HBitmap};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
+use multiversion::multiversion;
 use parking_lot::Mutex;
 
 #[path = "support/random.rs"]
@@ -168,14 +169,19 @@ impl Marked for Limit {
     }
 
     fn drain(&self) -> u64 {
-        // To write what is 0 already is cheaper than to guess whether it is.
-        let take = |word: &AtomicU64| {
-            let bits = word.load(Ordering::Relaxed);
-            word.store(0, Ordering::Relaxed);
-            u64::from(bits.count_ones())
-        };
-        self.0.0.iter().map(take).sum()
+        take_all(&self.0.0)
     }
+}
+
+#[multiversion(targets("x86_64+popcnt"))]
+fn take_all(words: &[AtomicU64]) -> u64 {
+    // To write what is 0 already is cheaper than to guess whether it is.
+    let take = |word: &AtomicU64| {
+        let bits = word.load(Ordering::Relaxed);
+        word.store(0, Ordering::Relaxed);
+        u64::from(bits.count_ones())
+    };
+    words.iter().map(take).sum()
 }
 
 /// Granules anywhere, a list for each of so many threads.
