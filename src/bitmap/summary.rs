@@ -179,7 +179,7 @@ impl BlockMut<'_> {
 }
 
 /// All pairs of a map, on as many levels as it takes to come to one.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Summary {
     /// One for 64 words each. Empty in a map without memory.
     lowest: Vec<Stored>,
@@ -485,10 +485,7 @@ impl Summary {
                 );
             }
         }
-        let mut rebuilt = Self {
-            lowest: self.lowest.clone(),
-            upper: self.upper.clone(),
-        };
+        let mut rebuilt = self.clone();
         rebuilt.rebuild();
         assert_eq!(rebuilt.upper, self.upper, "2: what upper levels say");
     }

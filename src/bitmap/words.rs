@@ -18,7 +18,7 @@ use multiversion::multiversion;
 
 use super::ones::Ones;
 use super::summary::{Class, Pair, Summary};
-use super::word::{bits_from, bits_to, ones};
+use super::word::{PAGE, bits_from, bits_to, ones};
 use super::{CreateError, HBitmap};
 use crate::memory::{self, OutOfMemory};
 use crate::sabotage::{Sabotage, is_broken};
@@ -351,9 +351,6 @@ impl<'a> Iterator for Spans<'a> {
         })
     }
 }
-
-/// Words in a row that share a page of memory, or two.
-const PAGE: usize = 512;
 
 /// Puts all of its words into a map that has no memory yet.
 ///
