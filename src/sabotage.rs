@@ -278,10 +278,20 @@ pub enum Sabotage {
     LetGoLate,
     /// Bitmap 5: a reset that cuts a granule clears all of it.
     RoundReset,
+    /// Bitmap 6: a range that ends past the map is refused, and what of it is in the map is set.
+    SetAndRefuse,
+    /// Bitmap 7: queries go on to the end of the last granule, which may be past the end.
+    AskPastEnd,
     /// Bitmap 8: a cursor that has ended goes on when something is set ahead of where it was.
     ForgetEnd,
     /// Bitmap 9: a granule is taken away although the other map has only a part of it.
     SubtractParts,
+    /// Bitmap 10: what is filled far and wide is written.
+    WriteFull,
+    /// Bitmap 11: a map may have any number of granules.
+    ForgetMost,
+    /// Bitmap 12: a map takes its memory when it is made.
+    TakeMemoryAtOnce,
     /// Stored bitmap 2: the CRCs of records are not looked at.
     IgnoreCrc,
     /// Stored bitmap 2: dirty granules are not counted.
