@@ -15,6 +15,8 @@
 //!     flat            an atomic word for 64 granules, looked at and then written; it has no fence, so that
 //!                     data in memory may be read as it was before a write that was marked
 //!     flat_fenced     the same with the fence that the log has
+//!     limit           flat words that are drained by a load and a store each, so that nobody may mark meanwhile:
+//!                     what a drain takes that loses nothing only while the guest stands still
 //! ```
 //!
 //! All on 1 TiB at 64 KiB. The time of a mark is that of the whole, from the first thread's start to the
@@ -38,6 +40,7 @@ use std::time::{Duration, Instant};
 use blockjob::{ByteRange, DirtyLog, Granularity, HBitmap};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, SamplingMode, Throughput};
+use multiversion::multiversion;
 use parking_lot::Mutex;
 
 #[path = "support/random.rs"]
@@ -149,6 +152,36 @@ impl<const FENCED: bool> Marked for Flat<FENCED> {
         }
         count
     }
+}
+
+/// [`Flat`], drained by loads and stores: it loses what is marked meanwhile.
+struct Limit(Flat<false>);
+
+impl Marked for Limit {
+    const NAME: &'static str = "limit";
+
+    fn new() -> Self {
+        Self(Flat::new())
+    }
+
+    fn mark(&self, granule: u64) {
+        self.0.mark(granule);
+    }
+
+    fn drain(&self) -> u64 {
+        take_all(&self.0.0)
+    }
+}
+
+#[multiversion(targets("x86_64+popcnt"))]
+fn take_all(words: &[AtomicU64]) -> u64 {
+    // To write what is 0 already is cheaper than to guess whether it is.
+    let take = |word: &AtomicU64| {
+        let bits = word.load(Ordering::Relaxed);
+        word.store(0, Ordering::Relaxed);
+        u64::from(bits.count_ones())
+    };
+    words.iter().map(take).sum()
 }
 
 /// Granules anywhere, a list for each of so many threads.
@@ -326,6 +359,9 @@ fn measure(criterion: &mut Criterion) {
         workload.run::<DirtyLog>(&mut group);
         workload.run::<Flat<true>>(&mut group);
         workload.run::<Flat<false>>(&mut group);
+        if let Workload::DrainRandom | Workload::DrainRuns = workload {
+            workload.run::<Limit>(&mut group);
+        }
         workload.run::<Mutex<HBitmap>>(&mut group);
         group.finish();
     }
@@ -337,6 +373,7 @@ fn main() -> io::Result<()> {
             DirtyLog::NAME,
             <Flat<true>>::NAME,
             <Flat<false>>::NAME,
+            Limit::NAME,
             <Mutex<HBitmap>>::NAME,
         ];
         let groups = WORKLOADS.map(|workload| format!("log/{workload}"));

@@ -19,24 +19,30 @@ pub(crate) fn is_zero(bytes: &[u8]) -> bool {
 /// In what pieces differences are told.
 const PIECE: u64 = 512;
 
-/// What differs of two pieces of disks that start at `offset`, in multiples of [`PIECE`] bytes, or to the end.
+/// What differs of two pieces of disks that start at `offset`, in multiples of [`PIECE`] bytes, or to the end. What
+/// only one of them has differs.
 pub(crate) fn differing(one: &[u8], other: &[u8], offset: u64) -> Vec<ByteRange> {
     let mut found: Vec<ByteRange> = Vec::new();
     if one == other {
         return found;
     }
+    let mut tell = |range: ByteRange| match found.last_mut() {
+        Some(last) if last.end() == range.start() => *last = (last.start()..range.end()).into(),
+        _ => found.push(range),
+    };
     let end = offset + one.len().min(other.len()) as u64;
     let mut start = offset;
     while start < end {
         let next = (start - start % PIECE).saturating_add(PIECE).min(end);
         let bytes = (start - offset) as usize..(next - offset) as usize;
         if one[bytes.clone()] != other[bytes] {
-            match found.last_mut() {
-                Some(last) if last.end() == start => *last = (last.start()..next).into(),
-                _ => found.push((start..next).into()),
-            }
+            tell((start..next).into());
         }
         start = next;
+    }
+    let rest = ByteRange::from(end..offset + one.len().max(other.len()) as u64);
+    if !rest.is_empty() {
+        tell(rest);
     }
     found
 }
@@ -66,6 +72,21 @@ mod tests {
         let expected: [ByteRange; 3] =
             [(100..1024).into(), (1536..2048).into(), (3072..3100).into()];
         assert_eq!(differing(&one, &other, 100), expected);
+    }
+
+    /// A device that gives back another buffer than it was given has not read what was asked for.
+    #[test]
+    fn what_only_one_has_differs() {
+        let one = vec![7u8; 1000];
+        let tail: [ByteRange; 1] = [(700..1100).into()];
+        assert_eq!(differing(&one, &one[..600], 100), tail);
+        assert_eq!(differing(&one[..600], &one, 100), tail);
+        let all: [ByteRange; 1] = [(100..1100).into()];
+        assert_eq!(differing(&[], &one, 100), all);
+        let mut other = one[..600].to_vec();
+        other[599] = 1;
+        let last: [ByteRange; 1] = [(512..1100).into()];
+        assert_eq!(differing(&one, &other, 100), last);
     }
 
     #[test]

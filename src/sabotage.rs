@@ -34,15 +34,17 @@ pub enum Sabotage {
     TrustZeroesAtOnce,
     /// Zeroes 4: a part of a cluster is left, and what is written beside it fills it.
     LeaveParts,
-    /// Doubts 4: what is doubtful, and gets zero, is left as it is where the target was known to read so.
-    TrustZeroesInDoubt,
     /// Doubts 1: what could not be compared is taken for equal.
     ForgetDoubt,
     /// Doubts 2: what a guest write has changed meanwhile is told to differ.
     TellRaces,
     /// Doubts 3: what differs is told and not copied.
     TellOnly,
-    /// Mirror 11: ready is told while something is doubtful.
+    /// Doubts 4: what is dirty and doubtful is copied by what was known of the target before.
+    TrustDoubtful,
+    /// Doubts 4: what an active write has changed is suspected on.
+    KeepSuspicion,
+    /// Mirror 12: ready is told while something is doubtful.
     ReadyInDoubt,
     /// Copy machinery 9: what was written in part, and is not in the top layer, is left so.
     SkipTorn,
@@ -276,10 +278,20 @@ pub enum Sabotage {
     LetGoLate,
     /// Bitmap 5: a reset that cuts a granule clears all of it.
     RoundReset,
+    /// Bitmap 6: a range that ends past the map is refused, and what of it is in the map is set.
+    SetAndRefuse,
+    /// Bitmap 7: queries go on to the end of the last granule, which may be past the end.
+    AskPastEnd,
     /// Bitmap 8: a cursor that has ended goes on when something is set ahead of where it was.
     ForgetEnd,
     /// Bitmap 9: a granule is taken away although the other map has only a part of it.
     SubtractParts,
+    /// Bitmap 10: what is filled far and wide is written.
+    WriteFull,
+    /// Bitmap 11: a map may have any number of granules.
+    ForgetMost,
+    /// Bitmap 12: a map takes its memory when it is made.
+    TakeMemoryAtOnce,
     /// Stored bitmap 2: the CRCs of records are not looked at.
     IgnoreCrc,
     /// Stored bitmap 2: dirty granules are not counted.

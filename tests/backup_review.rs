@@ -2,6 +2,8 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test has a watchdog")]
 
+#[path = "backup_review/offload.rs"]
+mod offload;
 #[cfg(debug_assertions)]
 #[path = "backup_review/torn.rs"]
 mod torn;

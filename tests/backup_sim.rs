@@ -1774,7 +1774,9 @@ fn every_seed_keeps_the_promises() {
 #[cfg(debug_assertions)]
 mod sabotage {
     use super::*;
-    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+    use blockjob::sabotage::Sabotage;
+
+    use super::sim::sabotage::{expect_panics, is_stall, unnoticed};
 
     /// What is broken, and the number of seeds within which it must be noticed: several times the number
     /// that it took when this was written.
@@ -1796,8 +1798,8 @@ mod sabotage {
         (Sabotage::ClaimTwice, 200),
         (Sabotage::ForgetFailed, 100),
         (Sabotage::DoNotSettle, 100),
-        (Sabotage::ForgetPlanned, 100),
-        (Sabotage::LeaveInSilence, 100),
+        (Sabotage::ForgetPlanned, 1500),
+        (Sabotage::LeaveInSilence, 1000),
         (Sabotage::ForgetLostWork, 100),
         (Sabotage::RecordAtBegin, 200),
         (Sabotage::ForgetDropped, 50),
@@ -1816,37 +1818,12 @@ mod sabotage {
         Sabotage::ForgetLostWork,
     ];
 
-    fn notices(seed: u64, may_stall: bool) -> Option<String> {
-        let panic = catch_unwind(|| run(seed)).err()?;
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string());
-        (may_stall || !text.starts_with("stalled")).then_some(text)
-    }
-
     #[test]
     fn every_broken_invariant_is_noticed() {
-        // Panics are what is wanted here.
-        let hook = std::panic::take_hook();
-        let here = std::thread::current().id();
-        std::panic::set_hook(Box::new(move |info| {
-            if std::thread::current().id() != here {
-                hook(info);
-            }
-        }));
-        let mut missed = Vec::new();
-        for &(sabotage, seeds) in BROKEN {
-            break_on_this_thread(Some(sabotage));
-            let may_stall = STALLING.contains(&sabotage);
-            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed, may_stall)?)));
-            break_on_this_thread(None);
-            match noticed {
-                Some((seed, how)) => {
-                    let how: String = how.lines().next().unwrap_or("").chars().take(90).collect();
-                    println!("{sabotage:?}: noticed by seed {seed}: {how}");
-                }
-                None => missed.push(sabotage),
-            }
-        }
+        expect_panics();
+        let missed = unnoticed(BROKEN, run, |sabotage, how| {
+            STALLING.contains(&sabotage) || !is_stall(how)
+        });
         assert!(missed.is_empty(), "not noticed: {missed:?}");
     }
 }

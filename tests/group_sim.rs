@@ -1214,7 +1214,9 @@ fn every_seed_keeps_the_promises() {
 #[cfg(debug_assertions)]
 mod sabotage {
     use super::*;
-    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+    use blockjob::sabotage::Sabotage;
+
+    use super::sim::sabotage::{expect_panics, is_stall, unnoticed};
 
     /// What is broken, and the number of seeds within which it must be noticed: several times the number
     /// that it took when this was written.
@@ -1232,38 +1234,15 @@ mod sabotage {
         (Sabotage::KeepBegun, 100),
     ];
 
-    fn notices(seed: u64, stalls: bool) -> Option<String> {
-        let panic = catch_unwind(|| run(seed)).err()?;
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string());
-        // Only who is left behind shows by that.
-        (text.starts_with("stalled") == stalls).then_some(text)
-    }
-
     #[test]
     fn every_broken_invariant_is_noticed() {
-        // Panics are what is wanted here.
-        let hook = std::panic::take_hook();
-        let here = std::thread::current().id();
-        std::panic::set_hook(Box::new(move |info| {
-            if std::thread::current().id() != here {
-                hook(info);
-            }
-        }));
-        let mut missed = Vec::new();
-        for &(sabotage, seeds) in BROKEN {
-            break_on_this_thread(Some(sabotage));
-            let stalls = matches!(sabotage, Sabotage::LeaveCreated | Sabotage::KeepBegun);
-            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed, stalls)?)));
-            break_on_this_thread(None);
-            match noticed {
-                Some((seed, how)) => {
-                    let how: String = how.lines().next().unwrap_or("").chars().take(90).collect();
-                    println!("{sabotage:?}: noticed by seed {seed}: {how}");
-                }
-                None => missed.push(sabotage),
-            }
-        }
+        expect_panics();
+        // Only who is left behind shows by that.
+        let shows_by_stall =
+            |sabotage| matches!(sabotage, Sabotage::LeaveCreated | Sabotage::KeepBegun);
+        let missed = unnoticed(BROKEN, run, |sabotage, how| {
+            is_stall(how) == shows_by_stall(sabotage)
+        });
         assert!(missed.is_empty(), "not noticed: {missed:?}");
     }
 }

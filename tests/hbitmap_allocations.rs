@@ -20,11 +20,36 @@ fn taken<T>(work: impl FnOnce() -> T) -> (u64, u64) {
 }
 
 #[test]
+fn memory_is_taken_when_a_granule_gets_dirty() {
+    check_first_granule();
+    #[cfg(debug_assertions)]
+    {
+        use blockjob::sabotage::{Sabotage, break_on_this_thread};
+        break_on_this_thread(Some(Sabotage::TakeMemoryAtOnce));
+        let found = std::panic::catch_unwind(check_first_granule);
+        break_on_this_thread(None);
+        assert!(found.is_err(), "goes unnoticed");
+    }
+}
+
+fn check_first_granule() {
+    assert_eq!(taken(map), (0, 0));
+    let mut map = map();
+    assert_eq!(taken(|| map.reset(0..LEN)), (0, 0));
+    let all = taken(|| map.set_at(LEN / 2));
+    assert!(all.1 >= LEN >> 19, "{all:?}");
+    assert_eq!(taken(|| (map.set(0..LEN / 3), map.reset_all())), (0, 0));
+    assert_eq!(taken(|| map.clone()), (0, 0), "a clean one has none");
+}
+
+#[test]
 fn what_is_clean_is_loaded_without_memory() {
     let mut map = map();
+    let all = vec![0; 2 << 20];
     let zeroes = vec![0; 1 << 20];
     let nothing = taken(|| {
         assert_eq!(map.deserialize_part(0..LEN / 2, &zeroes), Ok(false));
+        assert_eq!(map.deserialize_part(0..LEN, &all), Ok(false));
         assert_eq!(map.deserialize_zeroes(0..LEN), Ok(false));
         assert_eq!(map.import_words(77, &[0; 100]), Ok(false));
         assert_eq!(map.deserialize_ones(0..0), Ok(false));

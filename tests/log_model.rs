@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use blockjob::{ByteRange, DirtyLog, DirtyLogError, Granularity, HBitmap};
 use proptest::prelude::*;
 
-/// Numbers of granules around which a level begins or a word is full.
-const GRANULES: [u64; 14] = [
-    1, 63, 64, 65, 128, 1000, 4095, 4096, 4097, 8192, 262_143, 262_144, 262_145, 300_000,
+/// Numbers of granules around which a level begins or a word or a row is full.
+const GRANULES: [u64; 18] = [
+    1, 63, 64, 65, 128, 511, 512, 513, 1000, 4096, 8192, 32_767, 32_768, 32_769, 33_280, 262_144,
+    262_145, 300_000,
 ];
 
 fn log(len: u64, exponent: u8) -> DirtyLog {
@@ -195,12 +196,27 @@ fn marks_are_clipped_to_the_disk() {
 #[test]
 fn runs_meet_across_words_and_levels() {
     let log = log(64 * 64 * 64, 0);
-    for range in [63..65, 4000..4096, 4096..4097, 4098..4099, 262_143..262_144] {
+    for range in [
+        63..65,
+        4000..4096,
+        4096..4097,
+        4098..4099,
+        32_767..32_768,
+        32_768..32_770,
+        262_143..262_144,
+    ] {
         log.mark(range.into());
     }
     let mut ranges: Vec<Range<u64>> = Vec::new();
     log.drain_ranges(|range| ranges.push(range.into()));
-    assert_eq!(ranges, [63..65, 4000..4097, 4098..4099, 262_143..262_144]);
+    let expected = [
+        63..65,
+        4000..4097,
+        4098..4099,
+        32_767..32_770,
+        262_143..262_144,
+    ];
+    assert_eq!(ranges, expected);
 }
 
 #[test]

@@ -75,11 +75,15 @@ pub(crate) fn coarsened(words: &[u64]) -> Vec<u64> {
 
 /// All granules that are dirty.
 pub(crate) fn dirty(words: &[u64]) -> impl Iterator<Item = u64> {
-    // The one shortcut: the longest maps are nearly empty, and would take minutes.
-    let words = words.iter().enumerate().filter(|(_, word)| **word != 0);
-    words.flat_map(|(index, word)| {
-        let bits = (0..64).filter(move |bit| word >> bit & 1 == 1);
-        bits.map(move |bit| index as u64 * 64 + bit)
+    // The one shortcut: from a bit to the next, as the longest maps would take minutes.
+    words.iter().enumerate().flat_map(|(index, word)| {
+        let mut left = *word;
+        std::iter::from_fn(move || {
+            let bit = left.trailing_zeros();
+            let is_some = left != 0;
+            left &= left.wrapping_sub(1);
+            is_some.then_some(index as u64 * 64 + u64::from(bit))
+        })
     })
 }
 

@@ -59,7 +59,7 @@ pub(crate) fn calls<P: Peer>(
     naive: fn(&mut [u64], Range<u64>),
     call: impl Fn(&mut P, Range<u64>) -> bool,
 ) {
-    let count = (granules / calls.of) as usize;
+    let count = PLACES.min((granules / calls.of) as usize);
     let pass = |map: &mut P, places: &[u64]| {
         let mut changes = 0;
         for start in places {
@@ -69,7 +69,7 @@ pub(crate) fn calls<P: Peer>(
     };
     let set_up = || {
         let mut random = random::random(2);
-        let places: Vec<u64> = (0..PLACES.max(count))
+        let places: Vec<u64> = (0..PLACES)
             .map(|_| random() % (granules - calls.len + 1))
             .collect();
 

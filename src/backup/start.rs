@@ -8,9 +8,7 @@ use std::sync::Arc;
 use crate::backup::BackupSync;
 use crate::bitmap::HBitmap;
 use crate::job::{Beginning, BitmapMode, StartError};
-use crate::node::{
-    BitmapClaim, BitmapError, ClaimFor, HoldError, Locked, Node, QuiesceGuard, WriteHold,
-};
+use crate::node::{BitmapClaim, BitmapError, HoldError, Locked, Node, QuiesceGuard, WriteHold};
 use crate::sabotage::{Sabotage, is_broken};
 
 /// What a backup is to begin with.
@@ -64,11 +62,7 @@ impl Instant {
         let claim = match &self.bitmap {
             None => None,
             Some((name, mode)) => {
-                let claim_for = match mode {
-                    BitmapMode::Never => ClaimFor::Reading,
-                    BitmapMode::OnSuccess | BitmapMode::Always => ClaimFor::Change,
-                };
-                Some(locked.claim((&self.node, name), claim_for, spare)?)
+                Some(locked.claim((&self.node, name), mode.claim_for(), spare)?)
             }
         };
         if is_broken(Sabotage::HoldBeforeContent) {

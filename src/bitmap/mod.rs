@@ -41,7 +41,8 @@
 //!    bytes, and a difference or an intersection may keep some, for the reasons of rule 5.
 //! 10. What is clean, or dirty, as a whole costs next to nothing: it is neither read nor written, and its
 //!     memory was perhaps never touched. (Only what is dirty and becomes clean is read, and the words of a
-//!     block of 64 that has a mixed one.) Setting or resetting one granule touches one word and its pair, and those
+//!     block of 64 that has a mixed one; by a clone, and when a map without memory is loaded as a whole, those of 4 KiB
+//!     of words that have one.) Setting or resetting one granule touches one word and its pair, and those
 //!     above only when the pair's words stop or start being alike. Finding the next dirty or clean granule takes
 //!     one step per level, at most six up and six down. [All costs](cost) are on a page of their own.
 //! 11. A map has at most `2^63 - 1` bytes and [`GRANULES_MAX`](HBitmap::GRANULES_MAX) granules, which is
@@ -54,6 +55,7 @@ use std::alloc::{Layout, handle_alloc_error};
 use std::fmt;
 
 use crate::memory::{self, OutOfMemory};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 use summary::Summary;
 
@@ -63,6 +65,7 @@ pub mod cost {}
 mod hash;
 mod iter;
 mod merge;
+mod ones;
 mod rescale;
 mod resize;
 mod search;
@@ -183,16 +186,20 @@ impl HBitmap {
             return Err(CreateError::TooLong { len });
         }
         let granules = granularity.granules_in(len);
-        if granules > Self::GRANULES_MAX {
+        if granules > Self::GRANULES_MAX && !is_broken(Sabotage::ForgetMost) {
             return Err(CreateError::TooManyGranules { granules });
         }
-        Ok(Self {
+        let mut map = Self {
             len,
             granularity,
             count: 0,
             words: Vec::new(),
             summary: Summary::default(),
-        })
+        };
+        if is_broken(Sabotage::TakeMemoryAtOnce) {
+            map.reserve()?;
+        }
+        Ok(map)
     }
 
     /// Takes the memory that a map else takes when its first granule gets dirty.
@@ -356,6 +363,12 @@ impl Clone for HBitmap {
         if other.is_clean() {
             return;
         }
+        if self.words.is_empty() && other.summary.is_mixed_in_each(word::PAGE / 64) {
+            // There is no page of it that need not be written: so it is not zeroed before.
+            self.words = other.words.clone();
+            self.summary = other.summary.clone();
+            return;
+        }
         if self.words.is_empty() {
             self.take_memory();
         }
@@ -390,12 +403,11 @@ impl PartialEq for HBitmap {
         }
         (0..self.summary.block_count()).all(|block| {
             let pair = self.summary.block(block);
+            let (ours, theirs) = (&self.words[block * 64..], &other.words[block * 64..]);
             pair == other.summary.block(block)
-                && pair.is_some_and(|pair| {
-                    word::ones(pair.mixed).all(|at| {
-                        let word = block * 64 + at;
-                        self.words[word] == other.words[word]
-                    })
+                && pair.is_some_and(|pair| match pair.mixed {
+                    u64::MAX => ours[..64] == theirs[..64],
+                    mixed => word::ones(mixed).all(|at| ours[at] == theirs[at]),
                 })
         })
     }
@@ -494,6 +506,79 @@ mod sabotage {
         let mut map = map();
         map.count -= 1;
         map.check_invariants();
+    }
+
+    /// Words whose blocks are uniform, and so are those in the same page of memory.
+    const UNIFORM: std::ops::Range<usize> = word::PAGE..2 * word::PAGE;
+    /// Granules of three pages of words.
+    const WIDE: u64 = 3 * 64 * word::PAGE as u64;
+
+    /// Three pages, of which the first and the last have a mixed word each.
+    fn wide() -> HBitmap {
+        let mut map = HBitmap::new(WIDE, Granularity::from_bytes(1).unwrap()).unwrap();
+        map.set(5..6).unwrap();
+        map.set(WIDE - 7..WIDE - 6).unwrap();
+        map
+    }
+
+    fn what_is_filled_is_not_written() {
+        let mut map = wide();
+        map.set_all();
+        assert!(map.words[UNIFORM].iter().all(|word| *word == 0), "written");
+        map.check_invariants();
+        let mut map = wide();
+        map.set(100..WIDE - 100).unwrap();
+        assert!(map.words[UNIFORM].iter().all(|word| *word == 0), "written");
+        map.check_invariants();
+    }
+
+    #[test]
+    fn invariant_10_what_is_filled_is_not_written() {
+        what_is_filled_is_not_written();
+        #[cfg(debug_assertions)]
+        {
+            use crate::sabotage::break_on_this_thread;
+            break_on_this_thread(Some(Sabotage::WriteFull));
+            let found = std::panic::catch_unwind(what_is_filled_is_not_written);
+            break_on_this_thread(None);
+            assert!(found.is_err(), "goes unnoticed");
+        }
+    }
+
+    /// Words of a uniform block that hold what nobody may ever see.
+    #[test]
+    fn invariant_10_what_is_uniform_is_not_read() {
+        for is_full in [false, true] {
+            let mut map = wide();
+            if is_full {
+                map.set(WIDE / 3..WIDE / 3 * 2).unwrap();
+            }
+            let sound = map.clone();
+            let words = &mut map.words[UNIFORM];
+            words.iter_mut().step_by(3).for_each(|word| *word = 0xabcd);
+
+            // In one go: a step of a search looks at the word that it comes to.
+            let runs = |map: &HBitmap| {
+                let mut runs = Vec::new();
+                map.runs().for_each(|run| runs.push(run));
+                runs
+            };
+            assert!(map.iter().eq(&sound));
+            assert_eq!(runs(&map), runs(&sound));
+            assert_eq!(map, sound);
+            assert_eq!(map.clone().words, sound.words);
+            let mut some = vec![7; map.word_count()];
+            let mut expected = some.clone();
+            map.export_words(0, &mut some).unwrap();
+            sound.export_words(0, &mut expected).unwrap();
+            assert_eq!(some, expected);
+            let mut merged = wide();
+            merged.merge_from(&map).unwrap();
+            assert_eq!(merged, sound);
+            let mut rest = sound.clone();
+            rest.subtract(&map).unwrap();
+            assert!(rest.is_clean());
+        }
     }
 
     #[test]

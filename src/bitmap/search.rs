@@ -15,6 +15,7 @@ use super::HBitmap;
 use super::summary::{Class, Pair};
 use super::update::RangeError;
 use super::word::{bit, bits_from, bits_to, lowest, ones, word_of};
+use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 /// What [`HBitmap::status`] found at the beginning of a range, and how far it goes.
@@ -196,7 +197,12 @@ impl HBitmap {
     /// What of `range` lies in the map.
     #[inline]
     pub(super) fn clip(&self, range: ByteRange) -> ByteRange {
-        range.intersection((0..self.len).into())
+        let end = if is_broken(Sabotage::AskPastEnd) {
+            self.granularity.align_up(self.len)
+        } else {
+            self.len
+        };
+        range.intersection((0..end).into())
     }
 
     /// What a word has; nothing, if it is not there.

@@ -41,6 +41,12 @@ impl Class {
         }
     }
 
+    /// A word that is all dirty, or all clean.
+    #[inline]
+    pub(super) const fn filled_word<const DIRTY: bool>() -> u64 {
+        if DIRTY { !0 } else { 0 }
+    }
+
     /// The class of what is all dirty, or all clean.
     #[inline]
     pub(super) const fn filled<const DIRTY: bool>() -> Self {
@@ -144,33 +150,36 @@ impl From<Pair> for Stored {
     }
 }
 
-/// The pair of 64 words of which one is mixed. Its two words are written one by one: read as one, soon after,
-/// they would be waited for.
-pub(super) struct MixedBlock<'a>(&'a mut Stored);
+/// The pair of 64 words, changed in place. Its two words are read and written one by one: read as one, soon after they
+/// were written, they would be waited for.
+pub(super) struct BlockMut<'a>(&'a mut Stored);
 
-impl MixedBlock<'_> {
-    /// Whether a word of the block is full.
+impl BlockMut<'_> {
+    /// What they hold.
     #[inline]
-    pub(super) const fn is_full(&self, word: usize) -> bool {
-        self.0[1] >> (word % 64) & 1 == 1
+    pub(super) const fn get(&self) -> Pair {
+        Pair {
+            mixed: self.0[0],
+            full: self.0[1],
+        }
     }
 
-    /// Makes a word of the block, empty or mixed, a mixed one.
+    /// Makes words of the block, none of which is full, mixed ones. It is known what it was.
     #[inline]
-    pub(super) const fn mix_empty(&mut self, word: usize) {
-        self.0[0] |= bit(word as u64);
+    pub(super) const fn mix_lacking(self, words: u64, before: Pair) {
+        self.0[0] = before.mixed | words;
     }
 
-    /// Makes a full word of the block a mixed one.
+    /// Makes words of the block, whatever they are, mixed ones.
     #[inline]
-    pub(super) const fn mix_full(&mut self, word: usize) {
-        self.0[0] |= bit(word as u64);
-        self.0[1] &= !bit(word as u64);
+    pub(super) const fn mix(self, words: u64, before: Pair) {
+        self.0[0] = before.mixed | words;
+        self.0[1] = before.full & !words;
     }
 }
 
 /// All pairs of a map, on as many levels as it takes to come to one.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Summary {
     /// One for 64 words each. Empty in a map without memory.
     lowest: Vec<Stored>,
@@ -193,6 +202,18 @@ impl Summary {
         let both = self.lowest.len().min(other.lowest.len());
         self.lowest[..both].copy_from_slice(&other.lowest[..both]);
         self.rebuild();
+    }
+
+    /// Stores what 64 words hold. Nobody is told: [`rebuild`](Self::rebuild) follows.
+    #[inline]
+    pub(super) fn put(&mut self, block: usize, pair: Pair) {
+        self.lowest[block] = pair.into();
+    }
+
+    /// Whether of each so many blocks one has a mixed word.
+    pub(super) fn is_mixed_in_each(&self, blocks: usize) -> bool {
+        let mut pages = self.lowest.chunks(blocks);
+        pages.all(|page| page.iter().any(|pair| pair[0] != 0))
     }
 
     /// Computes the upper levels from the lowest.
@@ -270,12 +291,17 @@ impl Summary {
         }
     }
 
-    /// What is known of 64 words, if one of them is mixed. As long as that is so, nobody above has to learn of
-    /// what else they are.
+    /// What is known of 64 words, to be changed in place; nothing in a map without memory. As long as one of them
+    /// is mixed, nobody above has to learn of what else they are.
     #[inline]
-    pub(super) fn mixed_block(&mut self, block: usize) -> Option<MixedBlock<'_>> {
-        let stored = self.lowest.get_mut(block).filter(|pair| pair[0] != 0)?;
-        Some(MixedBlock(stored))
+    pub(super) fn block_mut(&mut self, block: usize) -> Option<BlockMut<'_>> {
+        self.lowest.get_mut(block).map(BlockMut)
+    }
+
+    /// A block has a mixed word now, and had none: those above it that had none either learn of it.
+    #[inline]
+    pub(super) fn mix_above(&mut self, block: usize) {
+        self.tell_mixed(1, block);
     }
 
     /// All of these blocks, of which there must be one, are of one class now: empty or full.
@@ -376,8 +402,34 @@ impl Summary {
     }
 
     /// One child of a pair on level `height`, above the lowest, is of another class now; and so on up.
-    #[inline(never)]
+    #[inline]
     fn tell(&mut self, height: usize, child: usize, class: Class) {
+        match class {
+            Class::Mixed => self.tell_mixed(height, child),
+            class => self.tell_uniform(height, child, class),
+        }
+    }
+
+    /// It is mixed now.
+    #[inline(never)]
+    fn tell_mixed(&mut self, height: usize, child: usize) {
+        let mut child = child as u64;
+        for level in self.upper.iter_mut().skip(height - 1) {
+            let stored = &mut level[word_of(child)];
+            // A pair that had another mixed child is known to be mixed.
+            let was_mixed = stored[0] != 0;
+            stored[0] |= bit(child);
+            stored[1] &= !bit(child);
+            if was_mixed {
+                return;
+            }
+            child /= 64;
+        }
+    }
+
+    /// It is empty, or full, now.
+    #[inline(never)]
+    fn tell_uniform(&mut self, height: usize, child: usize, class: Class) {
         let (mut child, mut class) = (child, class);
         for level in self.upper.iter_mut().skip(height - 1) {
             let index = word_of(child as u64);
@@ -433,10 +485,7 @@ impl Summary {
                 );
             }
         }
-        let mut rebuilt = Self {
-            lowest: self.lowest.clone(),
-            upper: self.upper.clone(),
-        };
+        let mut rebuilt = self.clone();
         rebuilt.rebuild();
         assert_eq!(rebuilt.upper, self.upper, "2: what upper levels say");
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! of a word       the word and its pair are written, and nobody else is told while the block stays mixed
+//! a few           the same of two words at once, which may be one
 //! of a block      edge words │ words between, at once   ──▶ the pair, once
 //! of many         first block │ whole blocks, of which only mixed ones are read │ last   ──▶ those above, once
 //! ```
@@ -16,7 +17,7 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::summary::Class;
-use super::word::{Cut, bit, bits_from, bits_to, clear, word_of};
+use super::word::{bit, bits_from, bits_to, clear, word_of};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -82,20 +83,20 @@ impl HBitmap {
         if first == last {
             return Ok(self.set_one(first));
         }
-        if word_of(first) == word_of(last) {
-            let mask = bits_from(first) & bits_to(last);
-            return Ok(self.set_in_word(word_of(first), mask));
-        }
-        if word_of(first) + 1 == word_of(last) {
-            return Ok(self.set_in_two_words(first, last));
-        }
-        Ok(self.set_run(first..last + 1))
+        Ok(if last - first < 64 {
+            set_few(self, first, last)
+        } else {
+            self.set_run(first..last + 1)
+        })
     }
 
     /// As [`set`](Self::set), for a range that ends past [`len`](Self::len), or is empty.
     #[cold]
     #[inline(never)]
     fn set_at_the_end(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        if is_broken(Sabotage::SetAndRefuse) {
+            self.set_run(self.granularity.outward(self.clip(range)));
+        }
         self.check_bounds(range)?;
         Ok(self.set_run(self.granularity.outward(range)))
     }
@@ -136,34 +137,31 @@ impl HBitmap {
     /// assert_eq!(map.count(), 14);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    #[inline]
+    #[inline(always)]
     pub fn reset(&mut self, range: impl Into<ByteRange>) -> Result<bool, RangeError> {
         let range = range.into();
         let granularity = self.granularity;
-        let is_whole = range.len() == granularity.bytes() && granularity.is_aligned(range.start());
-        if is_whole && range.end() <= self.len {
-            return Ok(self.reset_one(granularity.granule_of(range.start())));
+        let is_cut = (range.start() | range.end()) & (granularity.bytes() - 1) != 0;
+        if is_cut || range.is_empty() || range.end() > self.len {
+            return self.reset_at_the_end(range);
         }
-        self.reset_uncut(range)
+        let first = granularity.granule_of(range.start());
+        let last = granularity.granule_of(range.end() - 1);
+        Ok(if first == last {
+            self.reset_one(first)
+        } else if last - first < 64 {
+            reset_few(self, first, last)
+        } else {
+            self.reset_run(first..last + 1)
+        })
     }
 
-    /// As [`reset`](Self::reset), for more than a granule, or less.
+    /// As [`reset`](Self::reset), for a range that ends in the partial last granule, or past it, is empty, or cuts a
+    /// granule.
+    #[cold]
     #[inline(never)]
-    fn reset_uncut(&mut self, range: ByteRange) -> Result<bool, RangeError> {
-        let granules = self.uncut(range)?;
-        if granules.is_empty() {
-            return Ok(false);
-        }
-        let (first, last) = (granules.start, granules.end - 1);
-        if word_of(first) == word_of(last) {
-            let mask = bits_from(first) & bits_to(last);
-            return Ok(self.reset_in_word(word_of(first), mask));
-        }
-        if word_of(first) + 1 == word_of(last) {
-            let was_dirty = self.reset_in_word(word_of(first), bits_from(first));
-            return Ok(self.reset_in_word(word_of(last), bits_to(last)) | was_dirty);
-        }
-        Ok(self.reset_run(granules))
+    fn reset_at_the_end(&mut self, range: ByteRange) -> Result<bool, RangeError> {
+        Ok(self.reset_run(self.uncut(range)?))
     }
 
     /// Makes every granule that lies in `range` as a whole clean, and says whether one was dirty.
@@ -270,84 +268,85 @@ impl HBitmap {
         changed != 0
     }
 
-    /// Sets the last granules of a word and the first of the next.
-    #[inline(never)]
-    fn set_in_two_words(&mut self, first: u64, last: u64) -> bool {
-        let is_new = self.set_in_word(word_of(first), bits_from(first));
-        self.set_in_word(word_of(last), bits_to(last)) | is_new
-    }
-
     /// Sets the granules `mask` of one word, and says which were clean. They are not counted.
     ///
     /// Word and pair are both written, whatever they held. A branch on whether the word was 0 would save the pair
     /// where it was not; but it is hard to predict, and is found out only when the word has come from far memory,
-    /// while nothing after it goes on.
+    /// while nothing after it goes on. What others have to learn of is left to [`change_and_tell`](Self::change_and_tell), from its beginning:
+    /// a call amid of what is done here would make all of it longer.
     #[inline]
     fn set_bits(&mut self, at: usize, mask: u64) -> u64 {
-        let pair = self.summary.mixed_block(at / 64);
-        let (Some(mut pair), Some(word)) = (pair, self.words.get_mut(at)) else {
-            return self.change_in_uniform_block::<true>(at, mask);
+        let stored = self.summary.block_mut(at / 64);
+        let (Some(stored), Some(word)) = (stored, self.words.get_mut(at)) else {
+            return self.set_first_bits(at, mask);
         };
-        if pair.is_full(at) {
+        let pair = stored.get();
+        if pair.full & bit(at as u64) != 0 {
             return 0;
         }
         let before = *word;
         let after = before | mask;
-        *word = after;
-        pair.mix_empty(at);
-        if after == !0 {
-            self.fill_up(at);
+        if pair.mixed == 0 || after == !0 {
+            return self.change_and_tell::<true>(at, mask);
         }
+        *word = after;
+        stored.mix_lacking(bit(at as u64), pair);
         mask & !before
+    }
+
+    /// As [`set_bits`](Self::set_bits), of a map that has no memory yet.
+    #[cold]
+    #[inline(never)]
+    fn set_first_bits(&mut self, at: usize, mask: u64) -> u64 {
+        self.take_memory();
+        self.change_and_tell::<true>(at, mask)
     }
 
     /// Resets the granules `mask` of one word, and says which were dirty. They are not counted.
     #[inline]
     fn reset_bits(&mut self, at: usize, mask: u64) -> u64 {
-        let pair = self.summary.mixed_block(at / 64);
-        let (Some(mut pair), Some(word)) = (pair, self.words.get_mut(at)) else {
-            return self.change_in_uniform_block::<false>(at, mask);
+        let stored = self.summary.block_mut(at / 64);
+        let (Some(stored), Some(word)) = (stored, self.words.get_mut(at)) else {
+            return 0;
         };
-        let mut before = *word;
-        if pair.is_full(at) {
-            before = !0;
-            pair.mix_full(at);
-        }
+        let pair = stored.get();
+        let before = *word | pair.filling(at);
         let after = before & !mask;
-        *word = after;
-        if after == 0 {
-            self.run_dry(at);
+        if pair.mixed == 0 || after == 0 {
+            return self.change_and_tell::<false>(at, mask);
         }
+        *word = after;
+        stored.mix(bit(at as u64), pair);
         mask & before
     }
 
-    /// A word of a mixed block has become full.
+    /// Makes the granules `mask` of a word dirty, or clean, and says which were not. Only what changes is written: the
+    /// memory may not have been touched. There must be memory.
     #[inline(never)]
-    fn fill_up(&mut self, at: usize) {
-        self.summary.mark(at, Class::Full);
-    }
-
-    /// A word of a mixed block has become empty, or is.
-    #[inline(never)]
-    fn run_dry(&mut self, at: usize) {
-        self.summary.mark(at, Class::Empty);
-    }
-
-    /// Makes the granules `mask` of a word dirty, or clean, in a block that has no mixed word, or is not there yet,
-    /// and says which were not. Only what changes is written: the memory may not have been touched.
-    #[inline(never)]
-    fn change_in_uniform_block<const DIRTY: bool>(&mut self, at: usize, mask: u64) -> u64 {
+    fn change_and_tell<const DIRTY: bool>(&mut self, at: usize, mask: u64) -> u64 {
         let pair = self.summary.block(at / 64);
-        let before = pair.map_or(0, |pair| pair.filling(at));
+        let before = self.words[at] | pair.map_or(0, |pair| pair.filling(at));
         let after = changed::<DIRTY>(before, mask);
         if after != before {
-            if self.words.is_empty() {
-                self.take_memory();
-            }
             self.words[at] = after;
             self.summary.mark(at, Class::of(after));
         }
         before ^ after
+    }
+
+    /// A word that was said to be mixed may be empty, or full.
+    #[inline(never)]
+    fn settle(&mut self, at: usize, holds: u64) {
+        self.summary.mark(at, Class::of(holds));
+    }
+
+    /// As [`change_few`], for any number.
+    fn change_many<const DIRTY: bool>(&mut self, granules: Range<u64>) -> bool {
+        if DIRTY {
+            self.set_run(granules)
+        } else {
+            self.reset_run(granules)
+        }
     }
 
     /// Sets a run of granules.
@@ -399,6 +398,75 @@ impl HBitmap {
     }
 }
 
+/// Sets a run of granules, given by its first and its last, and says whether one was clean.
+#[multiversion(targets("x86_64+bmi1+bmi2+popcnt"))]
+fn set_few(map: &mut HBitmap, first: u64, last: u64) -> bool {
+    change_few::<true>(map, first, last)
+}
+
+/// As [`set_few`], but resets them.
+#[multiversion(targets("x86_64+bmi1+bmi2+popcnt"))]
+fn reset_few(map: &mut HBitmap, first: u64, last: u64) -> bool {
+    change_few::<false>(map, first, last)
+}
+
+/// Up to 64 granules, nearly always of one block, lie in a word or two. Which it is, is hard to predict, so there is no
+/// branch for it: if it is one, the same is written to it twice.
+#[inline(always)]
+fn change_few<const DIRTY: bool>(map: &mut HBitmap, first: u64, last: u64) -> bool {
+    let (a, b) = (word_of(first), word_of(last));
+    let words = &mut *map.words;
+    let (true, Some(stored)) = (
+        a / 64 == b / 64 && a < words.len() && b < words.len(),
+        map.summary.block_mut(a / 64),
+    ) else {
+        return map.change_many::<DIRTY>(first..last + 1);
+    };
+    let touched = bit(a as u64) | bit(b as u64);
+    let pair = stored.get();
+    if DIRTY && pair.full & touched != 0 {
+        return map.change_many::<DIRTY>(first..last + 1);
+    }
+    if !DIRTY && pair.any() == 0 {
+        return false;
+    }
+    let is_one = a == b;
+    let (head, tail) = (bits_from(first), bits_to(last));
+    let head = if is_one { head & tail } else { head };
+    let (mut one, mut two) = (words[a], words[b]);
+    if !DIRTY {
+        one |= pair.filling(a);
+        two |= pair.filling(b);
+    }
+    let after_one = changed::<DIRTY>(one, head);
+    let after_two = if is_one {
+        after_one
+    } else {
+        changed::<DIRTY>(two, tail)
+    };
+    words[a] = after_one;
+    words[b] = after_two;
+    stored.mix(touched, pair);
+    let uniform = Class::filled_word::<DIRTY>();
+    if pair.mixed == 0 {
+        map.summary.mix_above(a / 64);
+    }
+    if after_one == uniform || after_two == uniform {
+        map.settle(a, after_one);
+        map.settle(b, after_two);
+    }
+    // The second word has bits below those of the first, if it is another.
+    let second = if is_one { 0 } else { two ^ after_two };
+    let changed = (one ^ after_one) | second;
+    let count = u64::from(changed.count_ones());
+    if DIRTY {
+        map.count += count;
+    } else {
+        map.count -= count;
+    }
+    changed != 0
+}
+
 /// Granules of a block.
 const BLOCK: u64 = 64 * 64;
 
@@ -423,13 +491,13 @@ fn replace(words: &mut [u64], word: u64) -> u64 {
 
 /// Makes granules of one block, of which there must be one, dirty, and says how many were not. Their number is
 /// not kept. There must be memory.
-#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+#[multiversion(targets("x86_64+bmi1+bmi2+popcnt"))]
 fn set_in_block(map: &mut HBitmap, granules: Range<u64>) -> u64 {
     change_in_block::<true>(map, granules)
 }
 
 /// As [`set_in_block`], but clean.
-#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+#[multiversion(targets("x86_64+bmi1+bmi2+popcnt"))]
 fn reset_in_block(map: &mut HBitmap, granules: Range<u64>) -> u64 {
     change_in_block::<false>(map, granules)
 }
@@ -437,47 +505,55 @@ fn reset_in_block(map: &mut HBitmap, granules: Range<u64>) -> u64 {
 /// The edges word by word, what is between at once, and the pair of the block once for all of them.
 #[inline(always)]
 fn change_in_block<const DIRTY: bool>(map: &mut HBitmap, granules: Range<u64>) -> u64 {
-    let Cut { head, body, tail } = Cut::of(&granules);
-    let block = head.0 / 64;
-    let Some(before) = map.summary.block(block) else {
+    let (first, last) = (granules.start, granules.end - 1);
+    let (a, b) = (word_of(first), word_of(last));
+    let (Some(stored), Some(words)) = (map.summary.block_mut(a / 64), map.words.get_mut(a..=b))
+    else {
         return 0;
     };
-    let words = &mut map.words[block * 64..];
-    let mut pair = before;
+    let pair = stored.get();
+    let touched = bits_from(a as u64) & bits_to(b as u64);
+    // What is so already is not written: its memory may never have been touched.
+    let others = if DIRTY { !pair.full } else { pair.any() };
+    if others & touched == 0 {
+        return 0;
+    }
+    let mut after = pair.with(touched, Class::filled::<DIRTY>());
     let mut count = 0;
-    let mut edge = |at: usize, mask: u64| {
-        let word = &mut words[at % 64];
+    let mut edge = |word: &mut u64, at: usize, mask: u64| {
         let before = *word | pair.filling(at);
-        let after = changed::<DIRTY>(before, mask);
-        if after != before {
-            *word = after;
-            pair = pair.with_word(at, after);
-        }
-        count += u64::from((before ^ after).count_ones());
+        *word = changed::<DIRTY>(before, mask);
+        count += u64::from((*word ^ before).count_ones());
+        *word
     };
-    edge(head.0, head.1);
-    edge(tail.0, tail.1);
-    if !body.is_empty() {
-        let children = bits_from(body.start as u64) & bits_to(body.end as u64 - 1);
-        let words = &mut words[body.start % 64..][..body.len()];
-        let full = u64::from((pair.full & children).count_ones()) * 64;
-        let mut ones = full;
-        if pair.mixed & children != 0 {
-            ones += replace(words, changed::<DIRTY>(0, !0));
-        } else if full > 0 && !DIRTY {
-            // Not looked at before: their memory is that of the edges, or next to it.
-            words.fill(0);
+    match words {
+        [one] => {
+            let holds = edge(one, a, bits_from(first) & bits_to(last));
+            after = pair.with_word(a, holds);
         }
-        count += if DIRTY {
-            body.len() as u64 * 64 - ones
-        } else {
-            ones
-        };
-        pair = pair.with(children, Class::filled::<DIRTY>());
+        [one, body @ .., two] => {
+            let holds = edge(one, a, bits_from(first));
+            after = after.with_word(a, holds);
+            let holds = edge(two, b, bits_to(last));
+            after = after.with_word(b, holds);
+            let between = touched & !bit(a as u64) & !bit(b as u64);
+            let full = u64::from((pair.full & between).count_ones()) * 64;
+            let mut ones = full;
+            if pair.mixed & between != 0 {
+                ones += replace(body, changed::<DIRTY>(0, !0));
+            } else if full > 0 && !DIRTY {
+                // Not looked at before: their memory is that of the edges, or next to it.
+                body.fill(0);
+            }
+            count += if DIRTY {
+                body.len() as u64 * 64 - ones
+            } else {
+                ones
+            };
+        }
+        [] => {}
     }
-    if pair != before {
-        map.summary.change_block(block, before, pair);
-    }
+    map.summary.change_block(a / 64, pair, after);
     count
 }
 
@@ -502,7 +578,7 @@ fn fill_blocks<const DIRTY: bool>(map: &mut HBitmap, blocks: Range<usize>) -> u6
             continue;
         };
         ones += u64::from(pair.full.count_ones()) * 64;
-        if pair.mixed != 0 {
+        if pair.mixed != 0 || is_broken(Sabotage::WriteFull) {
             ones += replace(&mut map.words[block * 64..][..64], changed::<DIRTY>(0, !0));
         } else if pair.full != 0 && !DIRTY {
             clear(&mut map.words[block * 64..][..64]);

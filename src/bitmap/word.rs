@@ -11,6 +11,9 @@ use std::ops::Range;
 /// Bits in a word.
 const BITS: u64 = u64::BITS as u64;
 
+/// Words in a row that share a page of memory, or two.
+pub(super) const PAGE: usize = 512;
+
 /// Index of the word that holds bit `index`.
 #[inline]
 pub(super) const fn word_of(index: u64) -> usize {

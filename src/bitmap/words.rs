@@ -16,9 +16,11 @@ use std::ops::Range;
 
 use multiversion::multiversion;
 
-use super::summary::{Class, Pair};
-use super::word::{bits_from, bits_to, ones};
+use super::ones::Ones;
+use super::summary::{Class, Pair, Summary};
+use super::word::{PAGE, bits_from, bits_to, ones};
 use super::{CreateError, HBitmap};
+use crate::memory::{self, OutOfMemory};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::Granularity;
 
@@ -214,6 +216,13 @@ impl HBitmap {
         first: usize,
         words: &[W],
     ) -> Result<bool, CreateError> {
+        if self.words.is_empty()
+            && first == 0
+            && words.len() == self.word_count()
+            && !words.is_empty()
+        {
+            return load_words(self, words);
+        }
         replace_words(self, first, words)
     }
 }
@@ -225,6 +234,9 @@ pub(super) trait Word: Copy {
 
     /// As many words, as numbers.
     fn copy(from: &[Self], to: &mut [u64]);
+
+    /// The same, to the end of a vector, whose memory is written once.
+    fn append(from: &[Self], to: &mut Vec<u64>);
 }
 
 impl Word for u64 {
@@ -236,6 +248,11 @@ impl Word for u64 {
     #[inline]
     fn copy(from: &[u64], to: &mut [u64]) {
         to.copy_from_slice(from);
+    }
+
+    #[inline]
+    fn append(from: &[u64], to: &mut Vec<u64>) {
+        to.extend_from_slice(from);
     }
 }
 
@@ -255,6 +272,11 @@ impl Word for [u8; 8] {
                 *to = from.get();
             }
         }
+    }
+
+    #[inline]
+    fn append(from: &[[u8; 8]], to: &mut Vec<u64>) {
+        to.extend(from.iter().map(|word| word.get()));
     }
 }
 
@@ -327,6 +349,73 @@ impl<'a> Iterator for Spans<'a> {
             true if any == 0 => Span::Clean(end - at),
             true => Span::Dirty(end - at),
         })
+    }
+}
+
+/// Puts all of its words into a map that has no memory yet.
+///
+/// What is empty or full is known before the memory is asked for. If some of it is so for a whole page, that is left as it
+/// comes from the allocator, which has zeroes nobody has touched; else it is written once, and not zeroed before.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateError> {
+    let granules = map.granules();
+    let no_memory = |OutOfMemory| CreateError::OutOfMemory { granules };
+    let (last, past_end) = map.last_word();
+    if words[last].get() & kept(past_end) == 0 && words[..last].iter().all(|word| word.get() == 0) {
+        return Ok(false);
+    }
+    let mut summary = Summary::new(words.len() as u64).map_err(no_memory)?;
+    let mut ones = Ones::default();
+    for (block, given) in words.chunks(64).enumerate() {
+        let pair = match <&[W; 64]>::try_from(given) {
+            Ok(words) if block < last / 64 => {
+                ones.add(|at| words[at].get());
+                classes(words)
+            }
+            _ => {
+                let mut words = [0; 64];
+                W::copy(given, &mut words[..given.len()]);
+                words[last % 64] &= kept(past_end);
+                ones.add(|at| words[at]);
+                classes(&words)
+            }
+        };
+        summary.put(block, pair);
+    }
+    let count = ones.total();
+    summary.rebuild();
+    if summary.is_mixed_in_each(PAGE / 64) {
+        let mut all = Vec::new();
+        all.try_reserve_exact(words.len())
+            .map_err(|_| no_memory(OutOfMemory))?;
+        W::append(words, &mut all);
+        map.words = all;
+    } else {
+        map.words = memory::zeroed(words.len() as u64).map_err(no_memory)?;
+        for (block, (to, from)) in map.words.chunks_mut(64).zip(words.chunks(64)).enumerate() {
+            if summary.block(block).is_some_and(|pair| pair.mixed != 0) {
+                W::copy(from, to);
+            }
+        }
+    }
+    if map.words[last] & !kept(past_end) != 0 {
+        map.words[last] &= kept(past_end);
+    }
+    map.summary = summary;
+    map.count = if is_broken(Sabotage::ForgetCount) {
+        0
+    } else {
+        count
+    };
+    Ok(true)
+}
+
+/// The granules of the last word that are there.
+fn kept(past_end: u64) -> u64 {
+    if is_broken(Sabotage::KeepPadding) {
+        !0
+    } else {
+        !past_end
     }
 }
 
@@ -433,18 +522,24 @@ fn replace_in_block<W: Word>(
 /// Number of ones, and the classes, of 64 words.
 #[inline(always)]
 fn tally<W: Word>(words: &[W; 64]) -> (u64, Pair) {
-    let (mut count, mut has_uniform) = (0, false);
-    for word in words {
-        let word = word.get();
-        count += u64::from(word.count_ones());
-        // True of each word that is uniform, and of hardly any other: one comparison instead of two.
-        has_uniform |= word == word.rotate_left(32);
+    let count = words.iter().map(|word| u64::from(word.get().count_ones()));
+    let count = count.sum();
+    match count {
+        0 => (0, Pair { mixed: 0, full: 0 }),
+        _ => (count, classes(words)),
     }
-    if !has_uniform {
-        return (count, Pair { mixed: !0, full: 0 });
-    }
-    if count == 0 {
-        return (count, Pair { mixed: 0, full: 0 });
+}
+
+/// The classes of 64 words.
+#[inline(always)]
+fn classes<W: Word>(words: &[W; 64]) -> Pair {
+    // True of each word that is uniform, and of hardly any other: one comparison instead of two.
+    let is_uniform = |word: u64| word == word.rotate_left(32);
+    if !words
+        .iter()
+        .fold(false, |any, word| any | is_uniform(word.get()))
+    {
+        return Pair { mixed: !0, full: 0 };
     }
     let (mut empty, mut full) = (0, 0);
     for (at, word) in words.iter().enumerate() {
@@ -453,5 +548,5 @@ fn tally<W: Word>(words: &[W; 64]) -> (u64, Pair) {
         full |= u64::from(word == !0) << at;
     }
     let mixed = !(empty | full);
-    (count, Pair { mixed, full })
+    Pair { mixed, full }
 }

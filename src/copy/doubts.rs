@@ -12,9 +12,9 @@
 //! 2. What differs is told only if no guest write has to do with it: one that was under way while it was read, or
 //!    came later. That shows only once all writes have settled that were under way: then they are recorded.
 //! 3. What differs stays known from the answer on until it is dirty, and is dirty before it is told.
-//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. So
-//!    something must be written then, also where the target was known to read as zeroes. What an active write has
-//!    changed of a suspect is doubtful again.
+//! 4. What is dirty anyway needs no comparing: the claim of a copy ends doubt and suspicion in its range. It is
+//!    copied by nothing that was known of the target before. What an active write has changed of a suspect is
+//!    doubtful again.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -42,6 +42,8 @@ pub(crate) struct Doubts {
     pub(super) cursor: u64,
     /// Claims that are there to compare.
     pub(super) claims: usize,
+    /// Sum of their lengths.
+    pub(super) claimed_bytes: u64,
     /// The first block that could not be claimed for an active write, when that was tried last.
     pub(super) blocked: Option<ByteRange>,
 }
@@ -63,6 +65,7 @@ impl Doubts {
             asking: BTreeMap::new(),
             cursor: 0,
             claims: 0,
+            claimed_bytes: 0,
             blocked: None,
         })
     }
@@ -80,20 +83,22 @@ impl Doubts {
             && self.suspects.is_clean()
     }
 
+    /// Whether something of `range` is not known to be equal.
+    pub(super) fn is_doubtful(&self, range: ByteRange) -> bool {
+        self.map.any_dirty_in(range) || self.open.any_dirty_in(range)
+    }
+
     pub(super) fn doubt(&mut self, range: ByteRange) {
         self.map.set(range).expect("within the disk");
     }
 
-    /// It is being copied: nothing of it is of interest any more. Whether anything was.
-    pub(super) fn forget(&mut self, range: ByteRange) -> bool {
-        let mut is_doubtful = false;
+    /// It is being copied: nothing of it is of interest any more.
+    pub(super) fn forget(&mut self, range: ByteRange) {
         for map in [&mut self.map, &mut self.open, &mut self.suspects] {
-            if map.any_dirty_in(range) {
-                is_doubtful = true;
+            if !map.is_clean() {
                 map.reset_inner(range).expect("within the disk");
             }
         }
-        is_doubtful
     }
 
     /// An active write has changed it on both disks, or a part of it.

@@ -1,6 +1,7 @@
 //! What a device can do, as its owner tells it.
 
 use crate::copy::{CompareBy, Side};
+use crate::units::ByteRange;
 
 /// What a device is and can do, told once, before a job starts.
 ///
@@ -62,6 +63,15 @@ pub struct RangeLimits {
     pub align: u32,
     /// The longest request.
     pub max: u64,
+}
+
+impl RangeLimits {
+    /// Whether a device of `len` bytes takes `range` in one request.
+    pub(crate) fn takes(self, range: ByteRange, len: u64) -> bool {
+        let align = u64::from(self.align);
+        let ends_well = range.end() % align == 0 || range.end() == len;
+        range.start() % align == 0 && ends_well && range.len() <= self.max
+    }
 }
 
 /// What is wrong with what a device says of itself.

@@ -352,6 +352,14 @@ impl OpKind {
         )
     }
 
+    /// Bytes that it brings to the target, in a buffer or without.
+    pub(crate) fn moving_bytes(self) -> u64 {
+        match self {
+            OpKind::CopyOffloaded(range) => range.len(),
+            _ => self.buffered_bytes(),
+        }
+    }
+
     /// Bytes that are held in a buffer while it runs.
     pub(crate) fn buffered_bytes(self) -> u64 {
         match self {

@@ -9,7 +9,7 @@
 
 use crate::bitmap::HBitmap;
 use crate::copy::limits::Ends;
-use crate::copy::{Content, Extent, OpKind, Unmap};
+use crate::copy::{Content, Extent, OpKind, RangeLimits, Unmap};
 use crate::units::{ByteRange, Granularity};
 
 /// The shortest that a copy is made, unless a device takes less.
@@ -32,10 +32,10 @@ pub(crate) struct Shape {
     pub(crate) run_max: u64,
     /// What a write is aligned to that is not to fill a cluster.
     write_align: u64,
-    /// What zero writes are aligned to and how long they may be.
-    zeroes: Option<(u64, u64)>,
+    /// What zero writes must look like.
+    zeroes: Option<RangeLimits>,
     /// The same for discards.
-    discard: Option<(u64, u64)>,
+    discard: Option<RangeLimits>,
     pub(crate) unmap: Unmap,
     /// Whether only what the topmost layer of the source holds is copied.
     pub(crate) only_top: bool,
@@ -89,9 +89,12 @@ impl Shape {
         // writes to it meanwhile.
         let run_max = buf_size.min(chunk_max.saturating_mul(workers as u64));
         let run_max = align_down(run_max, claim_unit).max(claim_unit);
-        let limits = |limits: crate::copy::RangeLimits| {
-            let align = u64::from(limits.align).max(align);
-            (align, align_down(limits.max, align))
+        let limits = |limits: RangeLimits| {
+            let request_align = u32::try_from(align).expect("that of a device");
+            RangeLimits {
+                align: limits.align.max(request_align),
+                max: align_down(limits.max, align.max(limits.align.into())),
+            }
         };
         Ok(Self {
             len: ends.target.len,
@@ -171,10 +174,10 @@ impl Shape {
                 .map(|limits| (limits, true))
                 .or(self.zeroes.map(|limits| (limits, false))),
         };
-        let Some(((granule, max), is_discard)) = wish else {
+        let Some((RangeLimits { align: own, max }, is_discard)) = wish else {
             return self.copy(claimed, align_up(known, align), align);
         };
-        let granule = granule.max(align);
+        let granule = u64::from(own).max(align);
         let start = claimed.start();
         let end = self.end_without_data(claimed, known, granule, align_down(max, granule));
         if start % granule != 0 || end <= start {
@@ -240,22 +243,21 @@ impl Shape {
 
     /// Whether the target can make `range` read as zeroes at once.
     pub(crate) fn takes_zeroes(&self, range: ByteRange) -> bool {
-        self.zeroes.is_some_and(|(align, max)| {
-            let ends_well = range.end() % align == 0 || range.end() == self.len;
-            range.start() % align == 0 && ends_well && range.len() <= max
-        })
+        self.zeroes
+            .is_some_and(|zeroes| zeroes.takes(range, self.len))
     }
 
     /// What discards are aligned to and how long they may be, if the target can discard.
     pub(crate) fn discard_limits(&self) -> Option<(u64, u64)> {
-        self.discard.filter(|&(_, max)| max > 0)
+        let discard = self.discard.filter(|discard| discard.max > 0)?;
+        Some((discard.align.into(), discard.max))
     }
 
     /// What zero writes of the scan are aligned to and how long they may be, if the target can write
     /// them: whole clusters, for none was written yet.
     pub(crate) fn scan_zeroes(&self) -> Option<(u64, u64)> {
-        let (align, max) = self.zeroes?;
-        let align = align.max(self.cluster.unwrap_or(1));
+        let RangeLimits { align, max } = self.zeroes?;
+        let align = u64::from(align).max(self.cluster.unwrap_or(1));
         let max = align_down(max, align);
         (max > 0).then_some((align, max))
     }
@@ -275,7 +277,7 @@ fn align_up(offset: u64, align: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::copy::{Limits, RangeLimits};
+    use crate::copy::Limits;
 
     const KIB: u64 = 1024;
 

@@ -312,15 +312,6 @@ impl<D: WriteAt, C: Copies<D>> GuestDisk<D, C> {
     }
 }
 
-/// Whether a device takes a range in one request without data.
-fn takes(limits: Option<RangeLimits>, range: ByteRange, len: u64) -> bool {
-    limits.is_some_and(|limits| {
-        let align = u64::from(limits.align);
-        let ends_well = range.end() % align == 0 || range.end() == len;
-        range.start() % align == 0 && ends_well && range.len() <= limits.max
-    })
-}
-
 impl<D, C> InFlight<'_, D, C> {
     /// The write has settled.
     fn finish<R>(mut self, result: R) -> R {
@@ -471,7 +462,8 @@ impl<D: WriteAt, C: Copies<D>> WriteAt for GuestDisk<D, C> {
         };
         if let Some(part) = in_flight.source_written(&result, &target) {
             let limits = target.limits();
-            match takes(limits.write_zeroes, part, limits.len) {
+            let takes = |zeroes: RangeLimits| zeroes.takes(part, limits.len);
+            match limits.write_zeroes.is_some_and(takes) {
                 true => in_flight.target_written(target.write_zeroes(part, unmap).await),
                 false => in_flight.skip_target(),
             }

@@ -1,5 +1,7 @@
 //! What becomes of the bitmap that a job goes by.
 
+use crate::node::ClaimFor;
+
 /// What becomes, at the end of a job, of the named bitmap that it goes by.
 ///
 /// While the job runs the bitmap is in use, and what the guest writes is recorded beside it. What is left in
@@ -12,4 +14,14 @@ pub enum BitmapMode {
     OnSuccess,
     /// What was copied is clean, also if the job fails: another goes on with the rest.
     Always,
+}
+
+impl BitmapMode {
+    /// What a bitmap is claimed for by a job that goes by it.
+    pub(crate) fn claim_for(self) -> ClaimFor {
+        match self {
+            BitmapMode::Never => ClaimFor::Reading,
+            BitmapMode::OnSuccess | BitmapMode::Always => ClaimFor::Change,
+        }
+    }
 }

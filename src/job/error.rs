@@ -26,7 +26,9 @@ pub enum JobError {
     /// It was cancelled.
     #[error("cancelled")]
     Cancelled {
-        /// Operations that had not ended within the time of grace.
+        /// Operations that had not ended within [the time of grace](crate::JobOptions::cancel_grace); and the guest's
+        /// [active writes](crate::CopyMode::WriteBlocking) that were at the target, for which no job waits. They may
+        /// still reach it.
         abandoned: usize,
     },
     /// What did the work was dropped before it had come to an end.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{DirtyLog, Rule, WORD_SHIFT};
+use super::{DirtyLog, LOOK, ROW_SHIFT, Rule, WORD_SHIFT, WRITE};
 use crate::bitmap::{HBitmap, MergeError};
 use crate::sync::atomic::{Ordering, fence};
 use crate::units::ByteRange;
@@ -11,7 +11,7 @@ impl DirtyLog {
     /// Takes what was marked out of the log and hands it to `sink`, in ascending order, 64 granules at
     /// a time.
     ///
-    /// It visits only what was touched since the last drain, and every word at most once, so it ends
+    /// It visits only what was touched since the last drain, and its neighbours, and every word at most once, so it ends
     /// also while others keep marking. What they mark meanwhile is handed out now or the next time.
     /// Drains may overlap: every mark goes to one of them. Who must know of all marks up to now drains
     /// under a lock, else another drain may still be handing some out.
@@ -40,7 +40,7 @@ impl DirtyLog {
     /// ```
     pub fn drain(&self, mut sink: impl FnMut(DirtyWord)) {
         if !self.is_clean() {
-            self.drain_word(self.top, 0, &mut sink);
+            self.drain_row(self.top, 0, &mut sink);
         }
         if self.keeps(Rule::FenceAfterDrain) {
             fence(Ordering::SeqCst);
@@ -117,30 +117,46 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Drains one word and all that is below it.
-    fn drain_word<F: FnMut(DirtyWord)>(&self, level: usize, index: u64, sink: &mut F) {
-        let mut taken = self.take(level, index);
-        if taken.bits != 0 && level == 0 {
-            sink(taken.word());
-            taken.bits = 0;
+    /// Drains the words of one row and all that is below them.
+    ///
+    /// All of them are looked at first. That a word has something is as likely as not where marks are many and
+    /// anywhere, and a look that nothing depends on is cheaper than a guess that is wrong.
+    fn drain_row<F: FnMut(DirtyWord)>(&self, level: usize, row: u64, sink: &mut F) {
+        let first = self.starts[level] + ((row as usize) << ROW_SHIFT);
+        let end = self.starts[level + 1].min(first + (1 << ROW_SHIFT));
+        let mut found = 0_u32;
+        for (at, word) in self.words[first..end].iter().enumerate() {
+            found |= u32::from(self.look(word) != 0) << at;
         }
-        while taken.bits != 0 {
-            let below = taken.word().first_granule + u64::from(taken.bits.trailing_zeros());
-            self.drain_word(level - 1, below, sink);
-            taken.bits &= taken.bits - 1;
-        }
-        if level > 0 && !self.keeps(Rule::ClearedFirst) {
-            self.word(level, index).swap(0, Ordering::AcqRel);
+        while found != 0 {
+            let at = u64::from(found.trailing_zeros());
+            found &= found - 1;
+            let mut taken = self.take(level, (row << ROW_SHIFT) + at);
+            if level == 0 {
+                if taken.bits != 0 {
+                    sink(taken.word());
+                }
+                taken.bits = 0;
+            }
+            while taken.bits != 0 {
+                let below = taken.word().first_granule + u64::from(taken.bits.trailing_zeros());
+                self.drain_row(level - 1, below, sink);
+                taken.bits &= taken.bits - 1;
+            }
+            if level > 0 && !self.keeps(Rule::ClearedFirst) {
+                self.word(level, (row << ROW_SHIFT) + at).swap(0, WRITE);
+            }
         }
     }
 
     /// Swaps a word out.
+    #[inline]
     fn take(&self, level: usize, index: u64) -> Taken<'_> {
         let word = self.word(level, index);
         let bits = if level > 0 && !self.keeps(Rule::ClearedFirst) {
-            word.load(Ordering::Acquire)
+            word.load(LOOK)
         } else {
-            word.swap(0, self.order(Ordering::AcqRel))
+            word.swap(0, self.order(WRITE))
         };
         Taken {
             log: self,
@@ -217,6 +233,7 @@ impl Taken<'_> {
 }
 
 impl Drop for Taken<'_> {
+    #[inline]
     fn drop(&mut self) {
         for run in self.word().runs() {
             self.log.set(self.level, run);

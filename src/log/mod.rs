@@ -2,25 +2,30 @@
 //! lock, drained into bitmaps by whoever needs to know.
 //!
 //! ```text
-//!  level 2 │1 0 0 …│                          one word at the top: zero says clean
-//!           │                                            ▲ mark goes up: fence, leaf bit,
-//!           ▼ bit i: word i below may hold something     │ then each summary bit above it
-//!  level 1 │0 1 0 …│0 0 0 …│ …
+//!  level 2 │1 0 0 …│                                one word at the top: zero says clean
+//!           │                                            ▲ mark goes up: leaf bit,
+//!           ▼ bit i: row i below may hold something      │ then each summary bit above it
+//!  level 1 │0 1 0 …│0 0 0 …│ …                           │
 //!             │                                          │ drain goes down: clear a summary,
-//!             ▼                                          ▼ swap out what is below it; fence
-//!  leaf    │0 0 0 …│0 1 1 …│0 0 0 …│ …        one bit per granule, 64 bits per word
+//!             ▼                                          ▼ look at what is below it, swap it out; fence
+//!  leaf    │0 0 0 …│0 1 1 …│0 0 0 …│ …│  │ …             one bit per granule, 64 bits per word, 8 words a row
+//!          └─────────── row 0 ────────┘
 //! ```
+//!
+//! A summary bit stands for a row of eight words, which is as much memory as processors fetch at once. So there are few
+//! levels, and of the marks of a row only the first writes above it.
 //!
 //! # Invariants
 //!
 //! What every mark and every drain must keep to:
 //!
-//! 1. A mark begins with a sequentially consistent fence, before its first load.
+//! 1. A mark that leaves a leaf word as it is has looked at it after a sequentially consistent fence. (One that writes to
+//!    all of its leaf words needs no fence: what it writes goes with what was written before it.)
 //! 2. A mark sets the leaf bit first, then the summary bit above it, and so on to the top.
 //! 3. A mark looks at every level, also when it found the bit below set.
-//! 4. A drain clears a summary bit first and swaps out the word below it afterwards.
-//! 5. Words change by read-modify-write only. A mark acquires what it reads, a drain releases what
-//!    it swaps.
+//! 4. A drain clears a summary bit first and looks at the words below it afterwards.
+//! 5. Words change by read-modify-write only. That, and each look that something is left out for, is
+//!    sequentially consistent.
 //! 6. A drain ends with a sequentially consistent fence. Data is read after it.
 //! 7. Whoever waits for a mark arms the wake-up, passes such a fence, and looks at the top. A mark that has
 //!    set a bit, and a drain that gives back what it took, looks at the wake-up after that, both
@@ -28,31 +33,32 @@
 //!
 //! What follows from them, and what [`DirtyLog::check_invariants`] looks at while nobody marks or
 //! drains: above every word that is not zero there is a path of set bits to the top (a set bit above
-//! a word that is zero may be left over, and costs one look); no bit past the last granule is set.
+//! a row that is zero may be left over, and costs one look); no bit past the last granule is set.
 //!
 //! # Why nothing is lost
 //!
 //! The promise: when a mark has returned, a drain that comes after it hands out its granules, unless
 //! a drain already did which then reads the data that was marked.
 //!
-//! *The bit is found.* All changes of a leaf word stand in one order (5). If the mark comes before the
-//! drain's swap in it, then the swap takes the bit. If it comes after, then it reads what the swap
-//! left behind, or what other marks made of it; either way it acquires from the swap, and so sees the
-//! summary as the drain left it when it had cleared it (4), or with a bit that was set since. It sets
-//! what is missing (3). The same holds for a summary word and the one above it. Going up is what makes
-//! this work (2): with the summary set first, a drain takes it, finds the leaf still empty, and the
+//! *The bit is found.* A drain clears a summary bit and then looks at the words below (4). A mark sets its bit in one of
+//! them, or finds it set by another mark, and then looks at the summary (2, 3). All four are in one order (5). Either
+//! the drain's look comes after the bit was set: then it sees the bit, and swaps the word out. Or it comes before: then
+//! so does the clearing, and the mark's look at the summary, which comes still later, sees the bit cleared and
+//! sets it again. The same holds for a summary word and the one above it. Going up is what makes
+//! this work: with the summary set first, a drain takes it, finds the leaf still empty, and the
 //! leaf bit that is set next has nothing above it. So does looking at every level: the thread that set
 //! the leaf bit may not have come to the summary yet, and the mark that found the bit set must not
 //! return before somebody did.
 //!
-//! A plain store of a full word, though shorter, would cut the chain: who reads it has not acquired
-//! from the swap before it. Hence read-modify-write also where all 64 bits are set.
+//! A drain need not swap words that are 0: that they are, is an answer that marks know of by the order of these four.
 //!
-//! *The data is seen.* Marks that find everything set only load, and a load orders nothing: the
+//! *The data is seen.* A mark that writes to a leaf word comes before the swap that takes what it has written, and with it
+//! all that was done before the mark. But marks that find everything set only load, and a load orders nothing: the
 //! guest's data may still be in the store buffer of its CPU when a drain takes the bit, and the drain's
 //! owner reads the old data. Nobody marks again. The two fences (1, 6) exclude it: a mark whose load
 //! comes before the drain's swap has its fence before the drain's fence, and what was written before
-//! the first is read after the second. If the load comes after the swap, it finds the bit cleared.
+//! the first is read after the second. If the load comes after the swap, it finds the bit cleared. (Whether it is set is
+//! looked at before the fence, too, which tells only whether it is worth one: a fence takes as long as a write.)
 //!
 //! *Two drains at once* are sound and lose nothing: a bit goes to the one whose swap took it. But one
 //! may return before the other has handed out what it took, so whoever wants to know everything up to
@@ -80,12 +86,29 @@ use crate::units::{ByteRange, Granularity};
 pub use drain::DirtyWord;
 use wake::WakeUp;
 
-/// Bits of a word, as a power of two. Loom explores every interleaving, so its words are tiny: with
-/// two bits a word, eight granules have three levels.
+/// Bits of a word, as a power of two. Loom explores every interleaving, so its words and rows are tiny: with
+/// two bits a word and two words a row, 32 granules have three levels.
 const WORD_SHIFT: u32 = if cfg!(loom) { 1 } else { 6 };
+
+/// Words of a row, as a power of two.
+const ROW_SHIFT: u32 = if cfg!(loom) { 1 } else { 3 };
 
 /// Bits of a word.
 const WORD_BITS: u64 = 1 << WORD_SHIFT;
+
+/// How a word is looked at, and written to: in the one order of invariant 5. Loom takes an access of that order for a
+/// fence, which is more than it is: a rule that needs one were not missed. So it is given less, and a fence of its own
+/// between a write and a look that must not change places.
+const LOOK: Ordering = if cfg!(loom) {
+    Ordering::Acquire
+} else {
+    Ordering::SeqCst
+};
+const WRITE: Ordering = if cfg!(loom) {
+    Ordering::AcqRel
+} else {
+    Ordering::SeqCst
+};
 
 /// Longest disk: what fits an `i64`, as offsets of files do.
 const LEN_MAX: u64 = i64::MAX as u64;
@@ -94,7 +117,7 @@ const LEN_MAX: u64 = i64::MAX as u64;
 const GRANULES_MAX: u64 = if usize::BITS >= 64 { 1 << 41 } else { 1 << 33 };
 
 /// Levels of a log of [`GRANULES_MAX`] granules.
-const LEVELS_MAX: usize = GRANULES_MAX.ilog2().div_ceil(WORD_SHIFT) as usize;
+const LEVELS_MAX: usize = 1 + GRANULES_MAX.ilog2().div_ceil(WORD_SHIFT + ROW_SHIFT) as usize;
 
 /// A set of granules that any number of threads add to without a lock, and that is emptied by
 /// draining.
@@ -103,7 +126,7 @@ const LEVELS_MAX: usize = GRANULES_MAX.ilog2().div_ceil(WORD_SHIFT) as usize;
 /// to know what was written [drains](Self::drain) it, into as many bitmaps as are recording. Both
 /// work through `&self`.
 ///
-/// Memory is one bit per granule and an additional 1/63 for the summaries: 2 MiB for 1 TiB at 64 KiB.
+/// Memory is one bit per granule and an additional 1/511 for the summaries: 2 MiB for 1 TiB at 64 KiB.
 /// Where the allocator hands out zero pages, those that no mark has touched cost nothing.
 ///
 /// # Examples
@@ -202,7 +225,7 @@ impl DirtyLog {
         let mut words = words_for(granules).max(1);
         starts[1] = words as usize;
         while words > 1 {
-            words = words_for(words);
+            words = words_for(rows_for(words));
             top += 1;
             starts[top + 1] = starts[top] + words as usize;
         }
@@ -244,9 +267,9 @@ impl DirtyLog {
     /// while the old data is still there.
     ///
     /// It waits for nobody, but for the moment it takes to fetch the waker of who waits in
-    /// [`poll_dirty`](Self::poll_dirty), which it then calls. It begins with a full memory barrier, so that
-    /// data which the caller wrote to memory itself is not overtaken by the mark, and after that writes only
-    /// bits that are not set yet. A long range takes a step per 64 granules.
+    /// [`poll_dirty`](Self::poll_dirty), which it then calls. Data which the caller wrote to memory itself is not
+    /// overtaken by the mark: it writes bits that are not set yet, and passes a full memory barrier before it
+    /// believes that one is. A long range takes a step per 64 granules.
     ///
     /// # Examples
     ///
@@ -274,30 +297,33 @@ impl DirtyLog {
         let index = first >> WORD_SHIFT;
         let ones = u64::MAX >> (u64::from(u64::BITS) - 1 - (last - first) % WORD_BITS);
         let mask = ones << (first & (WORD_BITS - 1));
-        // What needs no look at a word is done by now: nothing after the fence begins before that has passed,
-        // and the fence of the next mark waits for all of it. So it is kept short.
+        if index != last >> WORD_SHIFT || !self.keeps_order() {
+            return self.mark_words(first..last + 1);
+        }
         let (words, starts) = (&*self.words, &self.starts[1..self.top + 1]);
         let leaf = &words[index as usize];
-        if self.keeps(Rule::FenceBeforeLook) {
-            fence(Ordering::SeqCst);
-        }
-        if index != last >> WORD_SHIFT || !self.keeps_order() {
-            return self.set(0, first..last + 1);
-        }
         let mut has_set = false;
-        if !leaf.load(self.order(Ordering::Acquire)) & mask != 0 {
-            leaf.fetch_or(mask, self.order(Ordering::SeqCst));
+        // Whether that is so, is only asked for what to do: the answer orders nothing.
+        let mut is_set = !leaf.load(Ordering::Relaxed) & mask == 0;
+        if is_set {
+            if self.keeps(Rule::FenceBeforeLook) {
+                fence(Ordering::SeqCst);
+            }
+            is_set = !leaf.load(self.order(LOOK)) & mask == 0;
+        }
+        if !is_set {
+            leaf.fetch_or(mask, self.order(WRITE));
             has_set = true;
         }
-        let mut below = index;
+        let mut row = index >> ROW_SHIFT;
         for start in starts {
-            let bit = below & (WORD_BITS - 1);
-            below >>= WORD_SHIFT;
-            let word = &words[start + below as usize];
-            if word.load(self.order(Ordering::Acquire)) >> bit & 1 == 0 {
-                word.fetch_or(1 << bit, self.order(Ordering::SeqCst));
+            let bit = row & (WORD_BITS - 1);
+            let word = &words[start + (row >> WORD_SHIFT) as usize];
+            if self.look(word) >> bit & 1 == 0 {
+                word.fetch_or(1 << bit, self.order(WRITE));
                 has_set = true;
             }
+            row >>= WORD_SHIFT + ROW_SHIFT;
         }
         if has_set {
             self.wake_up.marked();
@@ -312,6 +338,15 @@ impl DirtyLog {
         if !clipped.is_empty() {
             self.mark(clipped);
         }
+    }
+
+    /// As [`mark`](Self::mark), for granules of several words.
+    #[inline(never)]
+    fn mark_words(&self, granules: Range<u64>) {
+        if self.keeps(Rule::FenceBeforeLook) {
+            fence(Ordering::SeqCst);
+        }
+        self.set(0, granules);
     }
 
     /// Ready as soon as there is something to drain; until then the waker is called when there is. The
@@ -365,7 +400,8 @@ impl DirtyLog {
     pub fn check_invariants(&self) {
         for level in 0..self.top {
             for index in 0..self.words_of(level) {
-                let (parent, bit) = (index >> WORD_SHIFT, index & (WORD_BITS - 1));
+                let row = index >> ROW_SHIFT;
+                let (parent, bit) = (row >> WORD_SHIFT, row & (WORD_BITS - 1));
                 assert!(
                     self.word(level, index).load(Ordering::Relaxed) == 0
                         || self.word(level + 1, parent).load(Ordering::Relaxed) >> bit & 1 == 1,
@@ -382,7 +418,7 @@ impl DirtyLog {
                 0,
                 "level {level} holds something past the end",
             );
-            bits = self.words_of(level);
+            bits = rows_for(self.words_of(level));
         }
     }
 
@@ -398,8 +434,8 @@ impl DirtyLog {
         let (mut first, mut last) = (bits.start, bits.end - 1);
         for level in level..=self.top {
             self.set_level(level, first..last + 1);
-            first >>= WORD_SHIFT;
-            last >>= WORD_SHIFT;
+            first >>= WORD_SHIFT + ROW_SHIFT;
+            last >>= WORD_SHIFT + ROW_SHIFT;
         }
         self.wake_up.marked();
     }
@@ -421,9 +457,20 @@ impl DirtyLog {
     #[inline]
     fn set_in_word(&self, level: usize, index: u64, mask: u64) {
         let word = self.word(level, index);
-        if word.load(self.order(Ordering::Acquire)) & mask != mask {
-            word.fetch_or(mask, self.order(Ordering::SeqCst));
+        if self.look(word) & mask != mask {
+            word.fetch_or(mask, self.order(WRITE));
         }
+    }
+
+    /// What a word has, after all that this thread has done before (invariant 5).
+    #[inline]
+    fn look(&self, word: &AtomicU64) -> u64 {
+        // See `LOOK`: what processors do for the load and the write before it, loom does for a fence between them.
+        #[cfg(loom)]
+        if self.keeps(Rule::OneOrder) {
+            fence(Ordering::SeqCst);
+        }
+        word.load(self.order(LOOK))
     }
 
     #[inline]
@@ -452,7 +499,7 @@ impl DirtyLog {
     /// `kept`, unless a loom test breaks that rule.
     #[inline]
     fn order(&self, kept: Ordering) -> Ordering {
-        if self.keeps(Rule::AcquireAndRelease) {
+        if self.keeps(Rule::OneOrder) {
             kept
         } else {
             Ordering::Relaxed
@@ -473,6 +520,11 @@ impl fmt::Debug for DirtyLog {
 /// Words that hold `bits` bits.
 const fn words_for(bits: u64) -> u64 {
     bits.div_ceil(WORD_BITS)
+}
+
+/// Rows that hold so many words.
+const fn rows_for(words: u64) -> u64 {
+    words.div_ceil(1 << ROW_SHIFT)
 }
 
 /// Those of `bits` that lie in the word `index`, as bits of that word.
@@ -501,7 +553,7 @@ fn zeroed(count: usize) -> Option<Box<[AtomicU64]>> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(not(loom), expect(unreachable_pub, reason = "only loom tests name it"))]
 pub enum Rule {
-    /// Broken, a mark begins without a fence.
+    /// Broken, a mark looks at leaf words without a fence before.
     FenceBeforeLook,
     /// Broken, a mark goes from the top down.
     LeafFirst,
@@ -510,7 +562,7 @@ pub enum Rule {
     /// Broken, a drain clears a summary after it swapped out what is below.
     ClearedFirst,
     /// Broken, everything is relaxed.
-    AcquireAndRelease,
+    OneOrder,
     /// Broken, a drain ends without a fence.
     FenceAfterDrain,
     /// Broken, who waits does not look again once the wake-up is armed.
@@ -539,7 +591,7 @@ impl DirtyLog {
         match self.broken {
             Some(Rule::LeafFirst) => {
                 for level_above in (level..=self.top).rev() {
-                    let shift = WORD_SHIFT * (level_above - level) as u32;
+                    let shift = (WORD_SHIFT + ROW_SHIFT) * (level_above - level) as u32;
                     let last = (bits.end - 1) >> shift;
                     self.set_level(level_above, bits.start >> shift..last + 1);
                 }

@@ -26,6 +26,8 @@ pub(super) struct Active {
     /// Bytes that active writes have brought to the target, and how many writes were there.
     written: u64,
     count: u64,
+    /// How many were at the target when the job ended.
+    pub(super) left_at_target: u64,
     watch: Watch,
 }
 
@@ -116,8 +118,8 @@ impl Mirror {
         };
         let writes = self.active.writes.as_ref();
         let sample = Sample {
-            copied: self.done_bytes - self.active.written,
-            left: self.left(),
+            copied: self.done_bytes - self.active.written - self.verify.compared(),
+            left: self.left_to_copy(),
             written: self.active.written,
             writes: self.active.count,
             waiting: writes.map_or(0, ActiveWrites::waits),
@@ -167,7 +169,7 @@ impl Mirror {
         });
         // While nothing is left there is nothing to decide: a guest write wakes us.
         let has_work = matches!(self.phase, Phase::Copying { .. } | Phase::InSync(_));
-        let watched = adaptive.filter(|_| has_work && self.left() > 0);
+        let watched = adaptive.filter(|_| has_work && self.left_to_copy() > 0);
         let window_end = watched.and_then(|adaptive| self.active.watch.window_end(adaptive));
         let window_end = window_end.map(|end| end.max(now.saturating_add(TICK)));
         let times = [until, waits_until, window_end];

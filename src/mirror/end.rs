@@ -265,6 +265,9 @@ impl Mirror {
 
     pub(super) fn conclude(&mut self, abandoned: Option<usize>, is_success: bool) -> Turn {
         self.release(is_success);
+        // Those are the guest's, and nobody waits for them.
+        let writes = usize::try_from(self.active.left_at_target).unwrap_or(usize::MAX);
+        let abandoned = abandoned.map(|own| own.saturating_add(writes));
         let result = self.job.conclude(abandoned);
         Turn::Step(Step::Done(result))
     }

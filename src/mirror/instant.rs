@@ -5,14 +5,14 @@
 
 use crate::bitmap::HBitmap;
 use crate::copy::Shape;
-use crate::job::{Beginning, StartError};
-use crate::node::{BitmapClaim, ClaimFor, JobBitmap, Locked, Node, QuiesceGuard};
+use crate::job::{Beginning, BitmapMode, StartError};
+use crate::node::{BitmapClaim, JobBitmap, Locked, Node, QuiesceGuard};
 use crate::sabotage::{Sabotage, is_broken};
 
 /// What a mirror is to begin with.
 pub(super) struct Instant {
     pub(super) node: Node,
-    pub(super) bitmap: Option<(String, ClaimFor)>,
+    pub(super) bitmap: Option<(String, BitmapMode)>,
     /// Whether the scan looks at what the named bitmap has, so that it is not all to be copied.
     pub(super) is_scanned: bool,
     pub(super) shape: Shape,
@@ -41,10 +41,10 @@ impl Instant {
         locked: &mut Locked<'_>,
         spare: Option<HBitmap>,
     ) -> Result<(Option<BitmapClaim>, Option<HBitmap>), StartError> {
-        let Some((name, claim_for)) = &self.bitmap else {
+        let Some((name, mode)) = &self.bitmap else {
             return Ok((None, None));
         };
-        let claim = locked.claim((&self.node, name), *claim_for, spare);
+        let claim = locked.claim((&self.node, name), mode.claim_for(), spare);
         let claim = claim.map_err(StartError::Bitmap)?;
         if !self.is_scanned {
             return Ok((Some(claim), None));

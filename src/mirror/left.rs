@@ -5,7 +5,7 @@ use crate::bitmap::HBitmap;
 use crate::job::BitmapMode;
 use crate::mirror::checkpoint::{Checkpoint, CheckpointId, CheckpointPhase};
 use crate::mirror::{Mirror, MirrorSync, Phase};
-use crate::node::{ActiveWrites, BitmapClaim, ClaimEnd, ClaimFor};
+use crate::node::{ActiveWrites, BitmapClaim, ClaimEnd};
 use crate::sabotage::{Sabotage, is_broken};
 
 /// The named bitmap that a job goes by.
@@ -28,13 +28,6 @@ pub(super) struct Left {
 }
 
 impl ByBitmap {
-    pub(super) fn claim_for(&self) -> ClaimFor {
-        match self.mode {
-            BitmapMode::Never => ClaimFor::Reading,
-            BitmapMode::OnSuccess | BitmapMode::Always => ClaimFor::Change,
-        }
-    }
-
     /// The guest is held and the target has all that it wrote: from here on is later.
     fn note_instant(&self) {
         if self.mode == BitmapMode::Never || is_broken(Sabotage::KeepWritesOfJob) {
@@ -191,7 +184,7 @@ impl Mirror {
         // Those under way go nowhere any more; what of them is at the target counts as left.
         let writes = self.active.writes.take();
         let active = writes.as_ref().map(ActiveWrites::claims);
-        drop(writes);
+        self.active.left_at_target = writes.map_or(0, ActiveWrites::end);
         let mut scanned = 0;
         let dirty = bitmap.detach(claim, |left| {
             if let (Some(active), false) = (&active, is_broken(Sabotage::LeaveOutActives)) {

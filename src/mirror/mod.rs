@@ -460,7 +460,7 @@ impl Mirror {
             .unzip();
         let instant = Instant {
             node: node.clone(),
-            bitmap: by.as_ref().map(|by| (by.name.clone(), by.claim_for())),
+            bitmap: by.as_ref().map(|by| (by.name.clone(), by.mode)),
             is_scanned: options.sync == MirrorSync::Top && resumed.is_none(),
             shape: shape.clone(),
         };

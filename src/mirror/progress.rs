@@ -23,6 +23,11 @@ impl Mirror {
             .saturating_add(self.engine.claimed_bytes())
     }
 
+    /// The same without what is only being compared.
+    pub(super) fn left_to_copy(&self) -> u64 {
+        self.left() - self.engine.comparing_bytes()
+    }
+
     pub(super) fn dirty_bytes(&self) -> u64 {
         let bitmap = self.bitmap.as_ref();
         bitmap.map_or(0, |bitmap| bitmap.lock().dirty_bytes_in_len())

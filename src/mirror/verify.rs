@@ -20,6 +20,8 @@ const CONFIRM_EVERY: Duration = Duration::from_millis(100);
 pub(super) struct Verify {
     /// Of the one that runs, or of the last one.
     result: Option<Verification>,
+    /// What all of them have compared, in bytes.
+    compared: u64,
     /// What was told to differ.
     differing: Option<HBitmap>,
     /// The guest's writes under way are to settle.
@@ -34,6 +36,11 @@ impl Verify {
     pub(super) fn is_running(&self) -> bool {
         self.result
             .is_some_and(|result| result.state == Verified::Running)
+    }
+
+    /// Bytes that were compared, and not copied.
+    pub(super) fn compared(&self) -> u64 {
+        self.compared
     }
 
     /// The guest goes on.
@@ -107,6 +114,7 @@ impl Mirror {
     pub(super) fn compared(&mut self, bytes: u64) {
         self.backoff.reset();
         self.done_bytes = self.done_bytes.saturating_add(bytes);
+        self.verify.compared = self.verify.compared.saturating_add(bytes);
         if let Some(result) = &mut self.verify.result {
             result.compared = result.compared.saturating_add(bytes);
         }

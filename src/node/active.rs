@@ -547,6 +547,13 @@ impl ActiveWrites {
         }
     }
 
+    /// They are over: no part of one goes to the target any more. How many are at the target still.
+    pub(crate) fn end(self) -> u64 {
+        let node = Arc::clone(&self.node);
+        drop(self);
+        node.gate.actives.0.lock().at_target
+    }
+
     /// How many writes are at the target just now, or wait to be let in.
     pub(crate) fn waits(&self) -> u64 {
         let state = self.lock();

@@ -6,6 +6,7 @@
 //! | `cases`, `search`, `walk`, `resize`, `combine` | case by case, at the boundaries of words and levels |
 //! | `bytes`, `stored`, `fixtures` | parts, files and digests, honest and hostile |
 //! | `tracked` | what has changed |
+//! | `fuzz` | bytes made into calls, which a fuzzer may have chosen |
 //! | `sabotage` | invariants broken on purpose, and which test finds out |
 //!
 //! The 40 cases that any such map is tried with, and where they are:
@@ -40,7 +41,7 @@
 //! | reset and set ahead of a cursor, and behind | `walk::iter_follows_the_map_as_it_changes` |
 //! | no dirty byte lost between granularities, three of them | `combine::merge_is_the_union_rounded_outward`, `union_of_two_granularities_in_a_third` |
 //! | there is no unfinished map to misuse | `bytes::a_map_is_sound_after_every_part` |
-//! | hostile loads | `bytes::hostile_parts_change_nothing`, `stored::any_bytes_do_no_harm`, `honest_liars_do_no_harm` |
+//! | hostile loads | `bytes::hostile_parts_change_nothing`, `stored::any_bytes_do_no_harm`, `honest_liars_do_no_harm`; all of them by `fuzz::no_input_does_harm` |
 //! | changes of the map itself | `tracked::every_change_is_marked_and_nothing_else` |
 //! | digests | `bytes::digest::…`, `fixtures` |
 //! | time | `combine::whole_maps_of_1_tib_take_milliseconds`, `walk::a_huge_sparse_map_is_walked_by_what_is_dirty` |
@@ -51,6 +52,7 @@ mod bytes;
 mod cases;
 mod combine;
 mod fixtures;
+mod fuzz;
 mod model;
 mod resize;
 #[cfg(debug_assertions)]

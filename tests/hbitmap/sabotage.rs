@@ -1,6 +1,7 @@
 //! Invariants broken on purpose, one by one, and the tests that find out.
 //!
-//! What the summary, the padding and the count must be is broken beside them, in the modules of the crate.
+//! What the summary, the padding and the count must be, and what may be read and written, is broken beside them, in
+//! the modules of the crate; when memory is taken, in `tests/hbitmap_allocations.rs`.
 
 use std::panic::catch_unwind;
 
@@ -8,7 +9,7 @@ use blockjob::sabotage::{Sabotage, break_on_this_thread};
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
 use crate::model::scenarios;
-use crate::{bytes, cases, combine, stored, tracked, walk};
+use crate::{bytes, cases, combine, fuzz, search, stored, tracked, walk};
 
 /// `test` passes, and fails while that is broken.
 fn notices(sabotage: Sabotage, test: fn()) {
@@ -25,6 +26,18 @@ fn bitmap_5_a_reset_that_rounds_outward() {
 }
 
 #[test]
+fn bitmap_6_a_range_that_is_refused_and_set() {
+    let test = cases::set_may_end_in_the_partial_last_granule_but_not_past_it;
+    notices(Sabotage::SetAndRefuse, test);
+}
+
+#[test]
+fn bitmap_7_queries_that_go_on_past_the_end() {
+    let test = search::queries_agree_for_every_range_of_three_words;
+    notices(Sabotage::AskPastEnd, test);
+}
+
+#[test]
 fn bitmap_8_a_cursor_that_does_not_end() {
     let test = walk::iter_sees_what_is_set_ahead_also_in_the_word_it_is_in;
     notices(Sabotage::ForgetEnd, test);
@@ -34,6 +47,12 @@ fn bitmap_8_a_cursor_that_does_not_end() {
 fn bitmap_9_a_part_that_takes_all_of_a_granule() {
     let test = combine::subtract_keeps_what_the_other_has_a_part_of;
     notices(Sabotage::SubtractParts, test);
+}
+
+#[test]
+fn bitmap_11_any_number_of_granules() {
+    let test = cases::limits_are_checked_before_memory_is_asked_for;
+    notices(Sabotage::ForgetMost, test);
 }
 
 #[test]
@@ -106,4 +125,11 @@ fn tracked_1_a_merge_not_marked() {
 #[test]
 fn tracked_3_a_truncate_not_marked() {
     notices(Sabotage::ForgetTruncated, changes_are_marked);
+}
+
+#[test]
+fn bytes_that_a_fuzzer_might_choose_find_it_too() {
+    notices(Sabotage::SetAndRefuse, fuzz::some_inputs);
+    notices(Sabotage::KeepPadding, fuzz::some_inputs);
+    notices(Sabotage::ForgetCount, fuzz::some_inputs);
 }

@@ -9,7 +9,7 @@ use crate::twin::*;
 
 /// Every start and end of a map of three words, for patterns of all kinds.
 #[test]
-fn queries_agree_for_every_range_of_three_words() {
+pub(crate) fn queries_agree_for_every_range_of_three_words() {
     for exponent in 0..=4u8 {
         let bytes = 1u64 << exponent;
         let len = 190 * bytes - bytes / 2;

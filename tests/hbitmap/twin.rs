@@ -355,11 +355,17 @@ pub(crate) fn ranges(len: u64, exponent: u8) -> impl Strategy<Value = Range<u64>
     prop_oneof![4 => any_two, 3 => short, 1 => byte]
 }
 
+/// So many cases, or as many as `PROPTEST_CASES` says.
 pub(crate) fn cases(cases: u32) -> ProptestConfig {
+    let default = ProptestConfig::default();
+    let cases = match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => default.cases,
+        None => cases,
+    };
     ProptestConfig {
         cases,
         failure_persistence: None,
-        ..ProptestConfig::default()
+        ..default
     }
 }
 

@@ -3,13 +3,18 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
+use std::time::Duration;
 
+use blockjob::migration::{
+    IncomingMigration, IncomingOptions, Mode, Next, OutgoingMigration, OutgoingOptions, StreamKind,
+};
 use blockjob::{
-    Begin, ByteRange, Change, CheckpointId, CopyMode, Lane, Limits, Mirror, MirrorOptions, OnError,
-    OpKind, PendingWrite, Side, TargetWrite, Ticket,
+    Adaptive, Begin, BitmapMigration, BitmapOptions, ByteRange, Change, CheckpointId, CopyMode,
+    Granularity, Lane, Limits, Mirror, MirrorOptions, MirrorSync, Node, OnError, OpKind, Outcome,
+    PendingWrite, Side, SnapshotOf, Step, TargetWrite, Ticket,
 };
 
-use crate::machine::{Count, KIB, MS, Machine, bytes};
+use crate::machine::{Count, KIB, MIB, MS, Machine, bytes};
 use crate::{LEN, single};
 
 const GRANULE: u64 = 4 * KIB;
@@ -78,6 +83,51 @@ fn a_usual_write_that_ends_beside_an_active_one_is_not_forgotten() {
         let _ = machine.drive();
         assert!(machine.is_equal(), "usual one first: {is_first}");
     }
+}
+
+/// Of an adaptive mirror a write waits for the job only so long. Then it goes as a usual one, beside active ones.
+#[test]
+fn a_write_that_has_waited_too_long_goes_alone_and_is_copied_again() {
+    let mut machine = Machine::ready(LEN, active());
+    // So it is write-blocking from its first window on.
+    machine.now += 200 * MS;
+    let _ = machine.take_all();
+    let adaptive = Adaptive::default();
+    change(&machine, CopyMode::Adaptive(adaptive));
+    // Something that the job is copying.
+    let skipped = go(&machine, 0..GRANULE);
+    machine.guest_lands(0..GRANULE, 1);
+    skipped.source_written(true).unwrap().skip();
+    machine.now += 20 * MS;
+    let _ = machine.take_all();
+    assert_eq!(machine.kinds(), [OpKind::Status((0..GRANULE).into())]);
+    let mut wide = wait(&machine, 0..2 * GRANULE);
+    assert!(wide.try_begin().is_none());
+    let until = machine
+        .take_all()
+        .wait()
+        .expect("it does not wait for ever");
+    assert!(until <= machine.now + 2 * adaptive.latency_max);
+    machine.now += 2 * adaptive.latency_max - MS;
+    let _ = machine.take_all();
+    assert!(wide.try_begin().is_none());
+    machine.now += MS;
+    let _ = machine.take_all();
+
+    // One that began before it, and ends after it.
+    let active = go(&machine, GRANULE..2 * GRANULE);
+    let alone = wide.try_begin().expect("it waits no more").unwrap();
+    assert!(active.is_active() && !alone.is_active());
+    machine.guest_lands(GRANULE..2 * GRANULE, 0xac);
+    machine.guest_lands(0..2 * GRANULE, 0x05);
+    alone.finish(());
+    if let Some(half) = active.source_written(true) {
+        to_target(&mut machine, half, 0xac);
+    }
+    let left = machine.mirror().left_dirty().unwrap();
+    assert!(left.all_dirty_in(0..2 * GRANULE), "{left:?}");
+    let _ = machine.drive();
+    assert!(machine.is_equal());
 }
 
 #[test]
@@ -196,6 +246,76 @@ fn writes_anywhere_at_all_are_taken() {
     assert!(machine.is_equal());
 }
 
+/// What there is to send, until one end waits for something else.
+fn pump(from: &mut OutgoingMigration, to: &mut IncomingMigration) -> u64 {
+    let before = from.bytes_sent();
+    let mut bytes = vec![0; 1 << 16];
+    loop {
+        let next = from.next_bytes(Duration::ZERO, &mut bytes).unwrap();
+        if let Next::Bytes(count) = next {
+            to.feed(&bytes[..count]).unwrap();
+        }
+        let answer = to.next_bytes(&mut bytes);
+        from.feed(&bytes[..answer]).unwrap();
+        if answer == 0 && !matches!(next, Next::Bytes(_)) {
+            return from.bytes_sent() - before;
+        }
+    }
+}
+
+#[test]
+fn an_active_write_is_sent_by_a_migration_of_bitmaps_that_runs_meanwhile() {
+    // Bits of less than a MiB are not sent before the guest stands still.
+    let len = 4096 * MIB;
+    let (node, there) = (Node::new(len), Node::new(len));
+    let mut bitmap = BitmapOptions::default();
+    bitmap.granularity = Granularity::from_bytes(512);
+    let guard = node.quiesce().try_guard().unwrap();
+    node.bitmaps().add(&guard, "all", bitmap).unwrap();
+    drop(guard);
+    let (mut options, limits) = (active(), Limits::new(len));
+    options.sync = MirrorSync::None;
+    let mut mirror = Mirror::new(&node, limits, limits, options).unwrap();
+    mirror.job().start().unwrap();
+    while let Step::Op(op) = mirror.poll(Duration::ZERO, Waker::noop()) {
+        mirror.op_done(Duration::ZERO, op, Outcome::Done);
+    }
+    assert!(mirror.is_actively_synced());
+
+    let stream = StreamKind::Native { session: [7; 16] };
+    let mut options = OutgoingOptions::default();
+    (options.stream, options.mode) = (stream, Mode::Live);
+    let here = BitmapMigration::new().with_node("disk", &node);
+    let mut from = here.outgoing(options).unwrap();
+    let mut options = IncomingOptions::default();
+    options.stream = stream;
+    let to = BitmapMigration::new().with_node("disk", &there);
+    let mut to = to.incoming(options);
+    assert!(pump(&mut from, &mut to) > 0);
+    assert_eq!(pump(&mut from, &mut to), 0, "all is there");
+
+    let written = (2048 * MIB..2048 * MIB + 4 * KIB).into();
+    let write = node.begin_write_owned(written).go().unwrap();
+    let half = write.source_written(true).unwrap();
+    half.finish(Ok(()));
+    assert!(
+        mirror.left_dirty().unwrap().is_clean(),
+        "nothing is to be copied"
+    );
+    let sent = pump(&mut from, &mut to);
+    assert!(
+        (1..4096).contains(&sent),
+        "the chunk that has changed: {sent}"
+    );
+    let guard = node.quiesce().try_guard().unwrap();
+    from.stop(&[&guard]).unwrap();
+    let _ = pump(&mut from, &mut to);
+    to.guest_starts(&[&there.quiesce().try_guard().unwrap()])
+        .unwrap();
+    let bits = there.bitmaps().snapshot("all", SnapshotOf::Bitmap).unwrap();
+    assert!(bits.runs().eq([written]), "{bits:?}");
+}
+
 /// What each invariant is for: broken, the test named beside it fails.
 #[cfg(debug_assertions)]
 #[test]
@@ -204,7 +324,13 @@ fn a_broken_invariant_is_noticed() {
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
     break_on_this_thread(Some(Sabotage::CleanBesideOthers));
-    let is_noticed = fails(a_usual_write_that_ends_beside_an_active_one_is_not_forgotten);
+    let noticed = [
+        fails(a_usual_write_that_ends_beside_an_active_one_is_not_forgotten),
+        fails(a_write_that_has_waited_too_long_goes_alone_and_is_copied_again),
+    ];
+    break_on_this_thread(Some(Sabotage::RecordNoActives));
+    let is_recorded = !fails(an_active_write_is_sent_by_a_migration_of_bitmaps_that_runs_meanwhile);
     break_on_this_thread(None);
-    assert!(is_noticed);
+    assert_eq!(noticed, [true, true]);
+    assert!(!is_recorded);
 }

@@ -3,12 +3,13 @@
 use std::io::ErrorKind;
 
 use blockjob::{
-    Cancel, Checkpoint, CheckpointId, CompareBy, Content, Event, Limits, Mirror, MirrorError,
-    MirrorOptions, Node, OnError, OpKind, Side, Status, TargetHolds, VerbError, Verified,
+    Adaptive, Cancel, Checkpoint, CheckpointId, CommitOptions, CompareBy, Content, CopyMode, Event,
+    Granularity, Limits, Mirror, MirrorError, MirrorOptions, Node, OnError, OpKind, Side, Status,
+    TargetHolds, VerbError, Verified,
 };
 
 use crate::machine::{KIB, Machine, options};
-use crate::{LEN, complete, is_status, single};
+use crate::{LEN, complete, is_status, single, zeroing};
 
 fn comparable(len: u64) -> Limits {
     let mut limits = Limits::new(len);
@@ -351,4 +352,143 @@ fn a_speed_limit_and_a_pause_count_for_comparing() {
     assert!(machine.is_equal());
     assert!(machine.now >= start + 500 * crate::MS);
     assert!(machine.asked.iter().copied().any(is_status));
+}
+
+/// A mirror in step, of nothing but zeroes, that knows of its target that it reads so; which is damaged.
+fn damaged_zeroes(detect_zeroes: bool, granule: u64) -> Machine {
+    let mut target = zeroing(LEN, 512, false);
+    target.compare = Some(CompareBy::Reading);
+    let mut options = single();
+    options.detect_zeroes = detect_zeroes;
+    let mut machine = Machine::with_limits(Limits::new(LEN), target, options);
+    machine.lay(0..LEN, Content::Zero, true);
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    damage(&mut machine, &[granule]);
+    machine.now += 20 * crate::MS;
+    machine
+}
+
+#[test]
+fn what_was_known_to_be_zero_is_not_trusted_while_it_is_doubtful() {
+    for detect_zeroes in [false, true] {
+        for compared in [false, true] {
+            let mut machine = damaged_zeroes(detect_zeroes, 3);
+            machine.job.verify().unwrap();
+            let node = machine.node.clone();
+            let written = (12 * KIB..16 * KIB).into();
+            let ticket = node.begin_write(written).go().unwrap();
+            if compared {
+                // It is known to differ, and not told as long as that write is under way.
+                let _ = machine.drive_now().wait();
+            }
+            machine.guest_lands(written, 0);
+            if !detect_zeroes {
+                machine.lay(written, Content::Zero, true);
+            }
+            ticket.finish(());
+            let _ = machine.drive().wait();
+            assert!(machine.is_equal(), "{detect_zeroes}, {compared}");
+            let found = machine.job.query().verification.unwrap();
+            assert_eq!(found.state, Verified::Whole);
+            complete(&mut machine);
+        }
+    }
+}
+
+/// Of a guest that writes nothing a job is never told to be behind, whatever it compares.
+#[test]
+fn what_is_compared_is_neither_copied_nor_left() {
+    let len = 4096 * KIB;
+    let mut options = single();
+    options.target_holds = TargetHolds::OlderCopy;
+    options.workers = 2;
+    let mut adaptive = Adaptive::default();
+    adaptive.window = 10 * crate::MS;
+    options.copy_mode = CopyMode::Adaptive(adaptive);
+    let mut machine = Machine::with_limits(Limits::new(len), comparable(len), options);
+    machine.target = machine.source.clone();
+    machine.job.start().unwrap();
+    let mut seen = 0;
+    while machine.job.query().status == Status::Running {
+        let _ = machine.take_all();
+        machine.now += crate::MS;
+        if !machine.out.is_empty() {
+            machine.answer(0);
+        }
+        let info = machine.job.query().mirror.unwrap();
+        assert!(!info.is_write_blocking, "the guest is not behind");
+        if let Some(convergence) = info.convergence {
+            seen += 1;
+            assert_eq!((convergence.copy_rate, convergence.dirty_rate), (0, 0));
+            assert!(convergence.ready_in.is_some());
+        }
+    }
+    assert!(seen > 100);
+    assert!(
+        !machine
+            .events()
+            .iter()
+            .any(|event| matches!(event, Event::Outpaced(_)))
+    );
+}
+
+/// An active write waits at the target for what is under way before it: that is little, whatever it is for.
+#[test]
+fn comparing_leaves_room_for_active_writes() {
+    let len = 4096 * KIB;
+    let mut options = options();
+    options.copy_mode = CopyMode::WriteBlocking;
+    options.chunk_max = 512 * KIB;
+    options.workers = 4;
+    let mut machine = Machine::with_limits(Limits::new(len), comparable(len), options);
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    let copied_at_once = machine.buffered_max;
+    machine.buffered_max = 0;
+    machine.job.verify().unwrap();
+    let _ = machine.drive().wait();
+    assert!(machine.job.query().verification.unwrap().compared == len);
+    assert!(
+        machine.buffered_max <= copied_at_once,
+        "{} and {copied_at_once}",
+        machine.buffered_max
+    );
+}
+
+#[test]
+fn a_commit_is_verified_where_the_base_shows_as_well() {
+    let node = Node::new(LEN);
+    // It is longer than the disk.
+    let base = comparable(LEN + 8 * KIB);
+    let mut options = CommitOptions::default();
+    options.job = crate::machine::named();
+    options.granularity = Granularity::from_bytes(4 * KIB);
+    let commit = Mirror::commit(&node, Limits::new(LEN), base, options).unwrap();
+    let mut machine = Machine::of(node, commit, base);
+    machine.target = machine.source.clone();
+    machine.lay(0..LEN, Content::Data, false);
+    machine.lay(8 * KIB..16 * KIB, Content::Data, true);
+    machine.target[8 * 1024..16 * 1024].fill(0xaa);
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    assert_eq!(machine.job.query().status, Status::Ready);
+    assert!(machine.is_equal());
+    assert_eq!(copies(&machine), [2, 3]);
+
+    // What is damaged where the base shows is what the guest reads: only what is above is another thing.
+    machine.asked.clear();
+    damage(&mut machine, &[3, 9]);
+    machine.source[9 * 4096 + 100] ^= 0xff;
+    machine.now += 20 * crate::MS;
+    machine.job.verify().unwrap();
+    let _ = machine.drive().wait();
+    let found = machine.job.query().verification.unwrap();
+    assert_eq!(
+        (found.state, found.compared, found.differing),
+        (Verified::Whole, LEN, 4 * KIB)
+    );
+    assert_eq!(copies(&machine), [3]);
+    assert!(machine.is_equal());
+    complete(&mut machine);
 }

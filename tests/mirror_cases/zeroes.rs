@@ -286,7 +286,7 @@ fn these_tests_notice_zeroes_that_are_trusted_too_soon() {
             no_part_of_a_cluster_that_is_filled_is_left_as_it_is,
         ),
         (
-            Sabotage::TrustZeroesInDoubt,
+            Sabotage::TrustDoubtful,
             what_is_doubtful_is_zeroed_although_it_was_known_to_be_zero,
         ),
     ];

@@ -9,4 +9,6 @@ pub(crate) mod crew;
 pub(crate) mod disk;
 pub(crate) mod guest;
 pub(crate) mod rng;
+#[cfg(debug_assertions)]
+pub(crate) mod sabotage;
 pub(crate) mod world;

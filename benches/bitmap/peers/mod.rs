@@ -10,7 +10,7 @@ use std::ops::Range;
 use blockjob::{ByteRange, Granularity, HBitmap};
 use hibitset::{BitSet, BitSetLike};
 
-use super::maps::{Runs, dirty, for_each_run};
+use super::maps::{Runs, dirty};
 
 mod compressed;
 mod flat;
@@ -74,11 +74,9 @@ fn hbitmap(granules: u64, unit: u64) -> HBitmap {
 }
 
 fn hbitmap_from_words(words: &[u64], unit: u64) -> HBitmap {
-    let mut map = hbitmap(words.len() as u64 * 64, unit);
-    for_each_run(dirty(words), |run| {
-        HBitmap::set(&mut map, run.start * unit..run.end * unit).expect("in bounds");
-    });
-    map
+    let granularity = Granularity::from_bytes(unit).expect("a power of two");
+    HBitmap::from_words(words.len() as u64 * 64 * unit, granularity, words)
+        .expect("as many as it has")
 }
 
 impl Peer for HBitmap {

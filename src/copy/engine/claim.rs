@@ -141,11 +141,11 @@ impl Engine {
                     .expect("aligned to the granularity, or ends with the disk");
             }
             if let Some(doubts) = &mut self.doubts {
-                let is_doubtful = doubts.forget(free);
-                if let (true, Some(zeroes)) = (is_doubtful, &mut self.zeroes) {
-                    if !is_broken(Sabotage::TrustZeroesInDoubt) {
-                        zeroes.forget(free);
-                    }
+                let is_doubtful = doubts.is_doubtful(free);
+                doubts.forget(free);
+                if is_doubtful && !is_broken(Sabotage::TrustDoubtful) {
+                    // Zeroes that were written there once may not be there any more.
+                    self.target_changes(free);
                 }
             }
             let claim = Claim {

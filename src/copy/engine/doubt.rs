@@ -71,6 +71,13 @@ impl Engine {
         })
     }
 
+    /// Bytes that are claimed to be compared, and not to be copied.
+    pub(crate) fn comparing_bytes(&self) -> u64 {
+        self.doubts
+            .as_ref()
+            .map_or(0, |doubts| doubts.claimed_bytes)
+    }
+
     /// Whether the target may lack something that is not dirty.
     pub(crate) fn may_lack_doubtful(&self) -> bool {
         self.doubts.as_ref().is_some_and(|doubts| {
@@ -105,16 +112,18 @@ impl Engine {
         if doubts.to_ask.len() >= ASK_MAX || doubts.map.is_clean() {
             return None;
         }
-        let by = doubts.by;
-        let most = OpKind::Compare((0..self.shape.chunk_max).into(), by).buffered_bytes();
-        if self.running.buffered_bytes() + most > self.buf_size {
+        let (by, start_of_search) = (doubts.by, doubts.cursor.min(self.shape.len));
+        doubts.blocked = None;
+        let chunk_max = self.compare_max(by);
+        let most = OpKind::Compare((0..chunk_max).into(), by).buffered_bytes();
+        let running = self.running.buffered_bytes();
+        let is_narrow = running == 0 || running + most <= self.background_max;
+        if running + most > self.buf_size || !is_narrow {
             return None;
         }
-        let start_of_search = doubts.cursor.min(self.shape.len);
-        doubts.blocked = None;
         let free = self
-            .claim_doubtful((start_of_search..self.shape.len).into(), dirty)
-            .or_else(|| self.claim_doubtful((0..start_of_search).into(), dirty));
+            .claim_doubtful((start_of_search..self.shape.len).into(), chunk_max, dirty)
+            .or_else(|| self.claim_doubtful((0..start_of_search).into(), chunk_max, dirty));
         let Some(free) = free else {
             let blocked = self.doubts.as_ref().and_then(|doubts| doubts.blocked);
             if let (None, Some(_), Some(actives)) = (self.blocked, blocked, self.claims.actives()) {
@@ -123,7 +132,7 @@ impl Engine {
             }
             return None;
         };
-        let (first, mut rest) = free.split_at(free.start().saturating_add(self.shape.chunk_max));
+        let (first, mut rest) = free.split_at(free.start().saturating_add(chunk_max));
         let op = self.hand_out(OpKind::Compare(first, by));
         self.claims.put(Claim {
             range: first,
@@ -133,7 +142,7 @@ impl Engine {
         let mut pieces = 1;
         while !rest.is_empty() {
             let piece;
-            (piece, rest) = rest.split_at(rest.start().saturating_add(self.shape.chunk_max));
+            (piece, rest) = rest.split_at(rest.start().saturating_add(chunk_max));
             self.claims.put(Claim {
                 range: piece,
                 align: self.shape.block,
@@ -144,18 +153,32 @@ impl Engine {
         }
         let doubts = self.doubts.as_mut().expect("there are some");
         doubts.claims += pieces;
+        doubts.claimed_bytes += free.len();
         Some(op)
+    }
+
+    /// The longest comparison, as much as may be under way just now.
+    fn compare_max(&self, by: CompareBy) -> u64 {
+        let buffers = OpKind::Compare((0..1).into(), by).buffered_bytes();
+        let block = self.shape.block;
+        let most = ((self.background_max / buffers) & !(block - 1)).max(block);
+        self.shape.chunk_max.min(most)
     }
 
     /// Ends the doubt of the first run of `search` that is free and not dirty, and shows active writes that it is
     /// claimed. It is to be put into the claims.
-    fn claim_doubtful(&mut self, mut search: ByteRange, dirty: &HBitmap) -> Option<ByteRange> {
+    fn claim_doubtful(
+        &mut self,
+        mut search: ByteRange,
+        chunk_max: u64,
+        dirty: &HBitmap,
+    ) -> Option<ByteRange> {
         // A cluster that may have to be copied as a whole is looked at as a whole, too.
         let block = self.shape.cluster.unwrap_or(1).max(self.shape.block);
         let actives = self.claims.actives().cloned();
         let mut lock = actives.as_ref().map(ActiveClaims::lock);
         let doubts = self.doubts.as_mut()?;
-        let most = (self.shape.chunk_max & !(block - 1)).max(block);
+        let most = (chunk_max & !(block - 1)).max(block);
         while let Some(run) = doubts.map.next_dirty_area(search, most) {
             let wish = self.shape.widen(run, block);
             let first_block = wish.split_at(wish.start() + block).0;
@@ -193,6 +216,7 @@ impl Engine {
         self.claims.remove(range.start());
         if let Some(doubts) = &mut self.doubts {
             doubts.claims -= 1;
+            doubts.claimed_bytes -= range.len();
         }
     }
 
@@ -205,7 +229,6 @@ impl Engine {
     ) -> Done {
         let doubts = self.doubts.as_mut().expect("it was compared");
         let differing = differing.into_iter().map(|part| part.intersection(range));
-        let is_on = doubts.is_on;
         let mut is_equal = true;
         for part in differing.filter(|part| !part.is_empty()) {
             is_equal = false;
@@ -216,8 +239,7 @@ impl Engine {
                 make_dirty(dirty, part);
             }
         }
-        if !is_on && !is_equal {
-            // Nobody wants to know any more. It is copied all the same.
+        if !is_equal {
             self.target_changes(range);
         }
         self.end_comparing(range);
@@ -291,26 +313,23 @@ impl Engine {
         let mut differing: Vec<ByteRange> = Vec::new();
         let runs: Vec<ByteRange> = doubts.suspects.runs().collect();
         let align = self.shape.cluster.unwrap_or(1).max(self.shape.block);
+        let asked = doubts.to_ask.iter().chain(doubts.asking.values()).copied();
+        let compared = self.claims.iter().filter_map(|claim| match claim.state {
+            ClaimState::Planned(OpKind::Compare(range, _)) => Some(range),
+            _ => None,
+        });
+        let running = self.running.iter().filter_map(|out| match out.kind {
+            OpKind::Compare(range, _) => Some(range),
+            _ => None,
+        });
+        let undecided = joined(asked.chain(compared).chain(running).collect());
         for mut rest in runs {
             while !rest.is_empty() {
                 let unit = self.shape.widen(rest.split_at(rest.start() + 1).0, align);
                 let part;
                 (part, rest) = rest.split_at(unit.end());
                 // What is copied at once is told at once, or some of it would be mended unseen.
-                let mut asked = doubts.to_ask.iter().chain(doubts.asking.values());
-                let is_open = asked.any(|asked| asked.overlaps(unit));
-                let is_claimed = self
-                    .claims
-                    .overlapping(unit)
-                    .any(|claim| match claim.state {
-                        ClaimState::Planned(OpKind::Compare(..)) => true,
-                        ClaimState::Running(id) => self
-                            .running
-                            .iter()
-                            .any(|out| out.id == id && matches!(out.kind, OpKind::Compare(..))),
-                        _ => false,
-                    });
-                if is_open || is_claimed || doubts.map.any_dirty_in(unit) {
+                if has_any(&undecided, unit) || doubts.map.any_dirty_in(unit) {
                     continue;
                 }
                 match differing.last_mut() {
@@ -329,9 +348,6 @@ impl Engine {
             doubts.suspects.reset(range).expect("made of granules");
         }
         self.close_doubts();
-        for &range in &differing {
-            self.target_changes(range);
-        }
         differing
     }
 
@@ -351,7 +367,6 @@ impl Engine {
         doubts.open.reset_all();
         for range in open {
             make_dirty(dirty, range);
-            self.target_changes(range);
         }
         self.give_up_compares();
     }
@@ -380,4 +395,25 @@ impl Engine {
             doubts.open.reset_all();
         }
     }
+}
+
+/// In their order, those that touch as one.
+fn joined(mut ranges: Vec<ByteRange>) -> Vec<ByteRange> {
+    ranges.sort_unstable_by_key(|range| range.start());
+    let mut joined: Vec<ByteRange> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end() >= range.start() => {
+                *last = (last.start()..last.end().max(range.end())).into();
+            }
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Whether one of those that were [joined] overlaps `range`.
+fn has_any(joined: &[ByteRange], range: ByteRange) -> bool {
+    let next = joined.partition_point(|known| known.end() <= range.start());
+    joined.get(next).is_some_and(|known| known.overlaps(range))
 }

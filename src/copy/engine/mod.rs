@@ -352,8 +352,9 @@ impl Engine {
         };
         let is_free = self.cost(kind) == 0;
         let buffered = self.running.buffered_bytes() + kind.buffered_bytes();
-        let is_alone = self.running.buffered_bytes() == 0;
-        let fits = buffered <= self.buf_size && (is_alone || buffered <= self.background_max);
+        let moving = self.running.moving_bytes();
+        let is_narrow = moving == 0 || moving + kind.moving_bytes() <= self.background_max;
+        let fits = buffered <= self.buf_size && is_narrow;
         if !(fits && (budget != Budget::Free || is_free)) {
             return None;
         }
@@ -379,7 +380,7 @@ impl Engine {
 
     /// Bytes in flight in the background.
     pub(crate) fn background_bytes(&self) -> u64 {
-        self.running.buffered_bytes()
+        self.running.moving_bytes()
     }
 
     /// Cuts what is planned so that it is in flight for no longer than guests may wait. The rest stays planned.

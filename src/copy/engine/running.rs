@@ -35,6 +35,8 @@ pub(super) struct Running {
     aside: usize,
     /// Bytes in buffers of workers.
     buffered_bytes: u64,
+    /// Bytes that are on their way to the target in the background, in buffers or without.
+    moving_bytes: u64,
     /// Bytes that the source is being asked about.
     looked_at_bytes: u64,
 }
@@ -54,6 +56,7 @@ impl Running {
         self.slots[slot as usize] = Some(out);
         *self.count(rank) += 1;
         self.buffered_bytes += buffered_bytes(out);
+        self.moving_bytes += moving_bytes(out);
         self.looked_at_bytes += looked_at_bytes(out);
         op
     }
@@ -65,6 +68,7 @@ impl Running {
         self.free.push(op.slot());
         *self.count(out.rank) -= 1;
         self.buffered_bytes -= buffered_bytes(out);
+        self.moving_bytes -= moving_bytes(out);
         self.looked_at_bytes -= looked_at_bytes(out);
         Some(out)
     }
@@ -124,6 +128,10 @@ impl Running {
         self.buffered_bytes
     }
 
+    pub(super) fn moving_bytes(&self) -> u64 {
+        self.moving_bytes
+    }
+
     pub(super) fn looked_at_bytes(&self) -> u64 {
         self.looked_at_bytes
     }
@@ -136,6 +144,7 @@ impl Running {
         assert_eq!(count(Rank::Aside), self.aside);
         let sum = |of: fn(Out) -> u64| self.iter().map(|&out| of(out)).sum::<u64>();
         assert_eq!(sum(buffered_bytes), self.buffered_bytes);
+        assert_eq!(sum(moving_bytes), self.moving_bytes);
         assert_eq!(sum(looked_at_bytes), self.looked_at_bytes);
         assert_eq!(self.free.len() + self.iter().count(), self.slots.len());
     }
@@ -145,6 +154,13 @@ fn buffered_bytes(out: Out) -> u64 {
     match out.rank {
         Rank::Worker | Rank::Aside => out.kind.buffered_bytes(),
         // What guests wait for has buffers of its own.
+        Rank::Urgent => 0,
+    }
+}
+
+fn moving_bytes(out: Out) -> u64 {
+    match out.rank {
+        Rank::Worker | Rank::Aside => out.kind.moving_bytes(),
         Rank::Urgent => 0,
     }
 }

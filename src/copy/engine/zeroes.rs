@@ -30,7 +30,7 @@ impl Engine {
             return;
         }
         for range in written {
-            if let Some(doubts) = &mut self.doubts {
+            if let (Some(doubts), false) = (&mut self.doubts, is_broken(Sabotage::KeepSuspicion)) {
                 doubts.look_again(range);
             }
             self.target_changes(range);
