@@ -1717,3 +1717,27 @@ fn the_source_is_read_only_what_the_target_gets_is_flushed() {
     assert_eq!(last, Some(OpKind::Flush));
     assert_eq!(hand.target, hand.source);
 }
+
+#[test]
+fn a_target_is_told_once_more_to_give_up_if_that_was_lost() {
+    let is_cancel = |out: &Out| out.op.kind() == OpKind::CancelInFlight;
+    for are_all_lost in [false, true] {
+        let mut hand = Hand::started(options(BackupSync::Full));
+        let _ = hand.take_all();
+        hand.look();
+        hand.job.cancel(Cancel::Force).unwrap();
+        let _ = hand.take_all();
+        let index = hand.out.iter().position(is_cancel).expect("it is told");
+        let lost = hand.out.remove(index).op;
+        match are_all_lost {
+            false => hand.backup().op_lost(lost),
+            true => {
+                hand.out.clear();
+                hand.backup().ops_lost();
+            }
+        }
+        let _ = hand.take_all();
+        assert!(hand.out.iter().any(is_cancel), "{:?}", hand.kinds());
+        assert!(is_cancelled(&hand.drive().done()));
+    }
+}

@@ -1349,6 +1349,27 @@ fn an_empty_disk_is_ready_at_once_with_nothing_done() {
 }
 
 #[test]
+fn a_target_is_told_once_more_to_give_up_if_that_was_lost() {
+    for are_all_lost in [false, true] {
+        let mut machine = many_copies(options());
+        machine.job.cancel(Cancel::Force).unwrap();
+        let _ = machine.take_all();
+        let is_cancel = |kind| kind == OpKind::CancelInFlight;
+        let index = machine.find(is_cancel).expect("it is told");
+        let lost = machine.out.remove(index).op;
+        if are_all_lost {
+            machine.out.clear();
+            machine.mirror().ops_lost();
+        } else {
+            machine.mirror().op_lost(lost);
+        }
+        let _ = machine.take_all();
+        assert!(machine.find(is_cancel).is_some(), "{:?}", machine.kinds());
+        assert!(machine.drive().done().is_err());
+    }
+}
+
+#[test]
 fn operations_that_are_never_answered_are_abandoned_after_the_time_of_grace() {
     let mut options = options();
     options.job.cancel_grace = Some(500 * MS);

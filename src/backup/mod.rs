@@ -518,8 +518,10 @@ impl Backup {
 
     /// No answer will come to that: it is asked once more.
     fn forget_question(&mut self, kind: OpKind) {
-        if let (Phase::Copying { flush }, OpKind::Flush) = (&mut self.phase, kind) {
-            *flush = None;
+        match (&mut self.phase, kind) {
+            (Phase::Copying { flush }, OpKind::Flush) => *flush = None,
+            (Phase::Ending { has_cancelled, .. }, OpKind::CancelInFlight) => *has_cancelled = false,
+            _ => {}
         }
     }
 

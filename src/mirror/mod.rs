@@ -615,6 +615,9 @@ impl Mirror {
         match &mut self.phase {
             Phase::Scanning { asked, .. } if kind != OpKind::Flush => *asked = None,
             Phase::Copying { flush } if kind == OpKind::Flush => *flush = None,
+            Phase::Ending { has_cancelled, .. } if kind == OpKind::CancelInFlight => {
+                *has_cancelled = false;
+            }
             _ => {}
         }
     }

@@ -130,7 +130,9 @@ impl Engine {
             }
             OpKind::GiveUp(_) => self.has_lost_discard = true,
             OpKind::Settle => self.is_settling = false,
-            OpKind::DiscardSource(_) | OpKind::CancelInFlight => {}
+            // Perhaps nobody has told the target.
+            OpKind::CancelInFlight => return Some(kind),
+            OpKind::DiscardSource(_) => {}
         }
         None
     }
