@@ -70,6 +70,8 @@ struct Gated {
     waiting: Mutex<Vec<(u64, Waker)>>,
     /// Where also a question waits, as if it were a read one byte further on.
     asked_slowly: Mutex<Option<u64>>,
+    /// Where the next read panics.
+    panics_at: Mutex<Option<u64>>,
 }
 
 impl Gated {
@@ -79,6 +81,7 @@ impl Gated {
             let_through: Mutex::default(),
             waiting: Mutex::default(),
             asked_slowly: Mutex::default(),
+            panics_at: Mutex::default(),
         }
     }
 
@@ -120,6 +123,8 @@ impl BlockDevice for Gated {
 impl ReadAt for Gated {
     async fn read_at(&self, offset: u64, mut buf: AlignedBuf) -> BufResult<AlignedBuf> {
         self.wait_at(offset).await;
+        let panics = self.panics_at.lock().take_if(|at| *at == offset);
+        assert!(panics.is_none(), "a device that is broken");
         let at = offset as usize..offset as usize + buf.as_ref().len();
         buf.as_mut().copy_from_slice(&self.memory.bytes.lock()[at]);
         (Ok(()), buf)
@@ -518,5 +523,108 @@ fn threads_that_drive_and_guests_that_save_copy_what_was() {
         });
         assert!(*target.0.lock() == instant, "round {round}");
         assert!(*source.0.lock() != instant);
+    }
+}
+
+/// What a member was at when a device panics is left to the others, whether it drives or saves for a guest.
+#[test]
+fn a_member_that_panics_leaves_its_work_to_the_others() {
+    for saves in [false, true] {
+        let node = Node::new(LEN);
+        let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+        let instant = source.memory.bytes();
+        let options = options(|options| options.chunk_max = CLUSTER);
+        let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
+        backup.job().start().unwrap();
+        let driver = Driver::new(&source, &target, NoTime);
+        let crew = driver.crew(&mut backup);
+        let mut first = Task::new(crew.run_backup());
+        let mut second = Task::new(crew.run_backup());
+        assert!(first.poll_on().is_none());
+        assert!(second.poll_on().is_none());
+        let queue = node.queue();
+        let last = LEN / CLUSTER * CLUSTER;
+        let write = async { queue.begin_write((last..last + 1).into()).await };
+        let mut guest = Task::new(crew.save_for(write));
+        assert!(guest.poll_on().is_none());
+        let at = if saves { last } else { 0 };
+        *source.panics_at.lock() = Some(at);
+        source.let_through(at);
+        let panicked = catch_unwind(AssertUnwindSafe(|| match saves {
+            true => drop(guest.poll()),
+            false => drop(first.poll()),
+        }));
+        assert!(panicked.is_err());
+        let mut is_over = false;
+        for cluster in 0..=last / CLUSTER {
+            source.let_through(cluster * CLUSTER);
+            if saves {
+                is_over |= first.poll_on().is_some_and(|result| result.is_ok());
+            } else if let Some(ticket) = guest.poll_on() {
+                ticket.unwrap().cancel();
+            }
+            if !is_over {
+                is_over = second.poll_on().is_some_and(|result| result.is_ok());
+            }
+        }
+        assert!(is_over, "{saves}");
+        assert!(*target.0.lock() == instant);
+    }
+}
+
+/// Two mirrors of one group, each driven by two threads, wake each other. All come to the same end.
+#[test]
+fn mirrors_of_a_group_are_each_driven_by_two_threads() {
+    const SHORT: usize = 256 << 10;
+    for round in 0..40_u8 {
+        let group = JobGroup::new();
+        let disks = [1, 2].map(|seed| {
+            let source = AtOnce(Mutex::new(vec![seed ^ round; SHORT]));
+            (source, AtOnce(Mutex::new(vec![0; SHORT])))
+        });
+        let mut mirrors = disks.each_ref().map(|(source, target)| {
+            let mut options = MirrorOptions::default();
+            options.chunk_max = 4096;
+            options.job.group = Some(group.clone());
+            let node = Node::new(SHORT as u64);
+            Mirror::new(&node, source.limits(), target.limits(), options).unwrap()
+        });
+        let jobs = mirrors.each_ref().map(|mirror| mirror.job().clone());
+        for job in &jobs {
+            job.start().unwrap();
+        }
+        let drivers = disks
+            .each_ref()
+            .map(|(source, target)| Driver::new(source, target, NoTime));
+        let crews = drivers.iter().zip(&mut mirrors);
+        let crews: Vec<_> = crews.map(|(driver, mirror)| driver.crew(mirror)).collect();
+        let switches = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for crew in crews.iter().chain(&crews) {
+                let switches = &switches;
+                scope.spawn(move || {
+                    loop {
+                        match block_on(crew.run()) {
+                            Driven::Switch(switch) => {
+                                switches.fetch_add(1, Ordering::Relaxed);
+                                switch.commit();
+                            }
+                            Driven::SwitchBack(_) => panic!("nobody declines"),
+                            Driven::Done(result) => return result.unwrap(),
+                        }
+                    }
+                });
+            }
+            for job in &jobs {
+                while job.query().status != Status::Ready {
+                    thread::yield_now();
+                }
+                job.complete().unwrap();
+            }
+        });
+        assert_eq!(switches.into_inner(), 2);
+        for (source, target) in &disks {
+            assert!(*source.0.lock() == *target.0.lock(), "round {round}");
+        }
     }
 }
