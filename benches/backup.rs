@@ -280,15 +280,15 @@ fn full(options: &Options) -> Result<()> {
     let mut rows = [
         Row::new("tmpfs, bare loop, 1 thread", || bare(&files, 1)),
         Row::new("tmpfs, bare loop, 2 threads", || bare(&files, 2)),
-        Row::new("tmpfs, a mirror, in place", || {
+        Row::new("tmpfs, a mirror, on the driver's thread", || {
             let (source, target) = in_place()?;
             Ok(mirror(&node, source, target, sync, Duration::ZERO)?.cost)
         }),
-        Row::new("tmpfs, a backup, in place", || {
+        Row::new("tmpfs, a backup, on the driver's thread", || {
             let (source, target) = in_place()?;
             back_up(&node, source, target, BackupOptions::default())
         }),
-        Row::new("tmpfs, a backup, in place by 2 threads", || {
+        Row::new("tmpfs, a backup, by two threads, each in place", || {
             let (source, target) = in_place()?;
             back_up_by(2, &node, source, target, BackupOptions::default())
         }),
@@ -422,12 +422,12 @@ fn incremental(options: &Options) -> Result<()> {
         Row::new("bare `pread`/`pwrite`, 2 threads", || {
             checked(bare_clusters(files, clusters, 2))
         }),
-        Row::new("blockjob, in place", || {
+        Row::new("blockjob, on the driver's thread", || {
             let source = InPlace::new(files.source()?)?;
             let target = InPlace::new(files.target()?)?;
             checked(back_up(&node, source, target, by_bitmap()))
         }),
-        Row::new("blockjob, in place by 2 threads", || {
+        Row::new("blockjob, by two threads, each in place", || {
             let source = InPlace::new(files.source()?)?;
             let target = InPlace::new(files.target()?)?;
             checked(back_up_by(2, &node, source, target, by_bitmap()))
@@ -761,7 +761,7 @@ fn guest_writes(options: &Options) -> Result<()> {
     row("blockjob, push", push(16, MIB)?);
     row("blockjob, push, 1 worker, 64 KiB", push(1, CLUSTER)?);
     row(
-        "blockjob, push with buffer on an I/O thread",
+        "blockjob, push with buffer, on an I/O thread",
         push_with("buffer", Place::Thread, MIB)?,
     );
     row(

@@ -1,6 +1,8 @@
 //! Runs a machine over the caller's devices and clock. Decides nothing.
 
+mod bell;
 mod crew;
+mod saver;
 
 use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};

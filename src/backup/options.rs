@@ -146,8 +146,8 @@ pub struct BackupOptions {
     /// 4 KiB to 2 GiB. A *cluster* is the largest of this, the target's cluster, and what both devices transfer
     /// at least. Default 0.
     ///
-    /// A guest write waits for whole clusters, so with small ones it waits for less. They cost memory, two or
-    /// three bits for each, and time while the guest is held for the instant, about a nanosecond for each.
+    /// A guest write waits for whole clusters, so with small ones it waits for less. Each costs two bits of memory,
+    /// one more with a buffer or sync top, and they are looked through while the guest is held for the instant.
     pub min_cluster_size: u64,
     /// Where to save what the guest is about to overwrite, for a target that is slow. Default none.
     pub buffer: Option<BackupBuffer>,

@@ -24,19 +24,18 @@
 //!    nobody drives the job: it holds no guest then, or they might wait for themselves.
 //! 4. The time that the machine is told never falls, although each looks at the clock for itself.
 
-use std::cell::Cell;
 use std::fmt;
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::{Context, Poll, Wake, Waker};
+use std::sync::atomic::AtomicBool;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
 
+use super::bell::Bell;
 use super::{Clock, Driven, Driver, SaveArea};
 use crate::backup::Backup;
 use crate::copy::Op;
@@ -118,11 +117,11 @@ use crate::sabotage::{Sabotage, is_broken};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Crew<'a, M: Machine, D> {
-    driver: &'a D,
-    state: Mutex<State<'a, M>>,
-    bell: Arc<Bell>,
+    pub(super) driver: &'a D,
+    pub(super) state: Mutex<State<'a, M>>,
+    pub(super) bell: Arc<Bell>,
     /// What the machine gets: it rings the bell.
-    waker: Waker,
+    pub(super) waker: Waker,
     /// Whether the target was told to give up what it has: it gets nothing more.
     gives_up: AtomicBool,
 }
@@ -234,7 +233,7 @@ where
     }
 
     /// It is lost from here on if that is dropped, whether it was begun or not.
-    fn work_on(&self, op: Op) -> impl Future<Output = ()> {
+    pub(super) fn work_on(&self, op: Op) -> impl Future<Output = ()> {
         let kind = op.kind();
         let mut work = Work {
             crew: self,
@@ -271,71 +270,6 @@ where
     pub async fn run_backup(&self) -> Result<(), JobError> {
         self.run().await.of_backup()
     }
-
-    /// Waits for a guest write to be let through, and copies here what it waits for.
-    ///
-    /// So a guest whose thread can block does not wait for another thread to be woken, and that for it. Somebody
-    /// must drive the job all the same: deadlines, and all else, are seen to there. What this task is at is not
-    /// left at the deadline, if the device does its work when it is polled.
-    ///
-    /// `write` is [`Node::begin_write`](crate::Node::begin_write) awaited, or any other future.
-    ///
-    /// # Cancel safety
-    ///
-    /// That of `write`, and of [`run`](Self::run).
-    pub async fn save_for<F: Future>(&self, write: F) -> F::Output {
-        let mut write = pin!(write);
-        let mut saver = Saver::of(self);
-        if let Some(output) = once(|cx| saver.poll(write.as_mut(), cx)).await {
-            return output;
-        }
-        saver.join();
-        let mut urgent = FuturesUnordered::new();
-        let mut output = None;
-        poll_fn(|cx| {
-            loop {
-                if output.is_none() {
-                    if let Poll::Ready(ready) = saver.poll(write.as_mut(), cx) {
-                        output = Some(ready);
-                    }
-                }
-                if let Poll::Ready(Some(())) = urgent.poll_next_unpin(cx) {
-                    saver.has_done_something = true;
-                    continue;
-                }
-                // What others wait for is brought to its end, too.
-                match output.take_if(|_| urgent.is_empty()) {
-                    Some(output) => return Poll::Ready(output),
-                    None if output.is_some() => {}
-                    None => {
-                        if let Some(op) = self.look_for_guests() {
-                            urgent.push(self.work_on(op));
-                            continue;
-                        }
-                    }
-                }
-                saver.has_to_wait();
-                return Poll::Pending;
-            }
-        })
-        .await
-    }
-
-    fn look_for_guests(&self) -> Option<Op> {
-        let now = self.driver.clock.now();
-        let mut state = self.state.lock();
-        let now = state.see(now);
-        state.machine.poll_urgent(now, &self.waker)
-    }
-}
-
-/// Polls once.
-async fn once<T>(mut poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Option<T> {
-    poll_fn(|cx| match poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => Poll::Ready(None),
-    })
-    .await
 }
 
 impl<M: Machine, D> fmt::Debug for Crew<'_, M, D> {
@@ -344,8 +278,8 @@ impl<M: Machine, D> fmt::Debug for Crew<'_, M, D> {
     }
 }
 
-struct State<'a, M: Machine> {
-    machine: &'a mut M,
+pub(super) struct State<'a, M: Machine> {
+    pub(super) machine: &'a mut M,
     /// The latest that anybody has seen.
     now: Duration,
     /// How many drive it.
@@ -360,13 +294,13 @@ struct State<'a, M: Machine> {
 
 impl<M: Machine> State<'_, M> {
     /// What time it is, when somebody has seen that.
-    fn see(&mut self, now: Duration) -> Duration {
+    pub(super) fn see(&mut self, now: Duration) -> Duration {
         self.now = self.now.max(now);
         self.now
     }
 
     /// Looks for others, if there are any: whether there is something that they are to know.
-    fn finds_something(&mut self, waker: &Waker) -> bool {
+    pub(super) fn finds_something(&mut self, waker: &Waker) -> bool {
         if self.drivers == 0 {
             return false;
         }
@@ -419,7 +353,7 @@ impl<M: Machine, D> Drop for Work<'_, '_, M, D> {
 }
 
 /// Who drives the job, or saves for a guest.
-struct Member<'c, 'a, M: Machine, D> {
+pub(super) struct Member<'c, 'a, M: Machine, D> {
     crew: &'c Crew<'a, M, D>,
     id: u64,
     /// Whether it does no more than to save for a guest.
@@ -427,9 +361,9 @@ struct Member<'c, 'a, M: Machine, D> {
 }
 
 impl<'c, 'a, M: Machine, D> Member<'c, 'a, M, D> {
-    fn join(crew: &'c Crew<'a, M, D>, saves: bool) -> Self {
+    pub(super) fn join(crew: &'c Crew<'a, M, D>, saves: bool) -> Self {
         *crew.state.lock().count(saves) += 1;
-        let id = crew.bell.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = crew.bell.new_id();
         Self { crew, id, saves }
     }
 
@@ -454,163 +388,6 @@ impl<M: Machine, D> Drop for Member<'_, '_, M, D> {
         if !is_broken(Sabotage::LeaveInSilence) {
             self.crew.bell.ring();
         }
-    }
-}
-
-/// Who waits for a guest write, and saves what that is about to overwrite. It rings only if it must: that costs
-/// more than to save a small cluster.
-struct Saver<'c, 'a, M: Machine, D> {
-    crew: &'c Crew<'a, M, D>,
-    member: Option<Member<'c, 'a, M, D>>,
-    /// Whether the bell was to be rung here, and was not.
-    has_kept_quiet: bool,
-    /// Whether others may go on with what was done here, and have not heard of it.
-    has_done_something: bool,
-}
-
-impl<'c, 'a, M: Machine, D> Saver<'c, 'a, M, D> {
-    fn of(crew: &'c Crew<'a, M, D>) -> Self {
-        Self {
-            crew,
-            member: None,
-            has_kept_quiet: false,
-            has_done_something: false,
-        }
-    }
-
-    /// Whatever rings here meanwhile is kept to itself: it is this write that comes.
-    fn poll<F: Future>(&mut self, write: Pin<&mut F>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let _quiet = Quiet::of(&self.crew.bell, &mut self.has_kept_quiet);
-        write.poll(cx)
-    }
-
-    fn join(&mut self) {
-        self.member = Some(Member::join(self.crew, true));
-    }
-
-    /// Others must know how long the write may wait, and what was done.
-    fn has_to_wait(&mut self) {
-        let has_kept_quiet = std::mem::take(&mut self.has_kept_quiet);
-        let has_done_something = std::mem::take(&mut self.has_done_something);
-        if has_kept_quiet || (has_done_something && self.finds_something()) {
-            self.crew.bell.ring();
-        }
-    }
-
-    /// It looks in place of those it would wake.
-    fn finds_something(&self) -> bool {
-        let is_found = self.crew.state.lock().finds_something(&self.crew.waker);
-        is_found && !is_broken(Sabotage::SaveInSilence)
-    }
-}
-
-impl<M: Machine, D> Drop for Saver<'_, '_, M, D> {
-    fn drop(&mut self) {
-        let Some(member) = self.member.take() else {
-            return self.has_to_wait();
-        };
-        if self.finds_something() {
-            self.crew.bell.ring();
-        }
-        drop(member);
-    }
-}
-
-thread_local! {
-    /// The bell that is not to be rung on this thread, and whether it would have been.
-    static QUIET: Cell<(usize, bool)> = const { Cell::new((0, false)) };
-}
-
-/// The bell is not rung on this thread.
-struct Quiet<'a> {
-    before: (usize, bool),
-    /// Set if it would have been.
-    was_rung: &'a mut bool,
-}
-
-impl<'a> Quiet<'a> {
-    fn of(bell: &Arc<Bell>, was_rung: &'a mut bool) -> Self {
-        let before = QUIET.replace((bell.address(), false));
-        Self { before, was_rung }
-    }
-}
-
-/// Also when what happens meanwhile panics.
-impl Drop for Quiet<'_> {
-    fn drop(&mut self) {
-        let (_, was_rung) = QUIET.replace(self.before);
-        *self.was_rung |= was_rung;
-    }
-}
-
-/// What the machine calls when it is worth asking it again.
-#[derive(Default)]
-struct Bell {
-    seats: Mutex<Seats>,
-    next_id: AtomicU64,
-}
-
-#[derive(Default)]
-struct Seats {
-    /// Who waits; the one that came last is woken first, for its caches are warm.
-    taken: Vec<(u64, Waker)>,
-    /// Whether it rang when nobody waited.
-    has_rung: bool,
-}
-
-impl Bell {
-    /// Tells it from others.
-    fn address(&self) -> usize {
-        std::ptr::from_ref(self).addr()
-    }
-
-    fn sit_down(&self, id: u64, waker: Waker) -> bool {
-        let mut seats = self.seats.lock();
-        if std::mem::take(&mut seats.has_rung) && !is_broken(Sabotage::DoNotHearBell) {
-            return false;
-        }
-        seats.taken.push((id, waker));
-        true
-    }
-
-    fn get_up(&self, id: u64) {
-        let mut seats = self.seats.lock();
-        let seat = seats.taken.iter().position(|(taken, _)| *taken == id);
-        let seat = seat.map(|seat| seats.taken.remove(seat));
-        drop(seats);
-        drop(seat);
-    }
-
-    /// Wakes one of those who wait. If there is none, the next one that would wait looks again instead.
-    fn ring(&self) {
-        if QUIET.get().0 == self.address() {
-            return QUIET.set((self.address(), true));
-        }
-        let mut seats = self.seats.lock();
-        let seat = seats.taken.pop();
-        seats.has_rung |= seat.is_none();
-        drop(seats);
-        if let Some((_, waker)) = seat {
-            waker.wake();
-        }
-    }
-
-    /// Wakes one of those who wait, if there is one.
-    fn wake_one(&self) {
-        let seat = self.seats.lock().taken.pop();
-        if let Some((_, waker)) = seat {
-            waker.wake();
-        }
-    }
-}
-
-impl Wake for Bell {
-    fn wake(self: Arc<Self>) {
-        self.ring();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        self.ring();
     }
 }
 

@@ -184,6 +184,27 @@ impl WriteAt for AtOnce {
     async fn settle(&self) {}
 }
 
+/// A backup that is started, with copies of one cluster.
+fn started(
+    node: &Node,
+    source: &impl ReadAt,
+    target: &impl WriteAt,
+    change: impl FnOnce(&mut BackupOptions),
+) -> Backup {
+    let options = options(|options| {
+        options.chunk_max = CLUSTER;
+        change(options);
+    });
+    let backup = Backup::new(node, source.limits(), target.limits(), options).unwrap();
+    backup.job().start().unwrap();
+    backup
+}
+
+/// A disk whose reads wait, and an empty target.
+fn gated() -> (Gated, AtOnce) {
+    (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])))
+}
+
 /// A clock by which a job is cancelled when somebody is about to wait.
 struct CancelsLate(Mutex<Option<Job>>);
 
@@ -204,14 +225,10 @@ impl Clock for CancelsLate {
 /// Whether a job ends that is cancelled after its driver has looked, and before that waits.
 fn is_cancel_heard() -> bool {
     let node = Node::new(LEN);
-    let (source, target) = (Memory::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
-    let mut options = options(|options| options.chunk_max = CLUSTER);
+    let [source, target] = [1, 0].map(|byte| AtOnce(Mutex::new(vec![byte; LEN as usize])));
     // So slow that it waits after the first cluster.
-    options.job.speed = 1;
-    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-    backup.job().start().unwrap();
+    let mut backup = started(&node, &source, &target, |options| options.job.speed = 1);
     let clock = CancelsLate(Mutex::new(Some(backup.job().clone())));
-    let source = AtOnce(Mutex::new(source.bytes()));
     let driver = Driver::new(source, target, &clock);
     let mut run = Task::new(driver.run_backup(&mut backup));
     let polled = run.poll();
@@ -231,12 +248,10 @@ fn what_happens_between_looking_and_waiting_is_seen() {
 /// Whether a job ends of which a guest has saved the last cluster while nobody else had anything to do.
 fn is_end_seen() -> bool {
     let node = Node::new(LEN);
-    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let (source, target) = gated();
     let instant = source.memory.bytes();
     let last = LEN / CLUSTER * CLUSTER;
-    let options = options(|options| options.chunk_max = CLUSTER);
-    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-    backup.job().start().unwrap();
+    let mut backup = started(&node, &source, &target, |_| {});
     let driver = Driver::new(&source, &target, NoTime);
     let crew = driver.crew(&mut backup);
     let mut run = Task::new(crew.run_backup());
@@ -279,11 +294,9 @@ fn a_guest_that_saves_the_last_cluster_has_the_job_end() {
 #[test]
 fn a_guest_that_gives_up_leaves_what_it_was_saving_to_the_others() {
     let node = Node::new(LEN);
-    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let (source, target) = gated();
     let instant = source.memory.bytes();
-    let options = options(|options| options.chunk_max = CLUSTER);
-    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-    backup.job().start().unwrap();
+    let mut backup = started(&node, &source, &target, |_| {});
     let driver = Driver::new(&source, &target, NoTime);
     let crew = driver.crew(&mut backup);
     let mut run = Task::new(crew.run_backup());
@@ -297,13 +310,7 @@ fn a_guest_that_gives_up_leaves_what_it_was_saving_to_the_others() {
     drop(guest);
     let polled = (0..=last / CLUSTER).find_map(|index| {
         source.let_through(index * CLUSTER);
-        loop {
-            match run.poll() {
-                Poll::Ready(result) => return Some(result),
-                Poll::Pending if !run.flag.0.load(Ordering::SeqCst) => return None,
-                Poll::Pending => {}
-            }
-        }
+        run.poll_on()
     });
     polled.expect("it is over").unwrap();
     assert!(*target.0.lock() == instant);
@@ -314,9 +321,7 @@ fn a_guest_that_gives_up_leaves_what_it_was_saving_to_the_others() {
 fn what_a_member_has_not_begun_with_is_left_to_the_others_too() {
     let node = Node::new(LEN);
     let (source, target) = (Memory::new(1), Memory::new(2));
-    let options = options(|options| options.chunk_max = CLUSTER);
-    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-    backup.job().start().unwrap();
+    let mut backup = started(&node, &source, &target, |_| {});
     let driver = Driver::new(&source, &target, NoTime);
     let crew = driver.crew(&mut backup);
     let mut first = Task::new(crew.run_backup());
@@ -334,14 +339,7 @@ fn what_a_member_has_not_begun_with_is_left_to_the_others_too() {
 fn a_guest_that_saves_is_not_held_when_nobody_drives() {
     let node = Node::new(LEN);
     let (source, target) = (Memory::new(1), Memory::new(2));
-    let mut backup = Backup::new(
-        &node,
-        source.limits(),
-        target.limits(),
-        options(|options| options.chunk_max = CLUSTER),
-    )
-    .unwrap();
-    backup.job().start().unwrap();
+    let mut backup = started(&node, &source, &target, |_| {});
     let driver = Driver::new(&source, &target, NoTime);
     let crew = driver.crew(&mut backup);
     let queue = node.queue();
@@ -380,13 +378,8 @@ fn a_guest_that_saves_is_not_held_when_nobody_drives() {
 /// what is still in flight.
 fn is_work_for_others_seen() -> bool {
     let node = Node::new(LEN);
-    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
-    let options = options(|options| {
-        options.chunk_max = CLUSTER;
-        options.workers = 1;
-    });
-    let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-    backup.job().start().unwrap();
+    let (source, target) = gated();
+    let mut backup = started(&node, &source, &target, |options| options.workers = 1);
     let driver = Driver::new(&source, &target, NoTime);
     let crew = driver.crew(&mut backup);
     let mut run = Task::new(crew.run_backup());
@@ -435,7 +428,7 @@ fn what_a_guest_has_begun_for_others_is_gone_on_with() {
 #[test]
 fn what_happens_before_a_guest_panics_is_seen() {
     let node = Node::new(LEN);
-    let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+    let (source, target) = gated();
     let options = options(|options| options.chunk_max = CLUSTER);
     let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
     let job = backup.job().clone();
@@ -531,11 +524,9 @@ fn threads_that_drive_and_guests_that_save_copy_what_was() {
 fn a_member_that_panics_leaves_its_work_to_the_others() {
     for saves in [false, true] {
         let node = Node::new(LEN);
-        let (source, target) = (Gated::new(1), AtOnce(Mutex::new(vec![0; LEN as usize])));
+        let (source, target) = gated();
         let instant = source.memory.bytes();
-        let options = options(|options| options.chunk_max = CLUSTER);
-        let mut backup = Backup::new(&node, source.limits(), target.limits(), options).unwrap();
-        backup.job().start().unwrap();
+        let mut backup = started(&node, &source, &target, |_| {});
         let driver = Driver::new(&source, &target, NoTime);
         let crew = driver.crew(&mut backup);
         let mut first = Task::new(crew.run_backup());
