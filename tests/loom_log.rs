@@ -169,6 +169,11 @@ fn a_guest_marks_what_is_marked_on_three_levels() {
 }
 
 #[test]
+fn a_guest_marks_words_that_are_marked() {
+    mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], None);
+}
+
+#[test]
 fn two_guests_mark_beside_what_is_marked() {
     mirror(4, &[0, 2], &[(1, 1..2), (3, 3..4)], None);
 }
@@ -239,6 +244,12 @@ mod sabotage {
 
     #[test]
     #[should_panic(expected = "lost a write")]
+    fn no_fence_before_the_first_load_of_several_words() {
+        mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], Some(Rule::FenceBeforeLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "lost a write")]
     fn summary_set_before_the_leaf() {
         mirror(4, &[], &[(0, 0..1)], Some(Rule::LeafFirst));
     }
@@ -273,6 +284,7 @@ mod sabotage {
         mirror(4, &[], &[(0, 0..1)], None);
         mirror(4, &[0], &[(0, 0..1)], None);
         mirror(4, &[0], &[(1, 1..2)], None);
+        mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], None);
         mark_then_drain(None);
     }
 }

@@ -457,7 +457,13 @@ impl DirtyLog {
     #[inline]
     fn set_in_word(&self, level: usize, index: u64, mask: u64) {
         let word = self.word(level, index);
-        if self.look(word) & mask != mask {
+        let has = match level {
+            // Nothing of a level below was written before: what comes first here is the fence of rule 1, or loom would
+            // not see that it is missing.
+            0 => word.load(self.order(LOOK)),
+            _ => self.look(word),
+        };
+        if has & mask != mask {
             word.fetch_or(mask, self.order(WRITE));
         }
     }
