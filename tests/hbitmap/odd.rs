@@ -139,7 +139,7 @@ fn unwritten(plain: &Plain) -> HBitmap {
     map
 }
 
-/// The same map, of whose full words all are written: bit by bit from both ends.
+/// The same map, of whose full words all are written: they were mixed once.
 fn written(plain: &Plain) -> HBitmap {
     let mut map = unwritten(plain);
     for (at, _) in plain
@@ -171,6 +171,18 @@ proptest! {
         let is_changed = parsed.deserialize_part(0..granules, &bytes).unwrap();
         prop_assert_eq!(is_changed, plain.words.iter().any(|word| *word != 0));
         let used = || [unwritten(&other), written(&other), map(granules, 0)];
+        let part = (at % (words.len() as u64 + 1)) as usize..words.len();
+        let part = part.start..part.end - (cut % (part.len() as u64 + 1)) as usize;
+        for mut used in used() {
+            let mut words_after = vec![0; words.len()];
+            used.export_words(0, &mut words_after).unwrap();
+            words_after[part.clone()].copy_from_slice(&words[part.clone()]);
+            let mut after = Plain { granules, words: words_after };
+            after.trim();
+            let is_changed = used != unwritten(&after);
+            prop_assert_eq!(used.import_words(part.start, &words[part.clone()]), Ok(is_changed));
+            after.is_same(&used);
+        }
         let alike = [loaded, parsed, unwritten(&plain), written(&plain)];
         for one in &alike {
             plain.is_same(one);
