@@ -268,6 +268,12 @@ mod sabotage {
 
     #[test]
     #[should_panic(expected = "lost a write")]
+    fn words_read_and_then_written() {
+        mirror(4, &[], &[(0, 0..1), (1, 1..2)], Some(Rule::ChangedAtOnce));
+    }
+
+    #[test]
+    #[should_panic(expected = "lost a write")]
     fn nothing_is_in_one_order() {
         mirror(4, &[0], &[(1, 1..2)], Some(Rule::OneOrder));
     }
@@ -283,6 +289,7 @@ mod sabotage {
     fn nothing_is_lost_when_every_rule_is_kept() {
         mirror(4, &[], &[(0, 0..1)], None);
         mirror(4, &[0], &[(0, 0..1)], None);
+        mirror(4, &[], &[(0, 0..1), (1, 1..2)], None);
         mirror(4, &[0], &[(1, 1..2)], None);
         mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], None);
         mark_then_drain(None);
