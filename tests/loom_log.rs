@@ -341,6 +341,11 @@ fn a_mark_wakes_who_waits() {
 }
 
 #[test]
+fn a_mark_of_several_words_wakes() {
+    a_mark_wakes(&[0..4], None);
+}
+
+#[test]
 fn one_of_two_marks_of_one_word_wakes() {
     a_mark_wakes(&[2..3, 3..4], None);
 }
