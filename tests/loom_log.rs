@@ -169,6 +169,11 @@ fn a_guest_marks_what_is_marked_on_three_levels() {
 }
 
 #[test]
+fn a_guest_marks_words_that_are_marked() {
+    mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], None);
+}
+
+#[test]
 fn two_guests_mark_beside_what_is_marked() {
     mirror(4, &[0, 2], &[(1, 1..2), (3, 3..4)], None);
 }
@@ -239,6 +244,12 @@ mod sabotage {
 
     #[test]
     #[should_panic(expected = "lost a write")]
+    fn no_fence_before_the_first_load_of_several_words() {
+        mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], Some(Rule::FenceBeforeLook));
+    }
+
+    #[test]
+    #[should_panic(expected = "lost a write")]
     fn summary_set_before_the_leaf() {
         mirror(4, &[], &[(0, 0..1)], Some(Rule::LeafFirst));
     }
@@ -253,6 +264,12 @@ mod sabotage {
     #[should_panic(expected = "lost a write")]
     fn summary_cleared_after_the_leaf() {
         mirror(4, &[0], &[(1, 1..2)], Some(Rule::ClearedFirst));
+    }
+
+    #[test]
+    #[should_panic(expected = "lost a write")]
+    fn words_read_and_then_written() {
+        mirror(4, &[], &[(0, 0..1), (1, 1..2)], Some(Rule::ChangedAtOnce));
     }
 
     #[test]
@@ -272,7 +289,9 @@ mod sabotage {
     fn nothing_is_lost_when_every_rule_is_kept() {
         mirror(4, &[], &[(0, 0..1)], None);
         mirror(4, &[0], &[(0, 0..1)], None);
+        mirror(4, &[], &[(0, 0..1), (1, 1..2)], None);
         mirror(4, &[0], &[(1, 1..2)], None);
+        mirror(4, &[0, 1, 2, 3], &[(1, 0..4)], None);
         mark_then_drain(None);
     }
 }
@@ -319,6 +338,11 @@ fn a_mark_wakes(ranges: &'static [Range<u64>], broken: Option<Rule>) {
 #[test]
 fn a_mark_wakes_who_waits() {
     a_mark_wakes(&[3..4], None);
+}
+
+#[test]
+fn a_mark_of_several_words_wakes() {
+    a_mark_wakes(&[0..4], None);
 }
 
 #[test]

@@ -55,6 +55,51 @@ fn what_was_torn_is_copied_although_it_is_not_in_the_top_layer() {
     assert!(!is_copied);
 }
 
+/// As above, but the target fetches the data itself, and fails amid it. Then the source cannot be read.
+#[test]
+fn what_an_offloaded_copy_has_torn_is_copied_although_it_is_not_in_the_top_layer() {
+    let mut rig = Rig::started(4 * CLUSTER, |parts| {
+        parts.options.sync = BackupSync::Top;
+        parts.options.job.on_source_error = OnError::Ignore;
+        parts.options.workers = 1;
+        parts.options.offload = true;
+        parts.target.copies_from_source = true;
+    });
+    let below = |len| {
+        Some(Outcome::Status(Extent {
+            len,
+            content: Content::Data,
+            in_top: false,
+        }))
+    };
+    let is_status = |kind| matches!(kind, OpKind::Status(_));
+    let is_copy = |kind| matches!(kind, OpKind::Copy(_));
+    rig.until();
+    rig.answer(is_status, below(4096));
+    rig.until();
+    let is_offloaded = |kind| kind == OpKind::CopyOffloaded(cluster(0));
+    rig.answer(is_offloaded, failed(Side::Target));
+    rig.until();
+    rig.answer(is_copy, failed(Side::Source));
+    loop {
+        match rig.rest() {
+            Step::Done(result) => {
+                result.unwrap();
+                break;
+            }
+            Step::Wait { until } => rig.now = until.unwrap_or(rig.now),
+            step => panic!("{step:?}"),
+        }
+        while rig.has_out(is_status) {
+            rig.answer(is_status, below(4 * CLUSTER));
+            let _ = rig.rest();
+        }
+        let _ = rig.answer_all(|kind| !is_status(kind));
+    }
+    let copies: Vec<_> = rig.asked.iter().filter(|&&kind| is_copy(kind)).collect();
+    assert_eq!(copies, [&OpKind::Copy(cluster(0)); 2]);
+}
+
 /// One operation is lost, and the target asked to settle; then another. Whether the second is left alone until
 /// the target has been asked once more.
 fn is_second_waited_for() -> bool {

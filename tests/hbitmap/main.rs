@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `model` | random operations of all kinds, and the twin does the same |
+//! | `odd` | whole maps and short runs at any length, full and empty blocks in all combinations |
 //! | `cases`, `search`, `walk`, `resize`, `combine` | case by case, at the boundaries of words and levels |
 //! | `bytes`, `stored`, `fixtures` | parts, files and digests, honest and hostile |
 //! | `tracked` | what has changed |
@@ -54,6 +55,7 @@ mod combine;
 mod fixtures;
 mod fuzz;
 mod model;
+mod odd;
 mod resize;
 #[cfg(debug_assertions)]
 mod sabotage;

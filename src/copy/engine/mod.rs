@@ -514,7 +514,8 @@ impl Engine {
                 | Outcome::Zeroes
                 | Outcome::Compared(_),
             ) => {
-                // The target may hold anything there now; it is written again.
+                // The target may hold anything there now; it is written again, also if that is only tried later.
+                self.note_torn(range);
                 self.copy_by = CopyBy::Buffer;
                 self.claims
                     .set_state(range.start(), ClaimState::Planned(OpKind::Copy(range)));
