@@ -205,7 +205,8 @@ proptest! {
             };
             prop_assert!(flip(&mut changed, !is_dirty));
             changed.check_invariants();
-            prop_assert!(changed != *one && *one != changed);
+            prop_assert_ne!(&changed, one);
+            prop_assert_ne!(one, &changed);
             prop_assert!(flip(&mut changed, is_dirty));
             prop_assert_eq!(&changed, one);
 
