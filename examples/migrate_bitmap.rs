@@ -19,7 +19,9 @@
 //! where the bits end. With `--json` each bitmap is a line with `node`, `name`, `granularity`, `enabled`,
 //! `persistent`, `dirty_bytes`, `sha256` and `dirty_ranges`. `make` writes the smallest whole stream that
 //! `qemu-system-* -incoming` loads, from a truth file like those in `tests/fixtures`. A bad stream gives one line
-//! that says what is wrong at which byte, and a failure.
+//! that says what is wrong at which byte, and a failure. One without bitmaps is not bad: that is said in one line
+//! on the standard error, and nothing is printed. Where a machine's devices have their state the bitmaps of QEMU's
+//! streams have come, and nothing is read from there on.
 #![allow(
     clippy::disallowed_methods,
     clippy::disallowed_types,
@@ -31,6 +33,7 @@ mod support;
 #[path = "../tests/migration/truth.rs"]
 mod truth;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fs::{self, File};
@@ -40,6 +43,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -48,8 +52,9 @@ use blockjob::driver::Driver;
 use blockjob::io::{AlignedBuf, BlockDevice, BufResult, WriteAt};
 use blockjob::migration::driver::{self, ReadStream, Sent, WriteStream};
 use blockjob::migration::{
-    Framing, IncomingMigration, IncomingOptions, Mode, Next, OutgoingMigration, OutgoingOptions,
-    RecordBody, RecordReader, SkipRam, StreamError, StreamKind,
+    BodyPart, Fault, ForeignSection, ForeignSections, Framing, IncomingMigration, IncomingOptions,
+    Mode, Next, OutgoingMigration, OutgoingOptions, RecordBody, RecordReader, SkipRam, StreamError,
+    StreamKind,
 };
 use blockjob::{
     Backup, BackupOptions, BackupSync, Begin, BitmapMigration, BitmapOptions, ByteRange,
@@ -145,14 +150,20 @@ impl Inspect {
             true => Framing::Whole,
             false => Framing::Bare,
         };
-        let sizes = sizes_in(&stream, framing, self.sizes)?;
+        let found = Found::in_stream(&stream, framing);
+        if let Some(told) = found.nothing() {
+            eprintln!("{told}");
+            return Ok(());
+        }
+        let mut sizes = found.ends;
+        sizes.extend(self.sizes);
         let nodes: Vec<_> = sizes
             .into_iter()
             .map(|(name, bytes)| (name, Node::new(bytes)))
             .collect();
         let mut options = IncomingOptions::default();
         options.stream = StreamKind::Qemu(framing);
-        options.foreign = Some(Box::new(SkipRam::new(4096)));
+        options.foreign = Some(Box::new(SkipRam::new(PAGE)));
         let mut incoming = migration_of(&nodes).incoming(options);
         incoming.feed(&stream)?;
         incoming.finish()?;
@@ -201,39 +212,94 @@ impl Inspect {
     }
 }
 
-/// Bytes of all disks in a stream: where their bits end, unless it is known better.
-fn sizes_in(
-    stream: &[u8],
-    framing: Framing,
-    known: BTreeMap<String, u64>,
-) -> Result<BTreeMap<String, u64>> {
-    let mut reader = RecordReader::new(framing).with_foreign(Some(Box::new(SkipRam::new(4096))));
-    let mut ends: BTreeMap<String, u64> = BTreeMap::new();
-    let mut node = String::new();
-    let mut read = |record: &blockjob::migration::Record<'_>| {
-        if let Some(name) = record.node {
-            node = String::from_utf8_lossy(name).into_owned();
-            ends.entry(node.clone()).or_default();
+/// What a look at a stream has found, before any bitmap is made.
+struct Found {
+    /// Where the bits of each disk end: it is as long at least.
+    ends: BTreeMap<String, u64>,
+    has_bitmaps: bool,
+    /// What is wrong with it. That is told when it is loaded.
+    error: Option<StreamError>,
+    /// Whether what came last is the state of a device.
+    is_device: bool,
+}
+
+impl Found {
+    fn in_stream(stream: &[u8], framing: Framing) -> Self {
+        let is_device = Rc::new(Cell::new(false));
+        let sections = Sections {
+            ram: SkipRam::new(PAGE),
+            is_device: Rc::clone(&is_device),
+        };
+        let mut reader = RecordReader::new(framing).with_foreign(Some(Box::new(sections)));
+        let mut ends: BTreeMap<String, u64> = BTreeMap::new();
+        let mut has_bitmaps = false;
+        let mut node = String::new();
+        let read = reader.feed(stream, &mut |record| {
+            if let Some(name) = record.node {
+                node = String::from_utf8_lossy(name).into_owned();
+                ends.entry(node.clone()).or_default();
+            }
+            has_bitmaps |= record.body != RecordBody::Nothing;
+            if let RecordBody::Bits {
+                first_sector,
+                sectors,
+                ..
+            } = record.body
+            {
+                let end = first_sector
+                    .saturating_add(sectors.into())
+                    .saturating_mul(512);
+                let known = ends.entry(node.clone()).or_default();
+                // No disk is longer than what a file can have.
+                *known = end.max(*known).min(i64::MAX as u64);
+            }
+            Ok::<(), StreamError>(())
+        });
+        Self {
+            ends,
+            has_bitmaps,
+            error: read.and_then(|_| reader.finish()).err(),
+            is_device: is_device.get(),
         }
-        if let RecordBody::Bits {
-            first_sector,
-            sectors,
-            ..
-        } = record.body
-        {
-            let end = first_sector
-                .saturating_add(sectors.into())
-                .saturating_mul(512);
-            let known = ends.entry(node.clone()).or_default();
-            // No disk is longer than what a file can have.
-            *known = end.max(*known).min(i64::MAX as u64);
+    }
+
+    /// What is to be said of a stream that is sound as far as it was read, and has no bitmap.
+    fn nothing(&self) -> Option<String> {
+        if self.has_bitmaps {
+            return None;
         }
-        Ok::<(), StreamError>(())
-    };
-    // What is wrong with the stream is told when it is loaded.
-    let _ = reader.feed(stream, &mut read);
-    ends.extend(known);
-    Ok(ends)
+        match &self.error {
+            None => Some("no bitmaps: the stream ends without one".to_owned()),
+            Some(StreamError {
+                at,
+                why: Fault::ForeignSection { name },
+                ..
+            }) if self.is_device => Some(format!(
+                "no bitmaps before byte {at}, where the state of device {name:?} begins"
+            )),
+            Some(_) => None,
+        }
+    }
+}
+
+/// Bytes of a page of x86.
+const PAGE: u64 = 4096;
+
+/// Steps over memory, and notes what it cannot step over.
+struct Sections {
+    ram: SkipRam,
+    is_device: Rc<Cell<bool>>,
+}
+
+impl ForeignSections for Sections {
+    fn body(
+        &mut self,
+        section: &ForeignSection<'_>,
+        bytes: &[u8],
+    ) -> std::result::Result<BodyPart, String> {
+        self.is_device.set(section.is_full);
+        self.ram.body(section, bytes)
+    }
 }
 
 /// Writes the smallest stream that QEMU loads.

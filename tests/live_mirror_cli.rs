@@ -3,6 +3,8 @@
 #![allow(missing_docs, reason = "a test")]
 #![cfg(target_os = "linux")]
 
+#[path = "cli/program.rs"]
+mod program;
 #[path = "../examples/support/mod.rs"]
 mod support;
 
@@ -10,30 +12,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+use program::example;
 use support::temp::TempFolder;
 
 const LEN: usize = (1 << 20) + 700;
 
-/// The program; cargo tells tests where binaries are, but not where examples are.
+/// The program.
 fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        // target/<profile>/deps/<this test>
-        let test = std::env::current_exe().unwrap();
-        let profile = test.parent().and_then(Path::parent).unwrap();
-        let program = profile.join("examples/live_mirror");
-        // `cargo test` builds the examples before it runs any test; `cargo test --test` does not.
-        if !program.exists() {
-            let target = profile.parent().unwrap();
-            let status = Command::new(env!("CARGO"))
-                .args(["build", "--example", "live_mirror", "--target-dir"])
-                .arg(target)
-                .args((profile.ends_with("release")).then_some("--release"))
-                .status();
-            assert!(status.unwrap().success());
-        }
-        program
-    })
+    PROGRAM.get_or_init(|| example("live_mirror"))
 }
 
 fn live_mirror(args: &[&str]) -> Output {

@@ -67,7 +67,8 @@ pub enum BodyPart {
     End(usize),
     /// As many bytes, more than there are and 65536 at most, are needed to go on.
     Needs(usize),
-    /// Nobody can tell where it ends. Bitmaps do not come after it.
+    /// Nobody can tell where it ends. That ends the stream with
+    /// [`ForeignSection`](Fault::ForeignSection), unless its bitmaps have come by then.
     Opaque,
 }
 
