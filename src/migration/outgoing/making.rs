@@ -178,30 +178,24 @@ impl OutgoingMigration {
                 continue;
             }
             let mut held = one.hold.as_ref().expect("it is not over").lock();
+            let (map, mut changes) = held.bits_and_changes();
             if is_broken(Sabotage::ClearAfterRead) {
-                held.clear_changes(one.walk.read(one.shape));
+                clear(changes.as_deref_mut(), one.walk.read(one.shape));
             }
+            let names = (&one.wire.0[..], &one.wire.1[..]);
             while made < wanted {
-                let Some(range) = one.walk.next(one.shape, held.changes()) else {
+                let Some(range) = one.walk.next(one.shape, changes.as_deref()) else {
                     break;
                 };
                 if one.walk.is_tracked() {
-                    held.clear_changes(range);
+                    clear(changes.as_deref_mut(), range);
                 }
-                let bytes = one.shape.bytes_of(range);
-                one.sent += bytes;
+                one.sent += one.shape.bytes_of(range);
                 made += 1;
-                let wire = (&one.wire.0[..], &one.wire.1[..]);
-                make_chunk(
-                    &mut self.wire,
-                    (index, wire),
-                    held.map(),
-                    range,
-                    kind,
-                    &mut self.ready,
-                );
+                let chunk = (index, names, range);
+                make_chunk(&mut self.wire, chunk, map, kind, &mut self.ready);
             }
-            let is_left = one.walk.is_left(held.changes());
+            let is_left = one.walk.is_left(changes.as_deref());
             drop(held);
             if completes && !is_left {
                 self.complete(index, kind);
@@ -263,11 +257,18 @@ impl OutgoingMigration {
     }
 }
 
+/// The chunks of `range`, which are whole ones, are not changed any more.
+fn clear(changes: Option<&mut HBitmap>, range: ByteRange) {
+    if let Some(changes) = changes {
+        changes.reset(range).expect("they are whole chunks");
+    }
+}
+
+#[inline]
 fn make_chunk(
     wire: &mut Wire,
-    (index, names): (usize, (&str, &str)),
+    (index, names, range): (usize, (&str, &str), ByteRange),
     map: &HBitmap,
-    range: ByteRange,
     kind: PartKind,
     out: &mut Vec<u8>,
 ) {

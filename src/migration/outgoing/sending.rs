@@ -136,6 +136,7 @@ impl Walk {
     }
 
     /// The chunk that comes next. `None` at the end, after which it is looked for from the start.
+    #[inline]
     pub(super) fn next(&mut self, shape: Shape, changes: Option<&HBitmap>) -> Option<ByteRange> {
         match self {
             Walk::Once(from) => {

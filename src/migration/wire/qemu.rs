@@ -306,7 +306,9 @@ impl Maker {
         out.extend_from_slice(&place);
         part.append_to(out);
         let padding = padded - part.len();
-        out.extend_from_slice(&[0; PADDING][..padding]);
+        if padding > 0 {
+            out.extend_from_slice(&[0; PADDING][..padding]);
+        }
     }
 
     pub(crate) fn complete(&mut self, names: (&str, &str), out: &mut Vec<u8>) {

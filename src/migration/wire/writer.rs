@@ -44,10 +44,14 @@ impl Writer {
     }
 
     /// Begins a part, unless it is open.
+    #[inline]
     pub(crate) fn open(&mut self, kind: PartKind, out: &mut Vec<u8>) {
-        if self.open.is_some() {
-            return;
+        if self.open.is_none() {
+            self.begin(kind, out);
         }
+    }
+
+    fn begin(&mut self, kind: PartKind, out: &mut Vec<u8>) {
         self.open = Some(kind);
         if self.framing == Framing::Bare {
             return;

@@ -148,10 +148,15 @@ impl HeldBitmap<'_> {
         }
     }
 
-    /// The chunks of `range`, which are whole ones, are not changed any more.
-    pub(crate) fn clear_changes(&mut self, range: ByteRange) {
-        if let Some(chunks) = self.chunks_mut() {
-            chunks.reset(range).expect("they are whole chunks");
+    /// The bits, and which chunks have changed, if that is noted.
+    pub(crate) fn bits_and_changes(&mut self) -> (&HBitmap, Option<&mut HBitmap>) {
+        match &mut self.list.owned_mut(self.id).content {
+            Content::Known {
+                map,
+                usage: Usage::Held { changes, .. },
+                ..
+            } => (map, changes.as_mut().map(|changes| changes.chunks_mut())),
+            Content::Known { .. } | Content::Inconsistent { .. } => unreachable!("it is held"),
         }
     }
 
