@@ -12,7 +12,7 @@ use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
 /// Chunks that are made under one hold of the node's lock.
-const BATCH: usize = 16;
+const BATCH: usize = 64;
 
 impl OutgoingMigration {
     /// Whether the bits of the bitmaps may be sent as things are.
@@ -183,12 +183,14 @@ impl OutgoingMigration {
                 clear(changes.as_deref_mut(), one.walk.read(one.shape));
             }
             let names = (&one.wire.0[..], &one.wire.1[..]);
+            fetch(map, one.walk.ahead(one.shape, wanted - made));
             while made < wanted {
                 let Some(range) = one.walk.next(one.shape, changes.as_deref()) else {
                     break;
                 };
                 if one.walk.is_tracked() {
                     clear(changes.as_deref_mut(), range);
+                    fetch(map, range);
                 }
                 one.sent += one.shape.bytes_of(range);
                 made += 1;
@@ -262,6 +264,11 @@ fn clear(changes: Option<&mut HBitmap>, range: ByteRange) {
     if let Some(changes) = changes {
         changes.reset(range).expect("they are whole chunks");
     }
+}
+
+/// What will be read soon.
+fn fetch(map: &HBitmap, range: ByteRange) {
+    map.part_of(range).expect("it is whole chunks").fetch();
 }
 
 #[inline]

@@ -152,8 +152,8 @@ impl OutgoingMigration {
         Ok(Next::Bytes(len))
     }
 
-    /// As [`next_bytes`](Self::next_bytes), and lends the bytes instead of copying them: some tens of KiB at most.
-    /// They count as sent.
+    /// As [`next_bytes`](Self::next_bytes), and lends the bytes instead of copying them: some tens of KiB, or as
+    /// much as [`part_chunks`](OutgoingOptions::part_chunks) make. They count as sent.
     ///
     /// # Errors
     ///

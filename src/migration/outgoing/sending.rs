@@ -135,6 +135,17 @@ impl Walk {
         }
     }
 
+    /// The chunks that come next, so many or fewer, if those are one after the other.
+    pub(super) fn ahead(&self, shape: Shape, chunks: usize) -> ByteRange {
+        match *self {
+            Walk::Once(Some(from)) => {
+                let len = shape.chunk().saturating_mul(chunks as u64);
+                (from..from.saturating_add(len).min(shape.len)).into()
+            }
+            Walk::Once(None) | Walk::Changes { .. } => (0..0).into(),
+        }
+    }
+
     /// The chunk that comes next. `None` at the end, after which it is looked for from the start.
     #[inline]
     pub(super) fn next(&mut self, shape: Shape, changes: Option<&HBitmap>) -> Option<ByteRange> {
