@@ -410,13 +410,17 @@ impl Daemon {
 
     pub(crate) fn send(&mut self, command: &str) -> Result<()> {
         let lines = self.lines.as_mut().ok_or("not connected")?;
-        writeln!(lines.get_mut(), r#"{{"execute": {command}}}"#)?;
+        let line = format!("{{\"execute\": {command}}}\n");
+        lines.get_mut().write_all(line.as_bytes())?;
         Ok(())
     }
 
     pub(crate) fn run(&mut self, command: &str) -> Result<()> {
         self.send(command)?;
-        self.wait_for("\"return\"")
+        match self.wait_for_within("\"return\"", PATIENCE)? {
+            true => Ok(()),
+            false => Err(format!("no answer to {command}").into()),
+        }
     }
 
     /// Puts a node `slow-target` before the target, which takes that many bytes in a second.
