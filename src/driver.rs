@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::backup::Backup;
 use crate::bytes::{differing, is_zero};
 use crate::copy::{CompareBy, IfZero, OpKind, Outcome, Side};
-use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt};
+use crate::io::{AlignedBuf, BlockDevice, BufferPool, HeapPool, ReadAt, WriteAt, WrongLength};
 use crate::job::JobError;
 use crate::mirror::{Mirror, Switch, SwitchBack};
 use crate::units::ByteRange;
@@ -289,6 +289,7 @@ where
             }
         };
         let (read, buf) = self.source.read_at(range.start(), buf).await;
+        let read = WrongLength::check(read, &buf, range);
         if read.is_err() {
             second.into_iter().for_each(|second| self.pool.put(second));
             self.pool.put(buf);
@@ -297,10 +298,12 @@ where
         let compared = match second {
             Some(second) => {
                 let (read, second) = self.target.read_back(range.start(), second).await;
-                let differing = differing(buf.as_ref(), second.as_ref(), range.start());
+                let read = WrongLength::check(read, &second, range);
+                let compared =
+                    read.map(|()| differing(buf.as_ref(), second.as_ref(), range.start()));
                 self.pool.put(second);
                 self.pool.put(buf);
-                read.map(|()| differing)
+                compared
             }
             None => {
                 let (compared, buf) = self.target.compare_at(range.start(), buf).await;
@@ -325,6 +328,7 @@ where
             Side::Buffer => self.buffer.read_at(range.start(), buf).await,
             Side::Source | Side::Target => self.source.read_at(range.start(), buf).await,
         };
+        let read = WrongLength::check(read, &buf, range);
         if read.is_err() {
             self.pool.put(buf);
             return done(from, read);

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use crate::bytes::{differing, is_zero};
 use crate::copy::{CompareBy, Extent, IfZero, Op, OpKind, Outcome, Side, Unmap};
-use crate::io::BufferPool;
+use crate::io::{BufferPool, WrongLength};
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
 use crate::mirror::{Mirror, Switch, SwitchBack};
@@ -126,7 +126,8 @@ pub enum Work<B> {
 /// What came of a [`Request`].
 #[derive(Debug)]
 pub enum Answer<B> {
-    /// A read or a write, with its buffer.
+    /// A read or a write, with its buffer. A read with which one of another length comes back has failed, with
+    /// [`WrongLength`].
     Transfer(io::Result<()>, B),
     /// [`Work::Compare`]: what differs, in ranges of the disk, and the buffer.
     Compared(io::Result<Vec<ByteRange>>, B),
@@ -218,6 +219,12 @@ where
             }
             return;
         };
+        let answer = match (&step, answer, op.kind().range()) {
+            (OutStep::Read | OutStep::ReadBack(_), Answer::Transfer(read, buf), Some(range)) => {
+                Answer::Transfer(WrongLength::check(read, &buf, range), buf)
+            }
+            (_, answer, _) => answer,
+        };
         let [from, to] = op.kind().sides();
         let failed = |error| Outcome::Failed { side: to, error };
         let outcome = match (step, answer) {
@@ -249,10 +256,10 @@ where
             }
             (OutStep::ReadBack(source), Answer::Transfer(result, target)) => {
                 let start = op.kind().range().map_or(0, ByteRange::start);
-                let differing = differing(source.as_ref(), target.as_ref(), start);
+                let compared = result.map(|()| differing(source.as_ref(), target.as_ref(), start));
                 self.pool.put(source);
                 self.pool.put(target);
-                result.map_or_else(failed, |()| Outcome::Compared(differing))
+                compared.map_or_else(failed, Outcome::Compared)
             }
             (OutStep::ReadBack(source), answer) => {
                 self.pool.put(source);

@@ -6,6 +6,8 @@ use std::io;
 
 use parking_lot::Mutex;
 
+use crate::units::ByteRange;
+
 /// Where a driver takes its buffers from.
 ///
 /// A device with buffers of its own (registered with a ring, mapped for a peer) brings a pool of them;
@@ -35,6 +37,36 @@ impl<P: BufferPool + ?Sized> BufferPool for &P {
 
     fn put(&self, buf: P::Buf) {
         (**self).put(buf);
+    }
+}
+
+/// A device has given back a buffer of another length than it was lent, so that it cannot have read what it was
+/// asked for. It comes in an [`io::Error`] of the kind [invalid data](io::ErrorKind::InvalidData), and a job goes by
+/// its policy for errors of that device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{asked} bytes were to be read, and a buffer of {given} came back")]
+pub struct WrongLength {
+    /// How many bytes were to be read.
+    pub asked: u64,
+    /// How long the buffer is that came back.
+    pub given: u64,
+}
+
+impl WrongLength {
+    /// What came of a read of `range`, with which `buf` came back.
+    pub(crate) fn check(
+        read: io::Result<()>,
+        buf: &impl AsRef<[u8]>,
+        range: ByteRange,
+    ) -> io::Result<()> {
+        let (asked, given) = (range.len(), buf.as_ref().len() as u64);
+        match read {
+            Ok(()) if given != asked => {
+                let wrong = WrongLength { asked, given };
+                Err(io::Error::new(io::ErrorKind::InvalidData, wrong))
+            }
+            read => read,
+        }
     }
 }
 

@@ -4,7 +4,9 @@ use std::io;
 
 use crate::backup::{FrozenView, ViewError};
 use crate::copy::Side;
-use crate::io::{AlignedBuf, BlockDevice, BufResult, BufferPool, Extent, HeapPool, Limits, ReadAt};
+use crate::io::{
+    AlignedBuf, BlockDevice, BufResult, BufferPool, Extent, HeapPool, Limits, ReadAt, WrongLength,
+};
 use crate::units::ByteRange;
 
 /// A disk as it was at the instant of a backup, while the guest writes on: a [`FrozenView`] over the two
@@ -83,11 +85,12 @@ where
     T: ReadAt<Buf = S::Buf>,
     P: BufferPool<Buf = S::Buf>,
 {
-    async fn read_from(&self, side: Side, offset: u64, buf: S::Buf) -> BufResult<S::Buf> {
-        match side {
-            Side::Target => self.target.read_at(offset, buf).await,
-            Side::Source | Side::Buffer => self.source.read_at(offset, buf).await,
-        }
+    async fn read_piece(&self, (piece, side): (ByteRange, Side), buf: S::Buf) -> BufResult<S::Buf> {
+        let (read, buf) = match side {
+            Side::Target => self.target.read_at(piece.start(), buf).await,
+            Side::Source | Side::Buffer => self.source.read_at(piece.start(), buf).await,
+        };
+        (WrongLength::check(read, &buf, piece), buf)
     }
 
     async fn read_pieces(
@@ -96,14 +99,15 @@ where
         mut buf: S::Buf,
         pieces: &[(ByteRange, Side)],
     ) -> BufResult<S::Buf> {
-        for &(piece, side) in pieces {
-            let len = usize::try_from(piece.len()).expect("part of a buffer");
+        for &piece in pieces {
+            let range = piece.0;
+            let len = usize::try_from(range.len()).expect("part of a buffer");
             let part = match self.pool.take(len) {
                 Ok(part) => part,
                 Err(error) => return (Err(error), buf),
             };
-            let (read, part) = self.read_from(side, piece.start(), part).await;
-            let at = usize::try_from(piece.start() - offset).expect("part of a buffer");
+            let (read, part) = self.read_piece(piece, part).await;
+            let at = usize::try_from(range.start() - offset).expect("part of a buffer");
             if read.is_ok() {
                 buf.as_mut()[at..at + len].copy_from_slice(part.as_ref());
             }
@@ -132,7 +136,7 @@ where
         };
         let (result, buf) = match *read.pieces() {
             [] => (Ok(()), buf),
-            [(_, side)] => self.read_from(side, offset, buf).await,
+            [piece] => self.read_piece(piece, buf).await,
             ref pieces => self.read_pieces(offset, buf, pieces).await,
         };
         // A read that failed says nothing, whatever else has happened.

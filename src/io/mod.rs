@@ -21,7 +21,7 @@ use std::sync::Arc;
 pub use crate::copy::{CompareBy, Content, Extent, Limits, RangeLimits, Unmap};
 use crate::units::ByteRange;
 
-pub use buf::{AlignedBuf, BufferPool, HeapPool};
+pub use buf::{AlignedBuf, BufferPool, HeapPool, WrongLength};
 pub use dynamic::{DynReadAt, DynWriteAt, LocalBoxFuture};
 pub use frozen::FrozenDisk;
 pub use guest::{Copies, CopiesTo, GuestDisk, NoCopies};
@@ -41,7 +41,8 @@ pub trait BlockDevice {
 
 /// A device that can be read: a source.
 pub trait ReadAt: BlockDevice {
-    /// Reads as many bytes from `offset` on as the buffer is long: all of them, or an error.
+    /// Reads as many bytes from `offset` on as the buffer is long: all of them, or an error. A buffer as long as
+    /// that comes back; if not, the read is taken for failed with [`WrongLength`].
     ///
     /// # Cancel safety
     ///
