@@ -8,7 +8,7 @@
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
@@ -41,6 +41,8 @@ struct State {
     next_id: u64,
     /// What the requests that are answered from now on come to.
     fails: Option<io::ErrorKind>,
+    /// How long the buffers are that come back, if not as long as those that were given.
+    gives_back: Option<usize>,
     flushes: usize,
 }
 
@@ -67,6 +69,7 @@ impl Device {
                 held: Vec::new(),
                 next_id: 0,
                 fails: None,
+                gives_back: None,
                 flushes: 0,
             }),
         })
@@ -158,7 +161,10 @@ impl WriteAt for Device {
         if let Err(error) = self.check(buf.as_ref()) {
             return (Err(error), buf);
         }
-        (self.submit(offset, buf.as_ref().to_vec()).await, buf)
+        let result = self.submit(offset, buf.as_ref().to_vec()).await;
+        let other = self.state.lock().unwrap().gives_back;
+        let other = other.map(|len| AlignedBuf::new(len, 1).unwrap());
+        (result, other.unwrap_or(buf))
     }
 
     async fn write_zeroes(&self, range: ByteRange, _unmap: Unmap) -> io::Result<()> {
@@ -487,9 +493,9 @@ fn buffers_of_a_pool_are_as_the_device_wants_them() {
 
 // Beside a write-blocking mirror
 
-/// A pool that has buffers, or none.
+/// A pool that has buffers, or none; or those that are too long by so many bytes.
 #[derive(Clone, Default)]
-struct Pool(Arc<AtomicBool>);
+struct Pool(Arc<AtomicBool>, Arc<AtomicUsize>);
 
 impl BufferPool for Pool {
     type Buf = AlignedBuf;
@@ -497,7 +503,7 @@ impl BufferPool for Pool {
     fn take(&self, len: usize) -> io::Result<AlignedBuf> {
         match self.0.load(Ordering::Relaxed) {
             true => Err(io::ErrorKind::OutOfMemory.into()),
-            false => AlignedBuf::new(len, 1),
+            false => AlignedBuf::new(len + self.1.load(Ordering::Relaxed), 1),
         }
     }
 
@@ -646,6 +652,32 @@ fn without_a_buffer_or_a_target_the_mirror_copies_later() {
     let mut mirrored = Mirrored::new(limits);
     now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
     assert_eq!(mirrored.left(), [granule(0)], "too much at once");
+    mirrored.copy_all();
+    assert!(mirrored.is_equal());
+}
+
+/// The copy of what is written goes from the disk to the target, and with it, what the disk made of it.
+#[test]
+fn what_the_disk_gives_back_in_another_length_is_copied_later() {
+    for len in [0, 1, GRANULE as usize - 1, GRANULE as usize + 1] {
+        let mut mirrored = Mirrored::new(Limits::new(LEN));
+        mirrored.source.state.lock().unwrap().gives_back = Some(len);
+        now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
+        assert_eq!(mirrored.left(), [granule(0)], "{len}");
+        // The target is to get only a part of it, for the rest is dirty.
+        now(mirrored.disk.write_at(100, full_of(2))).0.unwrap();
+        assert_eq!(mirrored.left(), [ByteRange::from(0..2 * GRANULE)], "{len}");
+        mirrored.copy_all();
+        assert!(mirrored.is_equal());
+    }
+}
+
+#[test]
+fn what_the_pool_gives_in_another_length_is_no_buffer() {
+    let mut mirrored = Mirrored::new(Limits::new(LEN));
+    mirrored.pool.1.store(1, Ordering::Relaxed);
+    now(mirrored.disk.write_at(0, full_of(1))).0.unwrap();
+    assert_eq!(mirrored.left(), [granule(0)]);
     mirrored.copy_all();
     assert!(mirrored.is_equal());
 }

@@ -282,33 +282,42 @@ impl<D: WriteAt, C: Copies<D>> GuestDisk<D, C> {
             self.copies.put(copy);
             return result;
         };
-        let data = match part == range {
-            true => Ok(copy),
+        // A device that gives back another length has given back something else than the copy.
+        let is_whole = copy.as_ref().len() as u64 == range.len();
+        let fits = is_whole && part.len() <= u64::from(target.limits().max_transfer);
+        let data = match part == range || !fits {
+            true => Some(copy),
             false => {
                 let start = (part.start() - range.start()) as usize;
-                let data = self.copies.take(part.len() as usize).map(|mut data| {
-                    let part = &copy.as_ref()[start..start + part.len() as usize];
-                    data.as_mut().copy_from_slice(part);
-                    data
-                });
+                let data = self.copy_of(&copy.as_ref()[start..start + part.len() as usize]);
                 self.copies.put(copy);
                 data
             }
         };
-        let fits = part.len() <= u64::from(target.limits().max_transfer);
         match data {
-            Ok(data) if fits => {
+            Some(data) if fits => {
                 let (at_target, data) = target.write_at(part.start(), data).await;
                 in_flight.target_written(at_target);
                 self.copies.put(data);
             }
-            Ok(data) => {
+            Some(data) => {
                 self.copies.put(data);
                 in_flight.skip_target();
             }
-            Err(_) => in_flight.skip_target(),
+            None => in_flight.skip_target(),
         }
         result
+    }
+
+    /// The same in a buffer of the pool, if that has one.
+    fn copy_of(&self, data: &[u8]) -> Option<D::Buf> {
+        let mut copy = self.copies.take(data.len()).ok()?;
+        if copy.as_ref().len() != data.len() {
+            self.copies.put(copy);
+            return None;
+        }
+        copy.as_mut().copy_from_slice(data);
+        Some(copy)
     }
 }
 
@@ -440,12 +449,10 @@ impl<D: WriteAt, C: Copies<D>> WriteAt for GuestDisk<D, C> {
             .is_active()
             .then(|| self.copies.target())
             .flatten();
-        let copy =
-            target.and_then(|target| Some((target, self.copies.take(buf.as_ref().len()).ok()?)));
-        let Some((target, mut copy)) = copy else {
+        let copy = target.and_then(|target| Some((target, self.copy_of(buf.as_ref())?)));
+        let Some((target, copy)) = copy else {
             return in_flight.finish(self.device().write_at(offset, buf).await);
         };
-        copy.as_mut().copy_from_slice(buf.as_ref());
         let result = self.write_both(in_flight, target, range, copy).await;
         (result, buf)
     }
