@@ -31,35 +31,29 @@ mod plan;
 mod sabotage;
 mod sim;
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
+use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
-use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use blockjob::driver::{Clock, Driver};
-use blockjob::queue::{Answer, Next, Queue, Request, Work};
+use blockjob::driver::Driven;
 use blockjob::{
     Backup, BackupOptions, BackupSync, BitmapMode, BitmapOptions, ByteRange, Cancel, Change,
     Content, Event, Extent, Granularity, Hold, Job, JobError, JobGroup, Limits, MirrorSync, Node,
-    OnCbwError, OnError, OpKind, Outcome, Prepared, Preparing, RangeLimits, Side, SnapshotOf,
-    Status, Step, Transaction,
+    OnCbwError, OnError, OpKind, Outcome, Prepared, Preparing, RangeLimits, SnapshotOf, Status,
+    Step, Transaction,
 };
 
 use judge::check_answer;
-use member::drive;
 use plan::{disturbances, faults};
 use sim::chain::Chain;
 use sim::content::{fill_source, fill_target};
-use sim::crew::Several;
-use sim::disk::{Ask, BLOCK, Block, Disk, Faults, Latency, Owner, SimDevice, VecPool, result_of};
+use sim::disk::{Ask, BLOCK, Block, Disk, Faults, Latency, Owner};
+use sim::driving::Driving;
 use sim::guest::Guests;
 use sim::rng::Rng;
-use sim::world::{Flag, Happening, JobAnswer, Loss, SOURCE, Shared, SimClock, TARGET, World};
+use sim::world::{Flag, Happening, JobAnswer, Loss, SOURCE, Shared, TARGET, World};
 
 const KIB: u64 = 1 << 10;
 /// More steps than any run should need.
@@ -108,8 +102,6 @@ struct MemberPlan {
     granularity: u64,
     threads: usize,
     uses_queue: bool,
-    /// How many tasks drive it, if it uses none.
-    crew: usize,
 }
 
 #[derive(Debug, Default)]
@@ -142,32 +134,13 @@ struct Instant {
     may: Vec<bool>,
 }
 
-/// Where a machine is while nobody drives it.
-type Slot = Rc<RefCell<Option<Backup>>>;
-type Driving = Pin<Box<dyn Future<Output = Result<(), JobError>>>>;
-
-enum Machine {
-    Queue(Box<Queue<VecPool, Backup>>),
-    Future {
-        slot: Slot,
-        driving: Option<Driving>,
-    },
-    /// It is over, or was dropped.
-    Gone,
-}
-
 struct Member {
     plan: MemberPlan,
     job: Job,
-    machine: Machine,
-    flag: Arc<Flag>,
+    driving: Driving<Backup>,
     cluster: u64,
-    /// (disk, request of the world) → request of the queue
-    ids: BTreeMap<(usize, u64), u64>,
-    /// Those of them whose answer nobody waits for any more.
+    /// Requests by disk of which nobody waits for the answer any more.
     lost: BTreeSet<(usize, u64)>,
-    settling: Vec<u64>,
-    timer: u64,
     is_driven: bool,
     events: Vec<Event>,
     holds: Vec<Hold>,
@@ -336,10 +309,10 @@ impl Sim {
             }
         }
         for (disk, id) in std::mem::take(&mut world.queue_answers) {
-            self.members[disk / 2].answer(&mut world, disk, id);
+            self.members[disk / 2].driving.answer(&mut world, disk, id);
         }
-        for (index, member) in self.members.iter_mut().enumerate() {
-            member.settle(index, &world);
+        for member in &mut self.members {
+            member.driving.settle(&mut world, |_| Ok(()));
         }
     }
 
@@ -347,57 +320,26 @@ impl Sim {
     fn pump(&mut self) {
         let next = |sim: &Self| {
             let mut members = sim.members.iter();
-            members.position(|member| member.is_driven && member.flag.take())
+            members.position(|member| member.is_driven && member.driving.flag.take())
         };
         while let Some(index) = next(self) {
-            let is_over = self.poll_machine(index);
+            let driven = self.members[index].driving.poll(&self.world);
+            self.hear_of_losses();
+            let is_over = match driven {
+                None => false,
+                Some(Driven::Done(_)) => true,
+                Some(Driven::Switch(_) | Driven::SwitchBack(_)) => {
+                    unreachable!("a backup never switches")
+                }
+            };
             self.look_for_instant(index);
             if is_over {
                 // A flush that hangs is not waited for for ever.
                 let member = &mut self.members[index];
                 member.lose(index, &self.world.borrow());
-                member.machine = Machine::Gone;
+                member.driving.drop_all();
             }
             self.take_events(index);
-        }
-    }
-
-    /// Whether it is over.
-    fn poll_machine(&mut self, index: usize) -> bool {
-        let now = self.world.borrow().time();
-        let member = &mut self.members[index];
-        let waker = Waker::from(Arc::clone(&member.flag));
-        match &mut member.machine {
-            Machine::Gone => false,
-            Machine::Future { slot, driving } => {
-                let crew = member.plan.crew;
-                let driving = driving.get_or_insert_with(|| drive(&self.world, index, slot, crew));
-                let polled = driving.as_mut().poll(&mut Context::from_waker(&waker));
-                self.hear_of_losses();
-                polled.is_ready()
-            }
-            Machine::Queue(queue) => match queue.next(now, &waker) {
-                Next::Submit(request) => {
-                    member.flag.clone().wake_it();
-                    let mut world = self.world.borrow_mut();
-                    member.submit(index, &mut world, request);
-                    false
-                }
-                Next::Wait { until } => {
-                    let mut world = self.world.borrow_mut();
-                    if let Some(at) = until {
-                        let micros = at.saturating_sub(now).as_nanos().div_ceil(1000) as u64;
-                        // One timer per time, or they breed.
-                        let at = world.now.saturating_add(micros);
-                        if std::mem::replace(&mut member.timer, at) != at {
-                            world.after(micros, Happening::Wake(waker));
-                        }
-                    }
-                    false
-                }
-                Next::Switch(_) | Next::SwitchBack(_) => unreachable!("a backup never switches"),
-                Next::Done(_) => true,
-            },
         }
     }
 
@@ -422,7 +364,7 @@ impl Sim {
         let info = member.job.query();
         let bitmaps = self.nodes[index].bitmaps();
         let is_claimed = bitmaps.query(NAME).is_ok_and(|info| info.is_busy());
-        let is_armed = member.with_backup(|backup| backup.left_dirty().is_some());
+        let is_armed = member.driving.with(|backup| backup.left_dirty().is_some());
         let has_begun = info.progress.total > 0
             || is_claimed
             || is_armed == Some(true)
@@ -539,13 +481,13 @@ impl Sim {
             Asking::DropDriver => self.drop_driver(index),
             Asking::Drive => {
                 self.members[index].is_driven = true;
-                self.members[index].flag.clone().wake_it();
+                self.members[index].driving.flag.clone().wake_it();
             }
             Asking::DropMachine => {
                 let member = &mut self.members[index];
                 let was_over = member.is_over();
                 member.lose(index, &self.world.borrow());
-                member.machine = Machine::Gone;
+                member.driving.drop_all();
                 self.hear_of_losses();
                 self.was_dropped |= !was_over;
                 self.report.dropped |= !was_over;
@@ -561,11 +503,7 @@ impl Sim {
             return;
         }
         member.lose(index, &self.world.borrow());
-        match &mut member.machine {
-            Machine::Queue(queue) => queue.requests_lost(),
-            Machine::Future { driving, .. } => *driving = None,
-            Machine::Gone => {}
-        }
+        member.driving.drop_driver();
         self.hear_of_losses();
         self.report.drops += 1;
         if std::mem::replace(&mut self.members[index].is_driven, false) {
@@ -816,7 +754,8 @@ fn run(seed: u64) -> Report {
     let members: Vec<Member> = plans
         .into_iter()
         .zip(&nodes)
-        .map(|(plan, node)| Member::new(plan, node))
+        .enumerate()
+        .map(|(index, (plan, node))| Member::new(plan, node, disk_of(index, SOURCE)))
         .collect();
     let mut guests = Vec::new();
     for (index, (pause, len_max, until)) in loads.into_iter().enumerate() {
@@ -880,7 +819,7 @@ fn run(seed: u64) -> Report {
     sim.check_end();
     for index in 0..sim.members.len() {
         sim.check_outcome(index);
-        sim.members[index].machine = Machine::Gone;
+        sim.members[index].driving.drop_all();
         sim.resume(index);
         let guard = sim.nodes[index].quiesce().try_guard();
         assert!(guard.is_ok(), "somebody still holds a node");

@@ -89,7 +89,7 @@ impl Sim {
             assert!(!is_writing, "a guest writes before it is decided");
             return;
         }
-        member.with_backup(|backup| {
+        member.driving.with(|backup| {
             backup.check_invariants();
             let Some(left) = backup.left_dirty() else {
                 return;

@@ -104,7 +104,6 @@ impl MemberPlan {
             granularity: rng.pick(&[512, 4 * KIB, 64 * KIB, 64 * KIB, 256 * KIB]),
             threads: rng.below(THREADS_MAX as u64 + 1) as usize,
             uses_queue: rng.one_in(2),
-            crew: rng.between(1, 3) as usize,
         }
     }
 

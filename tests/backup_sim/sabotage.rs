@@ -18,7 +18,7 @@ const BROKEN: &[(Sabotage, u64)] = &[
     (Sabotage::ReleaseFailed, 100),
     (Sabotage::CleanAfterFailure, 100),
     (Sabotage::ForgetInFlight, 1500),
-    (Sabotage::TrustUnflushed, 1500),
+    (Sabotage::TrustUnflushed, 4000),
     (Sabotage::EndWithoutFlush, 50),
     (Sabotage::LetGoWhilePaused, 200),
     (Sabotage::HoldForEver, 50),

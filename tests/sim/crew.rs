@@ -10,8 +10,9 @@ use parking_lot::Mutex;
 use super::rng::Rng;
 use super::world::Flag;
 
-/// Runs so many of what `start` makes, each from its number, until one of them is over. Now and then one is dropped wherever it is,
-/// though it may have been woken, and another takes its place.
+/// Runs so many of what `start` makes, each from its number, until one of them is over. Now and then one is dropped
+/// wherever it is, though it may have been woken, and another takes its place. Polled once more, the others go on,
+/// and another takes the place of that one, too.
 pub(crate) struct Several<F, S> {
     start: S,
     members: Vec<Option<Member<F>>>,
@@ -71,11 +72,15 @@ impl<F: Future, S: Fn(usize) -> F + Unpin> Future for Several<F, S> {
         }
         let first = this.rng.below(this.members.len() as u64) as usize;
         let (before, after) = this.members.split_at_mut(first);
-        for (member, relay) in after.iter_mut().chain(before).flatten() {
+        for slot in after.iter_mut().chain(before) {
+            let Some((member, relay)) = slot else {
+                continue;
+            };
             if relay.flag.take() {
                 let waker = Waker::from(Arc::clone(relay));
                 let polled = member.as_mut().poll(&mut Context::from_waker(&waker));
                 if polled.is_ready() {
+                    *slot = None;
                     return polled;
                 }
             }
