@@ -19,22 +19,22 @@
 
 mod sim;
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
 
-use blockjob::queue::{Answer, Next, Queue, Request, Work};
+use blockjob::driver::Driven;
 use blockjob::{
-    ByteRange, Cancel, Event, Granularity, Hold, Job, JobError, JobGroup, Jobs, Limits, Mirror,
-    MirrorOptions, MirrorSync, Node, OnError, Prepared, Preparing, RangeLimits, Side, Status,
-    Switch, SwitchBack, Transaction, VerbError,
+    Cancel, Event, Granularity, Hold, Job, JobError, JobGroup, Jobs, Limits, Mirror, MirrorOptions,
+    MirrorSync, Node, OnError, Prepared, Preparing, RangeLimits, Status, Switch, SwitchBack,
+    Transaction, VerbError,
 };
 
 use sim::chain::Chain;
 use sim::content::{fill_source, fill_target, is_equal};
-use sim::disk::{Ask, BLOCK, Disk, Faults, Latency, Owner, VecPool, result_of};
+use sim::disk::{BLOCK, Disk, Faults, Latency};
+use sim::driving::Driving;
 use sim::guest::Guests;
 use sim::rng::Rng;
 use sim::world::{Flag, Happening, SOURCE, Shared, TARGET, World};
@@ -84,6 +84,8 @@ struct MemberPlan {
     source: Limits,
     target: Limits,
     threads: usize,
+    /// Else tasks drive it that come and go.
+    uses_queue: bool,
     start: u64,
     end: Asking,
     ready_for: u64,
@@ -119,13 +121,7 @@ enum Open {
 struct Member {
     plan: MemberPlan,
     job: Job,
-    /// `None` once it is over or was dropped.
-    queue: Option<Queue<VecPool>>,
-    flag: Arc<Flag>,
-    /// (disk, request of the world) → request of the queue
-    ids: BTreeMap<(usize, u64), u64>,
-    settling: Vec<u64>,
-    timer: u64,
+    driving: Driving<Mirror>,
     switch: Option<Switch>,
     back: Option<SwitchBack>,
     /// Whether its machine was dropped after its switch was committed: nobody can point it back.
@@ -203,6 +199,7 @@ impl MemberPlan {
             source,
             target,
             threads: rng.below(4) as usize,
+            uses_queue: rng.one_in(2),
             start: rng.pick(&[0, 0, 500, 5_000]),
             end: Asking::Complete,
             ready_for: rng.pick(&[0, 0, 300, 3_000, 20_000]),
@@ -211,17 +208,12 @@ impl MemberPlan {
 }
 
 impl Member {
-    fn new(plan: MemberPlan, node: &Node) -> Self {
+    fn new(plan: MemberPlan, node: &Node, source: usize) -> Self {
         let mirror = Mirror::new(node, plan.source, plan.target, plan.options.clone())
             .unwrap_or_else(|error| panic!("{error}: {plan:?}"));
         Self {
-            plan,
             job: mirror.job().clone(),
-            queue: Some(Queue::new(mirror, VecPool)),
-            flag: Flag::new(),
-            ids: BTreeMap::new(),
-            settling: Vec::new(),
-            timer: u64::MAX,
+            driving: Driving::new(mirror, source, plan.uses_queue),
             switch: None,
             back: None,
             is_unguided: false,
@@ -229,82 +221,18 @@ impl Member {
             result: None,
             events: Vec::new(),
             holds: Vec::new(),
+            plan,
         }
     }
 
     fn is_over(&self) -> bool {
         let is_out = self.switch.is_some() || self.back.is_some();
         // One that is not driven is over when its handle says so.
-        !is_out && (self.queue.is_none() || self.job.query().status >= Status::Concluded)
+        !is_out && (self.driving.is_gone() || self.job.query().status >= Status::Concluded)
     }
 
     fn is_soft(&self) -> bool {
         self.job.query().cancel == Some(Cancel::Soft)
-    }
-
-    fn submit(&mut self, member: usize, world: &mut World, request: Request<Vec<u8>>) {
-        let queue = self.queue.as_mut().expect("it has asked");
-        let side = match request.side {
-            Side::Source => SOURCE,
-            Side::Target | Side::Buffer => TARGET,
-        };
-        let none = ByteRange::from(0..0);
-        let (range, ask) = match request.work {
-            Work::Read { offset, buf } => {
-                (ByteRange::at(offset, buf.len() as u64).unwrap(), Ask::Read)
-            }
-            Work::Write { offset, buf } => (
-                ByteRange::at(offset, buf.len() as u64).unwrap(),
-                Ask::Write(buf),
-            ),
-            Work::Status(range) => (range, Ask::Status),
-            Work::WriteZeroes(range, _) => (range, Ask::Zero),
-            Work::Discard(range) => (range, Ask::Discard),
-            Work::Flush => (none, Ask::Flush),
-            Work::Settle => return self.settling.push(request.id),
-            Work::WriteCompressed { .. } | Work::CopyFromSource(_) | Work::Compare { .. } => {
-                unreachable!("not offered")
-            }
-            Work::CancelInFlight => {
-                let now = world.time();
-                return queue.completed(now, request.id, Answer::Plain(Ok(())));
-            }
-        };
-        let disk = disk_of(member, side);
-        let id = world.submit(disk, Owner::Queue, range, ask);
-        self.ids.insert((disk, id), request.id);
-    }
-
-    fn answer(&mut self, world: &mut World, disk: usize, id: u64) {
-        let request = world.take(disk, id);
-        let result = result_of(&request);
-        let answer = match request.ask {
-            Ask::Read => Answer::Transfer(result, request.buf),
-            Ask::Write(buf) => Answer::Transfer(result, buf),
-            Ask::Status => Answer::Status(result.map(|()| request.extent.unwrap())),
-            Ask::Zero | Ask::Discard | Ask::Flush => Answer::Plain(result),
-        };
-        let id = self.ids.remove(&(disk, id)).expect("it was submitted");
-        if let Some(queue) = &mut self.queue {
-            queue.completed(world.time(), id, answer);
-            self.flag.clone().wake_it();
-        }
-    }
-
-    fn settle(&mut self, member: usize, world: &World) {
-        let is_settled = world.disks[disk_of(member, TARGET)]
-            .requests
-            .values()
-            .all(|request| matches!(request.owner, Owner::Guest(_)));
-        if !is_settled {
-            return;
-        }
-        for id in std::mem::take(&mut self.settling) {
-            if let Some(queue) = &mut self.queue {
-                queue.completed(world.time(), id, Answer::Plain(Ok(())));
-                self.flag.clone().wake_it();
-            }
-        }
     }
 }
 
@@ -332,7 +260,7 @@ impl Sim {
         let next = |sim: &Self| {
             sim.members
                 .iter()
-                .position(|member| member.is_driven && member.flag.take())
+                .position(|member| member.is_driven && member.driving.flag.take())
         };
         while let Some(index) = next(self) {
             self.ask_machine(index);
@@ -378,7 +306,7 @@ impl Sim {
         let is_ending = self.members.iter().all(|member| {
             let info = member.job.query();
             let is_out = member.switch.is_some() || member.back.is_some();
-            let is_alive = member.queue.is_some() && member.is_driven && !is_out;
+            let is_alive = !member.driving.is_gone() && member.is_driven && !is_out;
             is_alive && info.status == Status::Pending && info.cancel != Some(Cancel::Force)
         });
         if !is_ending {
@@ -392,52 +320,30 @@ impl Sim {
     }
 
     fn ask_machine(&mut self, index: usize) {
-        let now = self.world.borrow().time();
-        let member = &mut self.members[index];
-        let waker = Waker::from(Arc::clone(&member.flag));
-        let Some(queue) = &mut member.queue else {
+        let Some(driven) = self.members[index].driving.poll(&self.world) else {
             return;
         };
-        match queue.next(now, &waker) {
-            Next::Submit(request) => {
-                member.flag.clone().wake_it();
-                let mut world = self.world.borrow_mut();
-                member.submit(index, &mut world, request);
-            }
-            Next::Wait { until } => {
-                let mut world = self.world.borrow_mut();
-                if let Some(at) = until {
-                    let micros = at.saturating_sub(now).as_nanos().div_ceil(1000) as u64;
-                    // One timer per time, or they breed.
-                    if std::mem::replace(&mut member.timer, world.now + micros)
-                        != world.now + micros
-                    {
-                        world.after(micros, Happening::Wake(waker));
-                    }
-                }
-            }
-            Next::Switch(switch) => {
-                member.switch = Some(switch);
-                member.flag.clone().wake_it();
+        match driven {
+            Driven::Switch(switch) => {
+                self.members[index].switch = Some(switch);
                 self.is_round_on = true;
                 self.check_told();
                 self.check_instant();
                 let delay = self.random(3_000);
                 self.ask_later(delay, index, Asking::Decide);
             }
-            Next::SwitchBack(back) => {
+            Driven::SwitchBack(back) => {
                 assert_eq!(
                     self.guests[index].current,
                     disk_of(index, TARGET),
                     "only who has gone over goes back"
                 );
-                member.back = Some(back);
-                member.flag.clone().wake_it();
+                self.members[index].back = Some(back);
                 self.report.backs += 1;
                 let delay = self.random(500);
                 self.ask_later(delay, index, Asking::PointBack);
             }
-            Next::Done(result) => self.ended(index, result),
+            Driven::Done(result) => self.ended(index, result),
         }
     }
 
@@ -504,10 +410,10 @@ impl Sim {
             self.report.waited |= chain.is_waiting();
         }
         for (disk, id) in std::mem::take(&mut world.queue_answers) {
-            self.members[disk / 2].answer(&mut world, disk, id);
+            self.members[disk / 2].driving.answer(&mut world, disk, id);
         }
-        for (index, member) in self.members.iter_mut().enumerate() {
-            member.settle(index, &world);
+        for member in &mut self.members {
+            member.driving.settle(&mut world, |_| Ok(()));
         }
         drop(world);
         for index in 0..self.members.len() {
@@ -540,7 +446,7 @@ impl Sim {
                 prepared.commit();
                 for member in &mut self.members {
                     member.is_driven |= member.job.query().status != Status::Created;
-                    member.flag.clone().wake_it();
+                    member.driving.flag.clone().wake_it();
                 }
                 self.report.started_together = true;
             }
@@ -574,7 +480,7 @@ impl Sim {
             }
             Asking::Drive => {
                 member.is_driven = true;
-                member.flag.clone().wake_it();
+                member.driving.flag.clone().wake_it();
             }
             Asking::Pause => drop(job.pause()),
             Asking::Resume => drop(job.resume()),
@@ -595,20 +501,20 @@ impl Sim {
             }
             Asking::ForceCancel => self.was_cancelled |= job.cancel(Cancel::Force).is_ok(),
             Asking::DropDriver => {
-                if let Some(queue) = &mut member.queue {
-                    member.settling.clear();
-                    queue.requests_lost();
+                if !member.driving.is_gone() {
+                    member.driving.drop_driver();
                     self.report.drops += 1;
                     if std::mem::replace(&mut member.is_driven, false) {
                         let delay = self.random(300);
                         self.ask_later(delay, index, Asking::Drive);
                     }
+                    self.check_coverage();
                 }
             }
             Asking::DropMachine => {
                 let is_switched = self.guests[index].current == disk_of(index, TARGET);
                 member.is_unguided = is_switched && member.result.is_none();
-                member.queue = None;
+                member.driving.drop_all();
                 self.report.dropped |= member.result.is_none();
             }
             Asking::Decide => self.decide(index),
@@ -661,7 +567,7 @@ impl Sim {
         }
         self.guests[index].current = disk_of(index, TARGET);
         self.world.borrow_mut().disks[disk_of(index, TARGET)].is_guests = true;
-        member.is_unguided = member.queue.is_none();
+        member.is_unguided = member.driving.is_gone();
         switch.commit();
     }
 
@@ -771,15 +677,14 @@ impl Sim {
 
     fn check_coverage(&self) {
         for (index, member) in self.members.iter().enumerate() {
-            let Some(queue) = &member.queue else {
-                continue;
-            };
-            let mirror = queue.machine();
-            mirror.check_invariants();
+            let left = member.driving.with(|mirror| {
+                mirror.check_invariants();
+                mirror.left_dirty()
+            });
             if self.guests[index].current != disk_of(index, SOURCE) {
                 continue;
             }
-            let Some(left) = mirror.left_dirty() else {
+            let Some(left) = left.flatten() else {
                 continue;
             };
             let world = self.world.borrow();
@@ -808,7 +713,7 @@ impl Sim {
         }
         let member = &mut self.members[index];
         member.result = Some(result);
-        member.queue = None;
+        member.driving.drop_all();
     }
 
     fn check_end(&mut self) {
@@ -1090,7 +995,8 @@ fn run(seed: u64) -> Report {
     let members = plans
         .into_iter()
         .zip(&nodes)
-        .map(|(plan, node)| Member::new(plan, node))
+        .enumerate()
+        .map(|(index, (plan, node))| Member::new(plan, node, disk_of(index, SOURCE)))
         .collect();
     let mut sim = Sim {
         world,
