@@ -270,6 +270,8 @@ pub enum Sabotage {
     SaveInSilence,
     /// Crew 3: what a member had in flight when it left is on its way for ever.
     ForgetLostWork,
+    /// Crew 3: the same, but only of what the member had not begun with.
+    ForgetUnbegun,
     /// Gate 2: the gate is taken for quiet while writes are inside.
     DoNotWaitForWriters,
     /// Hold 4: writes wait for a job that is gone.

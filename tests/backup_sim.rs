@@ -749,7 +749,7 @@ fn run(seed: u64) -> Report {
         })
         .collect();
     let starts: Vec<u64> = plans.iter().map(|_| rng.below(1_000)).collect();
-    let world = World::new(rng, disks);
+    let world = World::new(rng, disks, PEACE);
     world.borrow_mut().job_answers = Some(Vec::new());
     let members: Vec<Member> = plans
         .into_iter()

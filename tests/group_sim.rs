@@ -974,7 +974,7 @@ fn run(seed: u64) -> Report {
             false => asks.push((plan.start, index, Asking::Start)),
         }
     }
-    let world = World::new(rng, disks);
+    let world = World::new(rng, disks, PEACE);
     let nodes: Vec<Node> = plans
         .iter()
         .map(|plan| Node::new(plan.source.len))
@@ -1138,16 +1138,25 @@ mod sabotage {
         (Sabotage::KeepHolding, 100),
         (Sabotage::LetGoSilently, 200),
         (Sabotage::KeepBegun, 100),
+        (Sabotage::LeaveInSilence, 100),
+        (Sabotage::ForgetLostWork, 100),
+        (Sabotage::ForgetUnbegun, 400),
+    ];
+
+    /// Those by which somebody is left behind: only that a run stalls shows it.
+    const STALLING: &[Sabotage] = &[
+        Sabotage::LeaveCreated,
+        Sabotage::KeepBegun,
+        Sabotage::LeaveInSilence,
+        Sabotage::ForgetLostWork,
+        Sabotage::ForgetUnbegun,
     ];
 
     #[test]
     fn every_broken_invariant_is_noticed() {
         expect_panics();
-        // Only who is left behind shows by that.
-        let shows_by_stall =
-            |sabotage| matches!(sabotage, Sabotage::LeaveCreated | Sabotage::KeepBegun);
         let missed = unnoticed(BROKEN, run, |sabotage, how| {
-            is_stall(how) == shows_by_stall(sabotage)
+            is_stall(how) == STALLING.contains(&sabotage)
         });
         assert!(missed.is_empty(), "not noticed: {missed:?}");
     }

@@ -527,7 +527,7 @@ fn begin(seed: u64, change: impl FnOnce(&mut Plan)) -> (Sim, Mirror) {
     } else {
         0
     };
-    let world = World::new(rng, vec![source, target]);
+    let world = World::new(rng, vec![source, target], PEACE);
     world.borrow_mut().disks[TARGET].is_copied_to = true;
     let mut sim = Sim::new(world, node, mirror.job().clone(), plan, load);
     sim.planted.older = older;

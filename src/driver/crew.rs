@@ -238,8 +238,10 @@ where
         let mut work = Work {
             crew: self,
             op: Some(op),
+            is_begun: false,
         };
         async move {
+            work.is_begun = true;
             let outcome = self.driver.perform(kind, &self.gives_up).await;
             let now = self.driver.clock.now();
             let mut state = self.state.lock();
@@ -339,12 +341,15 @@ impl<M: Machine> State<'_, M> {
 struct Work<'c, 'a, M: Machine, D> {
     crew: &'c Crew<'a, M, D>,
     op: Option<Op>,
+    is_begun: bool,
 }
 
 impl<M: Machine, D> Drop for Work<'_, '_, M, D> {
     fn drop(&mut self) {
         if let Some(op) = self.op.take() {
-            if is_broken(Sabotage::ForgetLostWork) {
+            let is_forgotten = is_broken(Sabotage::ForgetLostWork)
+                || (!self.is_begun && is_broken(Sabotage::ForgetUnbegun));
+            if is_forgotten {
                 return;
             }
             self.crew.state.lock().machine.op_lost(op);

@@ -28,6 +28,7 @@ const BROKEN: &[(Sabotage, u64)] = &[
     (Sabotage::ForgetPlanned, 1500),
     (Sabotage::LeaveInSilence, 1000),
     (Sabotage::ForgetLostWork, 100),
+    (Sabotage::ForgetUnbegun, 1500),
     (Sabotage::RecordAtBegin, 200),
     (Sabotage::ForgetDropped, 50),
     (Sabotage::DoNotWaitForWriters, 50),
@@ -43,6 +44,7 @@ const STALLING: &[Sabotage] = &[
     Sabotage::HoldForEver,
     Sabotage::LeaveInSilence,
     Sabotage::ForgetLostWork,
+    Sabotage::ForgetUnbegun,
 ];
 
 #[test]

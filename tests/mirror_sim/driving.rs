@@ -29,6 +29,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
     let device = |disk| SimDevice {
         world: Rc::clone(&sim.world),
         disk,
+        yields: 0,
     };
     let driver = Driver::with_pool(
         device(SOURCE),
@@ -45,7 +46,7 @@ fn run_futures(sim: &mut Sim, mut mirror: Mirror) {
         let driven = {
             // One of them is as good as none.
             let crew = &driver.crew(&mut mirror);
-            let run = Several::new(members, 60, rng, |_| crew.run());
+            let run = Several::new(members, |rng: &mut Rng| rng.one_in(60), rng, |_| crew.run());
             let mut future = pin!(run);
             let flag = Flag::new();
             let waker = Waker::from(Arc::clone(&flag));

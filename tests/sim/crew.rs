@@ -13,12 +13,12 @@ use super::world::Flag;
 /// Runs so many of what `start` makes, each from its number, until one of them is over. Now and then one is dropped
 /// wherever it is, though it may have been woken, and another takes its place. Polled once more, the others go on,
 /// and another takes the place of that one, too.
-pub(crate) struct Several<F, S> {
+pub(crate) struct Several<F, S, D> {
     start: S,
     members: Vec<Option<Member<F>>>,
     rng: Rng,
-    /// One in so many polls.
-    drops: u64,
+    /// Whether one is dropped now.
+    drops: D,
 }
 
 type Member<F> = (Pin<Box<F>>, Arc<Relay>);
@@ -38,8 +38,8 @@ impl Wake for Relay {
     }
 }
 
-impl<F: Future, S: Fn(usize) -> F> Several<F, S> {
-    pub(crate) fn new(count: usize, drops: u64, rng: Rng, start: S) -> Self {
+impl<F: Future, S: Fn(usize) -> F, D: FnMut(&mut Rng) -> bool> Several<F, S, D> {
+    pub(crate) fn new(count: usize, drops: D, rng: Rng, start: S) -> Self {
         Self {
             start,
             members: (0..count).map(|_| None).collect(),
@@ -49,7 +49,12 @@ impl<F: Future, S: Fn(usize) -> F> Several<F, S> {
     }
 }
 
-impl<F: Future, S: Fn(usize) -> F + Unpin> Future for Several<F, S> {
+impl<F, S, D> Future for Several<F, S, D>
+where
+    F: Future,
+    S: Fn(usize) -> F + Unpin,
+    D: FnMut(&mut Rng) -> bool + Unpin,
+{
     type Output = F::Output;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
@@ -62,7 +67,7 @@ impl<F: Future, S: Fn(usize) -> F + Unpin> Future for Several<F, S> {
             };
             *member = Some((Box::pin((this.start)(index)), Arc::new(relay)));
         }
-        if this.members.len() > 1 && this.rng.one_in(this.drops) {
+        if this.members.len() > 1 && (this.drops)(&mut this.rng) {
             let dropped = this.rng.below(this.members.len() as u64) as usize;
             this.members[dropped] = None;
         }

@@ -471,10 +471,13 @@ impl World {
 pub(crate) struct SimDevice {
     pub world: Shared,
     pub disk: usize,
+    /// How often a future lets others go first before it makes its request, at most.
+    pub yields: u64,
 }
 
 struct Io {
     device: SimDevice,
+    yields: u64,
     ask: Option<(ByteRange, Ask)>,
     /// While the request is out.
     id: Option<u64>,
@@ -507,6 +510,11 @@ impl Future for Io {
     type Output = Request;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Request> {
+        if self.yields > 0 {
+            self.yields -= 1;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let disk = self.device.disk;
         let world = Rc::clone(&self.device.world);
         let mut world = world.borrow_mut();
@@ -529,8 +537,10 @@ impl Future for Io {
 
 impl SimDevice {
     fn ask(&self, range: ByteRange, ask: Ask) -> Io {
+        let yields = self.world.borrow_mut().rng.between(0, self.yields);
         Io {
             device: self.clone(),
+            yields,
             ask: Some((range, ask)),
             id: None,
         }

@@ -21,8 +21,12 @@ use super::world::{Flag, Happening, Shared, SimClock, World};
 
 /// The most tasks that drive one job.
 const CREW_MAX: u64 = 3;
-/// A task is dropped once in so many times that they are polled.
-const DROPS: u64 = 40;
+/// A task is dropped once in so many times that they are polled: seldom or often. Not twice at the same time, or those
+/// that take its place might come to nothing for ever.
+const DROPS: [u64; 3] = [40, 40, 6];
+
+/// How often a device that yields does so for one request, at most.
+const YIELDS_MAX: u64 = 10;
 
 /// A machine, and what drives it over two disks of the world.
 pub(crate) struct Driving<M: InWorld> {
@@ -288,9 +292,13 @@ fn run<M: InWorld>(
     handed: &Rc<RefCell<Option<Driven>>>,
 ) -> Running {
     let mut rng = Rng::new(world.borrow_mut().rng.next());
+    // Where several requests do, a task waits with others that it has taken and not begun with.
+    let yields = rng.pick(&[0, 0, YIELDS_MAX]);
+    let one_in = rng.pick(&DROPS);
     let device = |disk| SimDevice {
         world: Rc::clone(world),
         disk,
+        yields,
     };
     let clock = || SimClock(Rc::clone(world));
     let driver = Driver::with_pool(device(source), device(source + 1), VecPool, clock());
@@ -306,7 +314,14 @@ fn run<M: InWorld>(
         // One of them is as good as none.
         let count = rng.between(1, CREW_MAX) as usize;
         let start = |index| M::drive(crew, clock, index);
-        let mut several = pin!(Several::new(count, DROPS, rng, start));
+        let mut last = None;
+        let drops = |rng: &mut Rng| {
+            let (now, peace) = (clock.0.borrow().now, clock.0.borrow().peace);
+            let is_due = now < peace && last != Some(now) && rng.one_in(one_in);
+            last = if is_due { Some(now) } else { last };
+            is_due
+        };
+        let mut several = pin!(Several::new(count, drops, rng, start));
         poll_fn(|cx| match several.as_mut().poll(cx) {
             Poll::Ready(Driven::Done(result)) => Poll::Ready(result),
             Poll::Ready(driven) => {

@@ -36,6 +36,8 @@ pub(crate) enum Happening {
 
 pub(crate) struct World {
     pub now: u64,
+    /// From this time on no task is dropped any more.
+    pub peace: u64,
     pub steps: u64,
     order: u64,
     queue: BinaryHeap<Reverse<(u64, u64, u64)>>,
@@ -76,9 +78,10 @@ pub(crate) enum Loss {
 pub(crate) type Shared = Rc<RefCell<World>>;
 
 impl World {
-    pub(crate) fn new(rng: Rng, disks: Vec<Disk>) -> Shared {
+    pub(crate) fn new(rng: Rng, disks: Vec<Disk>, peace: u64) -> Shared {
         Rc::new(RefCell::new(Self {
             now: 0,
+            peace,
             steps: 0,
             order: 0,
             queue: BinaryHeap::new(),
