@@ -8,7 +8,7 @@
 //! ```
 //!
 //! 1. A doubt ends when its range is claimed. If the comparing fails, is lost, or is given up, it is doubtful
-//!    again before the claim ends.
+//!    again before the claim ends; but if the target cannot be read and may lack it, it is dirty.
 //! 2. What differs is told only if no guest write has to do with it: one that was under way while it was read, or
 //!    came later. That shows only once all writes have settled that were under way: then they are recorded.
 //! 3. What differs stays known from the answer on until it is dirty, and is dirty before it is told.

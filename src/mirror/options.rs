@@ -142,8 +142,9 @@ pub enum TargetHolds {
     /// true, the target is not a copy at the end, and nobody is told.
     Zeroes,
     /// An older copy of the disk, and nobody knows what has changed since. All of it is compared, by what
-    /// [`Limits::compare`](crate::Limits::compare) of the target says, and only what differs is copied. The job is
-    /// ready when all was compared and copied. What differs is told as by a [verification](crate::Job::verify).
+    /// [`Limits::compare`](crate::Limits::compare) of the target says, and only what differs is copied, or cannot be
+    /// read there. The job is ready when all was compared and copied. What differs is told as by a
+    /// [verification](crate::Job::verify).
     OlderCopy,
 }
 

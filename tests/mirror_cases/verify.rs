@@ -230,9 +230,33 @@ fn reads_that_fail_go_by_the_policies() {
             let _ = machine.drive().wait();
         }
         assert_eq!(machine.job.query().status, Status::Ready);
-        assert_eq!(copies(&machine), [6]);
+        let is_copied = copies(&machine) == (0..LEN / (4 * KIB)).collect::<Vec<_>>();
+        match side {
+            Side::Target => assert!(is_copied, "it could not be compared"),
+            _ => assert_eq!(copies(&machine), [6]),
+        }
         assert!(machine.is_equal());
     }
+}
+
+/// A disk that cannot read a sector can often write it.
+#[test]
+fn what_a_target_can_never_read_is_copied() {
+    let mut options = single();
+    options.target_holds = TargetHolds::OlderCopy;
+    options.job.on_target_error = OnError::Ignore;
+    let mut machine = Machine::with_limits(Limits::new(LEN), comparable(LEN), options);
+    machine.target = machine.source.clone();
+    damage(&mut machine, &[3, 6]);
+    machine.fault = Some(Box::new(|_, kind| {
+        let is_bad = is_compare(kind) && kind.range().unwrap().contains(12 * KIB);
+        is_bad.then_some((Side::Target, ErrorKind::Other))
+    }));
+    machine.job.start().unwrap();
+    let _ = machine.drive().wait();
+    assert_eq!(machine.job.query().status, Status::Ready);
+    assert_eq!(copies(&machine), [3, 6]);
+    assert!(machine.is_equal());
 }
 
 #[test]

@@ -246,6 +246,16 @@ impl Engine {
         Done::Compared(range)
     }
 
+    /// The target cannot be read there. If it may lack it, it is copied: what cannot be read can often be written.
+    pub(super) fn cannot_compare(&mut self, range: ByteRange, dirty: &mut HBitmap) {
+        let may_lack = self.doubts.as_ref().is_some_and(|doubts| doubts.is_lacking);
+        if !may_lack || is_broken(Sabotage::ForgetDoubt) {
+            return self.not_compared(range);
+        }
+        make_dirty(dirty, range);
+        self.end_comparing(range);
+    }
+
     /// It was not compared.
     pub(super) fn not_compared(&mut self, range: ByteRange) {
         if let Some(doubts) = &mut self.doubts {

@@ -484,11 +484,14 @@ impl Engine {
                 self.compared(range, differing, dirty)
             }
             (OpKind::Compare(range, _), outcome) => {
-                self.not_compared(range);
                 let (side, error) = match outcome {
                     Outcome::Failed { side, error } => (side, error),
                     _ => (Side::Target, wrong_answer()),
                 };
+                match dirty {
+                    Some(dirty) if side == Side::Target => self.cannot_compare(range, dirty),
+                    _ => self.not_compared(range),
+                }
                 Done::Failed {
                     side,
                     kind,
