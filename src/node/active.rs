@@ -11,9 +11,10 @@
 //! 1. From before its data is fixed on the source until it is on the target, an active write overlaps nothing
 //!    that the job has claimed, and no other active write. Both sides look for what is in their way and claim
 //!    in one step, under one lock.
-//! 2. Who waits has no claim. So a write waits for what is under way only; the job, for a range that writes
-//!    would never leave to it, wishes for it: those that come later wait until it has had its turn. A write that
-//!    the job has given way to waits for no wish, and the job claims nothing of it before.
+//! 2. Who waits has no claim, but has its turn: those that come later and overlap it wait until it has gone on, or has
+//!    given up. The job, for a range that writes would never leave to it, wishes for it, and has its turn likewise. A
+//!    write that the job has given way to waits for no wish and no other that waits, and the job claims nothing of it
+//!    before.
 //! 3. What a write covers of a dirty granule without covering all of it does not go to the target: other bytes
 //!    of the granule are missing there, too, and it stays dirty. What it covers whole gets clean before it is
 //!    written to the target.
@@ -174,13 +175,26 @@ impl RangeSet {
 }
 
 impl State {
-    /// Whether a write must wait.
-    fn is_in_the_way(&self, range: ByteRange, is_next: bool) -> bool {
+    /// Whether a write must wait, that waits already if it has an `id`.
+    fn is_in_the_way(&self, range: ByteRange, id: Option<WaiterId>) -> bool {
+        let known = id.and_then(|id| self.waiting.get(&id));
+        let is_next = known.is_some_and(|known| known.is_next);
         let is_claimed = self.claimed.first_in(range).is_some();
-        let is_wished = self.wish.is_some_and(|wish| wish.overlaps(range)) && !is_next;
+        let is_wished = self.wish.is_some_and(|wish| wish.overlaps(range));
         (is_claimed && !is_broken(Sabotage::WriteOverClaims))
-            || is_wished
+            || (!is_next && (is_wished || self.waits_before(range, id)))
             || (self.writes.first_in(range).is_some() && !is_broken(Sabotage::OverlapActives))
+    }
+
+    /// Whether another waits in `range`, and has come before.
+    fn waits_before(&self, range: ByteRange, id: Option<WaiterId>) -> bool {
+        let mut others = self.waiting.iter();
+        others.any(|(&other, waiting)| {
+            let has_come_before = id.is_none_or(|id| other < id);
+            let is_in_line =
+                has_come_before && !waiting.goes_alone && waiting.range.overlaps(range);
+            is_in_line && !is_broken(Sabotage::OvertakeForEver)
+        })
     }
 
     fn wakers_in(&mut self, range: ByteRange) -> Vec<Waker> {
@@ -237,17 +251,17 @@ impl Actives {
         waiter: Option<(WaiterId, Option<&Waker>)>,
     ) -> Result<bool, InTheWay> {
         let mut state = self.0.lock();
-        let known = waiter.and_then(|(id, _)| state.waiting.get(&id));
-        let is_next = known.is_some_and(|known| known.is_next);
+        let id = waiter.map(|(id, _)| id);
+        let known = id.and_then(|id| state.waiting.get(&id));
         let is_usual = known.is_some_and(|known| known.goes_alone);
-        let mut driver = None;
+        let mut wakers = Vec::new();
         let mut unused = None;
         let result = if !state.is_on || range.is_empty() {
             Ok(false)
         } else if is_usual {
             state.mix_in(range);
             Ok(false)
-        } else if state.is_in_the_way(range, is_next) {
+        } else if state.is_in_the_way(range, id) {
             Err(InTheWay)
         } else {
             state.writes.insert(range);
@@ -277,34 +291,38 @@ impl Actives {
                     }
                 }
                 if is_new {
-                    driver = state.driver.clone();
+                    wakers.extend(state.driver.clone());
                 }
             }
             (Ok(_), Some((id, _))) => {
-                unused = state.waiting.remove(&id).and_then(|waiting| waiting.waker);
+                let removed = state.waiting.remove(&id);
+                // As a usual write it is in nobody's way.
+                if let (Ok(false), Some(waiting)) = (result, &removed) {
+                    wakers = state.wakers_in(waiting.range);
+                }
+                unused = removed.and_then(|waiting| waiting.waker);
             }
             (_, None) => {}
         }
         drop(state);
         drop(unused);
-        if let Some(driver) = driver {
-            driver.wake();
-        }
+        wakers.into_iter().for_each(Waker::wake);
         result
     }
 
     /// Who waits has given up, or waits for something else now.
     pub(super) fn forget(&self, id: WaiterId) {
         let mut state = self.0.lock();
-        let removed = state.waiting.remove(&id);
+        let Some(removed) = state.waiting.remove(&id) else {
+            return;
+        };
+        // Others wait for it to have its turn.
+        let mut wakers = state.wakers_in(removed.range);
         // The job has claimed nothing of what it has given way to.
-        let is_next = removed.as_ref().is_some_and(|waiting| waiting.is_next);
-        let driver = state.driver.clone().filter(|_| is_next);
+        wakers.extend(state.driver.clone().filter(|_| removed.is_next));
         drop(state);
         drop(removed);
-        if let Some(driver) = driver {
-            driver.wake();
-        }
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     /// The claim of a write ends. It is recorded.
@@ -513,19 +531,20 @@ impl ActiveWrites {
         if state.waiting.is_empty() {
             return Vec::new();
         }
-        let State {
-            waiting, to_wake, ..
-        } = &mut *state;
-        let mut still = Vec::new();
-        for waiting in waiting.values_mut() {
+        let (mut still, mut gone) = (Vec::new(), Vec::new());
+        for waiting in state.waiting.values_mut() {
             let since = *waiting.since.get_or_insert(now);
-            if since_before.is_some_and(|before| since <= before) {
+            if since_before.is_some_and(|before| since <= before) && !waiting.goes_alone {
                 waiting.goes_alone = true;
-                to_wake.extend(waiting.waker.take());
+                gone.push(waiting.range);
             }
             if !waiting.goes_alone {
                 still.push((waiting.range, since));
             }
+        }
+        // It, and those that wait for it to have its turn.
+        for range in gone {
+            state.wake_later(range);
         }
         still
     }

@@ -292,13 +292,13 @@ fn writes_that_overlap_come_to_both_disks_in_the_same_order() {
 }
 
 #[test]
-fn four_writes_that_wait_for_each_other_all_end() {
+fn five_writes_that_wait_for_each_other_all_end() {
     let mut machine = ready();
     let a = go(&machine, 1000..2000);
-    let mut b = wait(&machine, 500..1500);
-    let mut c = wait(&machine, 1500..2500);
     let d = go(&machine, 400..600);
     let e = go(&machine, 2400..2600);
+    let mut b = wait(&machine, 500..1500);
+    let mut c = wait(&machine, 1500..2500);
     let half = to_source(&mut machine, a, 1).unwrap();
     to_target(&mut machine, half);
     for pending in [&mut b, &mut c] {
@@ -314,6 +314,54 @@ fn four_writes_that_wait_for_each_other_all_end() {
         to_target(&mut machine, half);
     }
     assert!(machine.is_equal() && is_synced(&mut machine));
+}
+
+/// Of two narrow writers one is always under way, and each comes again before the other has gone.
+#[test]
+fn a_wide_write_has_its_turn() {
+    let mut machine = ready();
+    let first = go(&machine, 0..500);
+    let woken = Arc::new(Count::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    let mut wide = wait(&machine, 0..2 * GRANULE);
+    assert!(wide.poll_begin(&waker).is_pending());
+    let apart = go(&machine, 2 * GRANULE..3 * GRANULE);
+    let mut second = wait(&machine, 500..1000);
+    assert!(second.poll_begin(&waker).is_pending());
+    woken.take();
+    let half = to_source(&mut machine, first, 1).unwrap();
+    to_target(&mut machine, half);
+    assert_eq!(woken.take(), 1, "the first in the line");
+    assert!(second.try_begin().is_none());
+    let write = wide.try_begin().expect("it has waited first").unwrap();
+    assert!(second.try_begin().is_none(), "until that is on both disks");
+    let half = to_source(&mut machine, write, 2).unwrap();
+    to_target(&mut machine, half);
+    let write = second.try_begin().expect("nobody is left").unwrap();
+    for (write, byte) in [(write, 3), (apart, 4)] {
+        let half = to_source(&mut machine, write, byte).unwrap();
+        to_target(&mut machine, half);
+    }
+    assert!(machine.is_equal() && is_synced(&mut machine));
+}
+
+#[test]
+fn who_waits_behind_one_that_gives_up_is_woken() {
+    let mut machine = ready();
+    let first = go(&machine, 0..500);
+    let wide = wait(&machine, 0..2 * GRANULE);
+    let mut second = wait(&machine, 500..1000);
+    let woken = Arc::new(Count::default());
+    let waker = Waker::from(Arc::clone(&woken));
+    assert!(second.poll_begin(&waker).is_pending());
+    drop(wide);
+    assert_eq!(woken.take(), 1);
+    let write = second.try_begin().expect("nothing is in its way").unwrap();
+    for (write, byte) in [(first, 1), (write, 2)] {
+        let half = to_source(&mut machine, write, byte).unwrap();
+        to_target(&mut machine, half);
+    }
+    assert!(machine.is_equal());
 }
 
 #[test]
@@ -722,7 +770,8 @@ fn every_broken_invariant_is_noticed() {
     use crate::machine::fails;
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
-    let broken: [(Sabotage, fn()); 11] = [
+    let broken: [(Sabotage, fn()); 12] = [
+        (Sabotage::OvertakeForEver, a_wide_write_has_its_turn),
         (
             Sabotage::WriteOverClaims,
             a_write_waits_for_what_is_being_copied_and_a_copy_for_a_write,
