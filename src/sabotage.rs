@@ -246,7 +246,7 @@ pub enum Sabotage {
     ClaimOverWrites,
     /// Active writes 1: a write does not look for others.
     OverlapActives,
-    /// Active writes 2: writes that come later overtake one that waits for what is under way.
+    /// Active writes 2: writes that come later overtake one that waits, however many have.
     OvertakeForEver,
     /// Active writes 1: the claim of a write ends when the source has it.
     EndClaimEarly,

@@ -11,10 +11,10 @@
 //! 1. From before its data is fixed on the source until it is on the target, an active write overlaps nothing
 //!    that the job has claimed, and no other active write. Both sides look for what is in their way and claim
 //!    in one step, under one lock.
-//! 2. Who waits has no claim, but has its turn: those that come later and overlap it wait until it has gone on, or has
-//!    given up. The job, for a range that writes would never leave to it, wishes for it, and has its turn likewise. A
-//!    write that the job has given way to waits for no wish and no other that waits, and the job claims nothing of it
-//!    before.
+//! 2. Who waits has no claim. So a write waits for what is under way only. The job, for a range that writes
+//!    would never leave to it, wishes for it: those that come later wait until it has had its turn. So do those that
+//!    overlap a write which [so many](OVERTAKES_MAX) have overtaken. A write that the job has given way to waits for
+//!    no wish and no other that waits, and the job claims nothing of it before.
 //! 3. What a write covers of a dirty granule without covering all of it does not go to the target: other bytes
 //!    of the granule are missing there, too, and it stays dirty. What it covers whole gets clean before it is
 //!    written to the target.
@@ -43,6 +43,9 @@ use crate::units::ByteRange;
 
 /// Errors of the target that nobody has asked for yet, at most: what failed is dirty in any case.
 const ERRORS_MAX: usize = 64;
+
+/// A write that waits and that so many have overtaken has its turn before any other that comes later.
+const OVERTAKES_MAX: u32 = 16;
 
 /// The active writes of a node, and what they must not meet.
 #[derive(Default)]
@@ -91,6 +94,8 @@ struct Waiting {
     waker: Option<Waker>,
     /// Since when the job has known of it.
     since: Option<Duration>,
+    /// How many that overlap it have come later and were let in before.
+    overtaken: u32,
     /// The job has given way to it.
     is_next: bool,
     /// It is not to wait any more, and is no active write.
@@ -174,6 +179,13 @@ impl RangeSet {
     }
 }
 
+impl Waiting {
+    /// Whether it came before a write to `range` that overlaps it, and that has waited if it has an `id`.
+    fn is_before(&self, its_id: WaiterId, range: ByteRange, id: Option<WaiterId>) -> bool {
+        id.is_none_or(|id| its_id < id) && self.range.overlaps(range)
+    }
+}
+
 impl State {
     /// Whether a write must wait, that waits already if it has an `id`.
     fn is_in_the_way(&self, range: ByteRange, id: Option<WaiterId>) -> bool {
@@ -182,19 +194,26 @@ impl State {
         let is_claimed = self.claimed.first_in(range).is_some();
         let is_wished = self.wish.is_some_and(|wish| wish.overlaps(range));
         (is_claimed && !is_broken(Sabotage::WriteOverClaims))
-            || (!is_next && (is_wished || self.waits_before(range, id)))
+            || (!is_next && (is_wished || self.waits_behind(range, id)))
             || (self.writes.first_in(range).is_some() && !is_broken(Sabotage::OverlapActives))
     }
 
-    /// Whether another waits in `range`, and has come before.
-    fn waits_before(&self, range: ByteRange, id: Option<WaiterId>) -> bool {
+    /// Whether another that came before and overlaps `range` is not to be overtaken any more.
+    fn waits_behind(&self, range: ByteRange, id: Option<WaiterId>) -> bool {
         let mut others = self.waiting.iter();
         others.any(|(&other, waiting)| {
-            let has_come_before = id.is_none_or(|id| other < id);
-            let is_in_line =
-                has_come_before && !waiting.goes_alone && waiting.range.overlaps(range);
-            is_in_line && !is_broken(Sabotage::OvertakeForEver)
-        })
+            let is_enough = waiting.overtaken >= OVERTAKES_MAX && !waiting.goes_alone;
+            is_enough && waiting.is_before(other, range, id)
+        }) && !is_broken(Sabotage::OvertakeForEver)
+    }
+
+    /// A write is let in before others that came before it.
+    fn overtake(&mut self, range: ByteRange, id: Option<WaiterId>) {
+        for (&other, waiting) in &mut self.waiting {
+            if waiting.is_before(other, range, id) {
+                waiting.overtaken = waiting.overtaken.saturating_add(1);
+            }
+        }
     }
 
     fn wakers_in(&mut self, range: ByteRange) -> Vec<Waker> {
@@ -264,6 +283,7 @@ impl Actives {
         } else if state.is_in_the_way(range, id) {
             Err(InTheWay)
         } else {
+            state.overtake(range, id);
             state.writes.insert(range);
             if state.is_mixed {
                 state.mixed.insert(range);
@@ -280,6 +300,7 @@ impl Actives {
                         range,
                         waker: None,
                         since: None,
+                        overtaken: 0,
                         is_next: false,
                         goes_alone: false,
                     }
@@ -316,7 +337,7 @@ impl Actives {
         let Some(removed) = state.waiting.remove(&id) else {
             return;
         };
-        // Others wait for it to have its turn.
+        // Others may wait for it to have its turn.
         let mut wakers = state.wakers_in(removed.range);
         // The job has claimed nothing of what it has given way to.
         wakers.extend(state.driver.clone().filter(|_| removed.is_next));
