@@ -154,6 +154,9 @@ impl<'a> Iter<'a> {
     }
 }
 
+/// So many bits of a word are taken one by one.
+const FEW: usize = 4;
+
 impl Iterator for Iter<'_> {
     type Item = u64;
 
@@ -183,10 +186,28 @@ impl Iterator for Iter<'_> {
                 }
             } else {
                 let mut bits = self.bits;
-                while bits != 0 {
+                let mut take = |result: B| {
                     let at = u64::from(bits.trailing_zeros());
-                    bits &= bits - 1;
-                    result = f(result, start + at * bytes);
+                    bits &= bits.wrapping_sub(1);
+                    (f(result, start + at * bytes), bits)
+                };
+                // A few one by one, as they are in a sparse map, and more of them in eights, as such a loop is unrolled.
+                let mut rest = self.bits;
+                for _ in 0..FEW {
+                    if rest == 0 {
+                        break;
+                    }
+                    (result, rest) = take(result);
+                }
+                if rest != 0 {
+                    for _ in 0..rest.count_ones() / 8 {
+                        for _ in 0..8 {
+                            (result, rest) = take(result);
+                        }
+                    }
+                    while rest != 0 {
+                        (result, rest) = take(result);
+                    }
                 }
             }
             if self.next_word().is_none() {
