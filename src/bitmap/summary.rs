@@ -509,7 +509,8 @@ pub(super) struct Blocks<'a> {
 impl Iterator for Blocks<'_> {
     type Item = (usize, Pair);
 
-    #[inline]
+    // What it gives goes through memory where it is called, in three words, and is waited for where it is read as two.
+    #[inline(always)]
     fn next(&mut self) -> Option<(usize, Pair)> {
         if self.rest == 0 {
             let next = self.group + 1;
