@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::HBitmap;
 use super::summary::{Blocks, Pair};
-use super::word::{bit, bits_from, bits_to, lowest, word_of};
+use super::word::{BLOCK, bit, bits_from, bits_to, lowest, word_of};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::ByteRange;
 
@@ -274,7 +274,7 @@ impl Iterator for GranuleRuns<'_> {
         Some(start..lowest(self.word, gaps).min(self.end))
     }
 
-    /// Block by block and word by word, where every 1 in `edges` begins or ends a run, in turn.
+    /// Block by block and word by word. Full words in a row are passed at once, and full blocks in a row.
     #[inline]
     fn fold<B, F: FnMut(B, Range<u64>) -> B>(self, init: B, mut f: F) -> B {
         let Self {
@@ -283,95 +283,115 @@ impl Iterator for GranuleRuns<'_> {
             bits,
             end,
         } = self;
-        let mut result = init;
-        // Where the run began that goes on, and the word it goes on in.
-        let mut open: Option<(u64, usize)> = None;
+        let kept = |base: u64, bits: u64| match end.saturating_sub(base) {
+            64.. => bits,
+            0 => 0,
+            left => bits & bits_to(left - 1),
+        };
+        let mut open = 0..0;
         // The first word is known in part only: its bits are what is left of it.
-        let mut first = Some(bits);
-        let mut blocks = bitmap.summary.blocks_from(word / 64);
+        let base = word as u64 * 64;
+        let mut result = runs_of_word(init, &mut f, &mut open, base, kept(base, bits));
+        let first = (word + 1) / 64;
+        let mut blocks = bitmap.summary.blocks_from(first);
         while let Some((block, pair)) = blocks.next() {
-            if let Some((start, next)) = open.filter(|(_, next)| *next < block * 64) {
-                // It ended before this block.
-                result = f(result, start..end.min(next as u64 * 64));
-                open = None;
+            let base = block as u64 * BLOCK;
+            if base >= end {
+                break;
             }
             let mut rest = pair.any();
-            if block == word / 64 {
-                rest &= bits_from(word as u64);
+            if block == first {
+                rest &= bits_from(word as u64 + 1);
+            } else if pair.full == !0 {
+                // There may be thousands of them.
+                let lacking = bitmap.summary.next_lacking(block * 64);
+                let after = lacking.unwrap_or(bitmap.words.len()) / 64;
+                result = go_on(result, &mut f, &mut open, base..after as u64 * BLOCK);
+                blocks = bitmap.summary.blocks_from(after);
+                continue;
             }
-            loop {
-                // Full words in a row are passed at once; the one after them may be empty.
-                let at = match &mut open {
-                    Some((_, next)) => {
-                        // 64 if the run has come to the end of the block.
-                        let from = *next - block * 64;
-                        let full = pair.full.checked_shr(from as u32).unwrap_or(0);
-                        *next += full.trailing_ones() as usize;
-                        *next - block * 64
-                    }
-                    None => rest.trailing_zeros() as usize,
-                };
-                if at == 64 {
-                    if let (u64::MAX, Some((_, next))) = (pair.full, &mut open) {
-                        // There may be thousands of full blocks.
-                        let lacking = bitmap.summary.next_lacking(*next);
-                        *next = lacking.unwrap_or(bitmap.words.len());
-                        blocks = bitmap.summary.blocks_from(*next / 64);
-                    }
+            while rest != 0 {
+                let at = rest.trailing_zeros();
+                let base = base + u64::from(at) * 64;
+                if base >= end {
                     break;
                 }
-                rest &= (!1u64).checked_shl(at as u32).unwrap_or(0);
-                let base = (block * 64 + at) as u64 * 64;
-                if base >= end {
-                    return Self::close(open, end, result, f);
+                let full = (pair.full >> at).trailing_ones();
+                if full > 0 {
+                    rest &= (!0_u64).checked_shl(at + full).unwrap_or(0);
+                    let words = base..base + u64::from(full) * 64;
+                    result = go_on(result, &mut f, &mut open, words);
+                    continue;
                 }
-                let bits = match first.take() {
-                    Some(bits) if block * 64 + at == word => bits,
-                    _ => bitmap.word_of_block(block, pair, at),
-                };
-                let mut edges = bits ^ (bits << 1 | u64::from(open.is_some()));
-                if let Some((start, _)) = open {
-                    let to = base + u64::from(edges.trailing_zeros());
-                    edges &= edges.wrapping_sub(1);
-                    open = None;
-                    if to >= end {
-                        return f(result, start..end);
-                    }
-                    result = f(result, start..to);
-                }
-                while edges != 0 {
-                    let start = base + u64::from(edges.trailing_zeros());
-                    edges &= edges - 1;
-                    if start >= end {
-                        return result;
-                    }
-                    if edges == 0 {
-                        open = Some((start, block * 64 + at + 1));
-                        break;
-                    }
-                    let to = base + u64::from(edges.trailing_zeros());
-                    edges &= edges - 1;
-                    result = f(result, start..to.min(end));
-                }
+                rest &= rest - 1;
+                let bits = kept(base, bitmap.word_of_block(block, pair, at as usize));
+                result = runs_of_word(result, &mut f, &mut open, base, bits);
             }
         }
-        Self::close(open, end, result, f)
+        open.end = open.end.min(end);
+        if open.is_empty() {
+            return result;
+        }
+        f(result, open)
     }
 }
 
-impl GranuleRuns<'_> {
-    /// The run that is open ends where the words it went on in did, or at the end.
-    fn close<B>(
-        open: Option<(u64, usize)>,
-        end: u64,
-        result: B,
-        mut f: impl FnMut(B, Range<u64>) -> B,
-    ) -> B {
-        match open {
-            Some((start, next)) => f(result, start..end.min(next as u64 * 64)),
-            None => result,
+/// Hands on the runs of a word that begins with granule `base`. `open` is the run before it, if one has come to the end
+/// of a word, and afterwards the one that has come to the end of this.
+#[inline(always)]
+fn runs_of_word<B>(
+    mut result: B,
+    f: &mut impl FnMut(B, Range<u64>) -> B,
+    open: &mut Range<u64>,
+    base: u64,
+    bits: u64,
+) -> B {
+    let goes_on = !open.is_empty() && open.end == base;
+    // Every 1 begins or ends a run, in turn.
+    let mut edges = bits ^ (bits << 1 | u64::from(goes_on));
+    if !open.is_empty() {
+        if goes_on {
+            if edges == 0 {
+                open.end += 64;
+                return result;
+            }
+            open.end += u64::from(edges.trailing_zeros());
+            edges &= edges - 1;
         }
+        result = f(result, open.clone());
+        *open = 0..0;
     }
+    while edges != 0 {
+        let start = base + u64::from(edges.trailing_zeros());
+        edges &= edges - 1;
+        if edges == 0 {
+            *open = start..base + 64;
+            break;
+        }
+        let to = base + u64::from(edges.trailing_zeros());
+        edges &= edges - 1;
+        result = f(result, start..to);
+    }
+    result
+}
+
+/// As [`runs_of_word`], for full words.
+#[inline(always)]
+fn go_on<B>(
+    result: B,
+    f: &mut impl FnMut(B, Range<u64>) -> B,
+    open: &mut Range<u64>,
+    words: Range<u64>,
+) -> B {
+    if open.end == words.start && !open.is_empty() {
+        open.end = words.end;
+        return result;
+    }
+    let before = std::mem::replace(open, words);
+    if before.is_empty() {
+        return result;
+    }
+    f(result, before)
 }
 
 impl FusedIterator for GranuleRuns<'_> {}

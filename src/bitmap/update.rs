@@ -17,7 +17,7 @@ use multiversion::multiversion;
 
 use super::HBitmap;
 use super::summary::Class;
-use super::word::{bit, bits_from, bits_to, clear, word_of};
+use super::word::{BLOCK, bit, bits_from, bits_to, clear, word_of};
 use crate::sabotage::{Sabotage, is_broken};
 use crate::units::{ByteRange, Granularity};
 
@@ -466,9 +466,6 @@ fn change_few<const DIRTY: bool>(map: &mut HBitmap, first: u64, last: u64) -> bo
     }
     changed != 0
 }
-
-/// Granules of a block.
-const BLOCK: u64 = 64 * 64;
 
 /// A word of which `mask` is made dirty, or clean.
 #[inline(always)]

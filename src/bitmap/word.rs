@@ -11,6 +11,9 @@ use std::ops::Range;
 /// Bits in a word.
 const BITS: u64 = u64::BITS as u64;
 
+/// Granules of a block, which are those of 64 words.
+pub(super) const BLOCK: u64 = 64 * BITS;
+
 /// Words in a row that share a page of memory, or two.
 pub(super) const PAGE: usize = 512;
 
