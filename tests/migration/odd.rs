@@ -9,6 +9,7 @@ use blockjob::migration::{
 };
 use blockjob::{
     BitmapMigration, BitmapOptions, BitmapState, Granularity, Grown, HBitmap, IncomingError, Node,
+    OutgoingError,
 };
 
 use crate::cases::{LEN, bitmap, disk, id, large, one, pull, start, stop, write};
@@ -276,4 +277,113 @@ fn to_be_asked_for_nothing_gives_nothing() {
         );
     }
     assert_eq!(outgoing.bytes_sent(), 0);
+}
+
+/// The name of a bitmap is one on its disk only.
+#[test]
+fn bitmaps_of_one_name_on_several_disks_are_told_apart() {
+    for stream in [
+        StreamKind::Qemu(Framing::Bare),
+        StreamKind::Native { session: [3; 16] },
+    ] {
+        let names = ["d", "e", "f"];
+        let mut source = BitmapMigration::new();
+        let mut target = BitmapMigration::new();
+        let (mut from, mut to) = (vec![], vec![]);
+        for (index, name) in names.iter().enumerate() {
+            let mut bitmap = bitmap("a", index != 1, false);
+            bitmap.dirty = vec![(index as u64 * (1 << 20)..3 << 20).into()];
+            from.push(disk(&[bitmap]));
+            to.push(Node::new(LEN));
+            source = source.with_node(*name, &from[index]);
+            target = target.with_node(*name, &to[index]);
+        }
+        let mut options = OutgoingOptions::default();
+        options.stream = stream;
+        let mut outgoing = source.outgoing(options).unwrap();
+        let guards: Vec<_> = from.iter().map(quiesce).collect();
+        outgoing.stop(&guards.iter().collect::<Vec<_>>()).unwrap();
+        let mut options = IncomingOptions::default();
+        options.stream = stream;
+        let mut incoming = target.incoming(options);
+        let mut answers = [0; 4096];
+        loop {
+            let bytes = pull(&mut outgoing);
+            incoming.feed(&bytes).unwrap();
+            let len = incoming.next_bytes(&mut answers);
+            if len == 0 {
+                break;
+            }
+            outgoing.feed(&answers[..len]).unwrap();
+        }
+        incoming.finish().unwrap();
+        outgoing.finish().unwrap();
+        let guards: Vec<_> = to.iter().map(quiesce).collect();
+        incoming
+            .guest_starts(&guards.iter().collect::<Vec<_>>())
+            .unwrap();
+        for (from, to) in from.iter().zip(&to) {
+            assert_eq!(bits_of(from, "a"), bits_of(to, "a"));
+        }
+    }
+}
+
+#[test]
+fn what_is_over_stays_so() {
+    let from = disk(&[bitmap("a", true, false)]);
+    let to = Node::new(LEN);
+    let mut outgoing = one(&from).outgoing(OutgoingOptions::default()).unwrap();
+    stop(&mut outgoing, &from);
+    let bytes = pull(&mut outgoing);
+    outgoing.finish().unwrap();
+    assert_eq!(outgoing.finish(), Err(OutgoingError::Over));
+    let asked = outgoing.next_slice(Duration::ZERO).map(drop);
+    assert_eq!(asked, Err(OutgoingError::Over));
+    // At the other end what has arrived, and has a guest that runs, stays whatever comes then.
+    let mut incoming = one(&to).incoming(IncomingOptions::default());
+    assert_eq!(incoming.feed(&bytes), Ok(bytes.len()));
+    incoming.finish().unwrap();
+    start(&mut incoming, &to);
+    let more = incoming.feed(&[0xff; 9]);
+    assert!(matches!(more, Err(IncomingError::Stream(_))));
+    assert_eq!(incoming.feed(&bytes), Err(IncomingError::Over));
+    assert!(incoming.finish().is_err());
+    drop(incoming);
+    assert_eq!(bits_of(&from, "a"), bits_of(&to, "a"));
+    // And what has ended in an error.
+    let to = Node::new(LEN);
+    let mut incoming = one(&to).incoming(IncomingOptions::default());
+    assert!(matches!(
+        incoming.feed(&[0xff; 9]),
+        Err(IncomingError::Stream(_))
+    ));
+    assert_eq!(incoming.feed(&bytes), Err(IncomingError::Over));
+    assert!(incoming.finish().is_err());
+    assert!(to.bitmaps().query("a").is_err());
+}
+
+#[test]
+fn a_clock_that_goes_back_delays_and_nothing_else() {
+    for speed in [1, 1000, u64::MAX] {
+        let from = large(1 << 20, "a");
+        let mut options = OutgoingOptions::default();
+        options.mode = Mode::Live;
+        options.speed = speed;
+        let mut outgoing = one(&from).outgoing(options).unwrap();
+        let all = outgoing.bytes_left();
+        let times = [u64::MAX, 0, 5, 3, u64::MAX - 1, 1];
+        let mut out = vec![0; 100];
+        for micros in times.into_iter().cycle().take(1000) {
+            let now = Duration::from_micros(micros);
+            match outgoing.next_bytes(now, &mut out).unwrap() {
+                Next::Until(until) => assert!(until > now),
+                Next::Bytes(len) => assert!(len > 0),
+                other => assert!(speed == u64::MAX && outgoing.bytes_left() == 0, "{other:?}"),
+            }
+        }
+        assert!(outgoing.bytes_left() <= all);
+        stop(&mut outgoing, &from);
+        pull(&mut outgoing);
+        outgoing.finish().unwrap();
+    }
 }
