@@ -32,7 +32,6 @@ mod sabotage;
 mod sim;
 
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Duration;
@@ -53,6 +52,7 @@ use sim::disk::{Ask, BLOCK, Block, Disk, Faults, Latency, Owner};
 use sim::driving::Driving;
 use sim::guest::Guests;
 use sim::rng::Rng;
+use sim::seeds::run_seeds;
 use sim::world::{Flag, Happening, JobAnswer, Loss, SOURCE, Shared, TARGET, World};
 
 const KIB: u64 = 1 << 10;
@@ -834,35 +834,10 @@ fn run(seed: u64) -> Report {
     sim.report
 }
 
-fn env(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
-    )
-}
-
-/// Runs a seed and says how to run it again if it fails.
-fn run_or_explain(seed: u64) -> Report {
-    if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
-        eprintln!("seed {seed}");
-    }
-    catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
-        eprintln!(
-            "seed {seed} failed; again with:\n  \
-             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test backup_sim every_seed_keeps_the_promises"
-        );
-        std::panic::resume_unwind(panic)
-    })
-}
-
 #[test]
 fn every_seed_keeps_the_promises() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").unwrap_or(1_500);
-    println!("seeds {first}..{}", first + count);
     let started = std::time::Instant::now();
-    let reports: Vec<Report> = (first..first + count).map(run_or_explain).collect();
+    let reports = run_seeds("every_seed_keeps_the_promises", 1_500, 1, run);
     let seconds = started.elapsed().as_secs_f64();
 
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
@@ -888,9 +863,9 @@ fn every_seed_keeps_the_promises() {
         count_of(|r| r.resumed > 0),
         count_of(|r| r.overlapped > 1),
     );
-    if count >= 1_000 {
+    if reports.len() >= 1_000 {
         // A simulation that never comes to a place shows nothing about it.
-        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / reports.len() as f64;
         assert!(share(|r| r.succeeded > 0) > 0.2);
         assert!(share(|r| r.failed > 0) > 0.05);
         assert!(share(|r| r.too_slow > 0) > 0.02);

@@ -8,11 +8,15 @@
 //! `BLOCKJOB_SEED` is the first seed and `BLOCKJOB_SEEDS` how many are run. A failure prints the seed and
 //! the command that runs it again.
 
+#[cfg(debug_assertions)]
+#[path = "sim/sabotage.rs"]
+mod breaking;
 #[path = "sim/rng.rs"]
 mod rng;
+#[path = "sim/seeds.rs"]
+mod seeds;
 
 use std::collections::{BTreeSet, VecDeque};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use blockjob::migration::{
@@ -25,6 +29,7 @@ use blockjob::{
 };
 
 use rng::Rng;
+use seeds::run_seeds;
 
 const STEPS: u64 = 100_000;
 
@@ -774,31 +779,9 @@ fn check_bits(node: &Node, bitmap: &Model, expected: &BTreeSet<u64>, end: &str) 
     );
 }
 
-fn env(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
-    )
-}
-
-/// Runs a seed and says how to run it again if it fails.
-fn run_or_explain(seed: u64) -> Report {
-    catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
-        eprintln!(
-            "seed {seed} failed; again with:\n  \
-             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test migration_sim every_seed_keeps_the_promises"
-        );
-        std::panic::resume_unwind(panic)
-    })
-}
-
 #[test]
 fn every_seed_keeps_the_promises() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").unwrap_or(1_500);
-    println!("seeds {first}..{}", first + count);
-    let reports: Vec<Report> = (first..first + count).map(run_or_explain).collect();
+    let reports = run_seeds("every_seed_keeps_the_promises", 1_500, 1, run);
 
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
     let sum = |what: fn(&Report) -> u64| reports.iter().map(what).sum::<u64>();
@@ -816,9 +799,9 @@ fn every_seed_keeps_the_promises() {
         sum(|r| r.writes[1]),
         sum(|r| r.bytes),
     );
-    if count >= 500 {
+    if reports.len() >= 500 {
         // A simulation that never comes to a place shows nothing about it.
-        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / reports.len() as f64;
         assert!(share(|r| r.moved) > 0.4);
         assert!(share(|r| r.failed_before) > 0.05);
         assert!(share(|r| r.failed_after) > 0.01);
@@ -832,8 +815,9 @@ fn every_seed_keeps_the_promises() {
 /// Breaks each invariant on purpose: the simulation must notice, within so many seeds.
 #[cfg(debug_assertions)]
 mod sabotage {
-    use super::*;
-    use blockjob::sabotage::{Sabotage, break_on_this_thread};
+    use super::breaking::{expect_panics, unnoticed};
+    use super::run;
+    use blockjob::sabotage::Sabotage;
 
     /// What is broken, and the number of seeds within which it must be noticed: several times the number
     /// that it took when this was written.
@@ -851,35 +835,10 @@ mod sabotage {
         (Sabotage::ForgetUnconfirmed, 200),
     ];
 
-    fn notices(seed: u64) -> Option<String> {
-        let panic = catch_unwind(|| run(seed)).err()?;
-        let text = panic.downcast_ref::<String>().cloned();
-        Some(text.unwrap_or_else(|| panic.downcast_ref::<&str>().unwrap_or(&"?").to_string()))
-    }
-
     #[test]
     fn every_broken_invariant_is_noticed() {
-        // Panics are what is wanted here.
-        let hook = std::panic::take_hook();
-        let here = std::thread::current().id();
-        std::panic::set_hook(Box::new(move |info| {
-            if std::thread::current().id() != here {
-                hook(info);
-            }
-        }));
-        let mut missed = Vec::new();
-        for &(sabotage, seeds) in BROKEN {
-            break_on_this_thread(Some(sabotage));
-            let noticed = (0..seeds).find_map(|seed| Some((seed, notices(seed)?)));
-            break_on_this_thread(None);
-            match noticed {
-                Some((seed, how)) => {
-                    let how: String = how.lines().next().unwrap_or("").chars().take(90).collect();
-                    println!("{sabotage:?}: noticed by seed {seed}: {how}");
-                }
-                None => missed.push(sabotage),
-            }
-        }
+        expect_panics();
+        let missed = unnoticed(BROKEN, run, |_, _| true);
         assert!(missed.is_empty(), "not noticed: {missed:?}");
     }
 }

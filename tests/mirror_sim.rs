@@ -38,7 +38,6 @@ mod sabotage;
 mod sim;
 
 use std::collections::BTreeSet;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use blockjob::{
     BitmapMode, Cancel, Change, CompareBy, CopyMode, Event, Granularity, HBitmap, Hold, Job,
@@ -54,6 +53,7 @@ use sim::content::{fill_copied, fill_source, fill_target};
 use sim::disk::{BLOCK, Disk, Faults, Latency};
 use sim::guest::Guests;
 use sim::rng::Rng;
+use sim::seeds::run_seeds;
 use sim::world::{Happening, SOURCE, Shared, TARGET, World};
 
 /// More steps than any job should need, also beside a guest that never stops before the peace.
@@ -589,37 +589,11 @@ impl Sim {
     }
 }
 
-fn env(name: &str) -> Option<u64> {
-    let text = std::env::var(name).ok()?;
-    Some(
-        text.parse()
-            .unwrap_or_else(|_| panic!("{name}={text} is no number")),
-    )
-}
-
-/// Runs a seed of a test and says how to run it again if it fails.
-fn run_or_explain(seed: u64, run: fn(u64) -> Report, test: &str) -> Report {
-    if std::env::var_os("BLOCKJOB_VERBOSE").is_some() {
-        eprintln!("seed {seed}");
-    }
-    catch_unwind(AssertUnwindSafe(|| run(seed))).unwrap_or_else(|panic| {
-        eprintln!(
-            "seed {seed} failed; again with:\n  \
-             BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 cargo test --test mirror_sim {test}"
-        );
-        std::panic::resume_unwind(panic)
-    })
-}
-
 #[test]
 fn every_seed_keeps_the_promises() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").unwrap_or(4_000);
-    println!("seeds {first}..{}", first + count);
     let started = std::time::Instant::now();
     let test = "every_seed_keeps_the_promises";
-    let run_it = |seed| run_or_explain(seed, run, test);
-    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let reports = run_seeds(test, 4_000, 1, run);
     let seconds = started.elapsed().as_secs_f64();
 
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
@@ -641,9 +615,9 @@ fn every_seed_keeps_the_promises() {
         count_of(|r| r.was_synced),
         reports.iter().map(|report| report.copied).sum::<u64>(),
     );
-    if count >= 1_000 {
+    if reports.len() >= 1_000 {
         // A simulation that never comes to a place shows nothing about it.
-        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / reports.len() as f64;
         assert!(share(|r| r.switched) > 0.2);
         assert!(share(|r| r.failed) > 0.05);
         assert!(share(|r| r.cancelled) > 0.05);
@@ -667,12 +641,8 @@ const MODES: [BitmapMode; 3] = [BitmapMode::Never, BitmapMode::OnSuccess, Bitmap
 
 #[test]
 fn every_seed_of_active_writes_keeps_the_promises() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").map_or(800, |seeds| seeds.div_ceil(4));
-    println!("seeds {first}..{}", first + count);
     let test = "every_seed_of_active_writes_keeps_the_promises";
-    let run_it = |seed| run_or_explain(seed, run_active, test);
-    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let reports = run_seeds(test, 800, 4, run_active);
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
     let writes: u64 = reports.iter().map(|report| report.copied).sum();
     println!(
@@ -682,8 +652,8 @@ fn every_seed_of_active_writes_keeps_the_promises() {
         count_of(|r| r.failed),
         count_of(|r| r.drops > 0),
     );
-    if count >= 800 {
-        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+    if reports.len() >= 800 {
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / reports.len() as f64;
         assert!(share(|r| r.copied > 10) > 0.12);
         assert!(share(|r| r.was_synced) > 0.15);
     }
@@ -691,12 +661,8 @@ fn every_seed_of_active_writes_keeps_the_promises() {
 
 #[test]
 fn every_chain_of_processes_keeps_the_promises() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").map_or(1_000, |seeds| seeds.div_ceil(4));
-    println!("seeds {first}..{}", first + count);
     let test = "every_chain_of_processes_keeps_the_promises";
-    let run_it = |seed| run_or_explain(seed, run_chain, test);
-    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let reports = run_seeds(test, 1_000, 4, run_chain);
     let count_of = |what: fn(&Report) -> bool| reports.iter().filter(|&r| what(r)).count();
     println!(
         "{} resumed, {} more than once; {} switched after that; {} with checkpoints that were refused; \
@@ -707,8 +673,8 @@ fn every_chain_of_processes_keeps_the_promises() {
         count_of(|r| r.refused > 0),
         count_of(|r| r.resumed > 0 && r.found > 0),
     );
-    if count >= 1_000 {
-        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / count as f64;
+    if reports.len() >= 1_000 {
+        let share = |what: fn(&Report) -> bool| count_of(what) as f64 / reports.len() as f64;
         assert!(share(|r| r.resumed > 0) > 0.2);
         assert!(share(|r| r.resumed > 1) > 0.05);
         assert!(share(|r| r.resumed > 0 && r.switched) > 0.1);
@@ -719,12 +685,8 @@ fn every_chain_of_processes_keeps_the_promises() {
 
 #[test]
 fn every_seed_finds_what_differs() {
-    let first = env("BLOCKJOB_SEED").unwrap_or(0);
-    let count = env("BLOCKJOB_SEEDS").map_or(1_000, |seeds| seeds.div_ceil(4));
-    println!("seeds {first}..{}", first + count);
     let test = "every_seed_finds_what_differs";
-    let run_it = |seed| run_or_explain(seed, run_verify, test);
-    let reports: Vec<Report> = (first..first + count).map(run_it).collect();
+    let reports = run_seeds(test, 1_000, 4, run_verify);
     let sum = |what: fn(&Report) -> u64| reports.iter().map(what).sum::<u64>();
     println!(
         "{} verifications, {} blocks found to differ; {} switched",
@@ -732,7 +694,8 @@ fn every_seed_finds_what_differs() {
         sum(|r| r.found),
         sum(|r| u64::from(r.switched)),
     );
-    if count >= 1_000 {
+    if reports.len() >= 1_000 {
+        let count = reports.len() as u64;
         assert!(sum(|r| r.verified) > count / 2 && sum(|r| r.found) > count);
     }
 }

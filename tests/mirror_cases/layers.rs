@@ -8,8 +8,13 @@
 //!
 //! `BLOCKJOB_SEED` is the first seed and `BLOCKJOB_SEEDS` how many are run.
 
+#[cfg(debug_assertions)]
+#[path = "../sim/sabotage.rs"]
+mod breaking;
 #[path = "../sim/rng.rs"]
 mod rng;
+#[path = "../sim/seeds.rs"]
+mod seeds;
 
 use std::task::Waker;
 use std::time::Duration;
@@ -22,6 +27,7 @@ use blockjob::{
 
 use crate::machine::bytes;
 use rng::Rng;
+use seeds::run_seeds;
 
 const BLOCK: u64 = 512;
 
@@ -554,27 +560,13 @@ fn wider(range: ByteRange) -> ByteRange {
     (range.start() / BLOCK * BLOCK..range.end().div_ceil(BLOCK) * BLOCK).into()
 }
 
-fn env(name: &str, default: u64) -> u64 {
-    let text = std::env::var(name);
-    text.map_or(default, |text| text.parse().expect("a number"))
-}
-
 #[test]
 fn chains_are_copied_and_committed_whatever_happens() {
-    let first = env("BLOCKJOB_SEED", 0);
-    let count = env("BLOCKJOB_SEEDS", 600);
-    let reports: Vec<Report> = (first..first + count)
-        .map(|seed| {
-            println!(
-                "seed {seed}; again with: BLOCKJOB_SEED={seed} BLOCKJOB_SEEDS=1 \
-                 cargo test --test mirror_cases chains_are"
-            );
-            run(seed)
-        })
-        .collect();
-    if count >= 600 {
+    let test = "chains_are_copied_and_committed_whatever_happens";
+    let reports = run_seeds(test, 600, 1, run);
+    if reports.len() >= 600 {
         let share = |is: fn(&Report) -> bool| {
-            reports.iter().filter(|report| is(report)).count() as f64 / count as f64
+            reports.iter().filter(|report| is(report)).count() as f64 / reports.len() as f64
         };
         for end in [End::Complete, End::Soft, End::Force, End::Drop] {
             assert!(
@@ -594,21 +586,15 @@ fn chains_are_copied_and_committed_whatever_happens() {
 #[cfg(debug_assertions)]
 #[test]
 fn every_broken_invariant_is_noticed() {
-    use blockjob::sabotage::{Sabotage, break_on_this_thread};
-    for (sabotage, seeds) in [
+    use blockjob::sabotage::Sabotage;
+    let broken = [
         (Sabotage::CommitBelow, 20),
         (Sabotage::ClearAfterLook, 100),
         (Sabotage::SwitchWithoutRecheck, 100),
-    ] {
-        break_on_this_thread(Some(sabotage));
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| {}));
-        let noticed = (0..seeds).find(|&seed| std::panic::catch_unwind(|| run(seed)).is_err());
-        std::panic::set_hook(hook);
-        break_on_this_thread(None);
-        println!("{sabotage:?}: {noticed:?}");
-        assert!(noticed.is_some(), "{sabotage:?}");
-    }
+    ];
+    breaking::expect_panics();
+    let missed = breaking::unnoticed(&broken, run, |_, _| true);
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
 }
 
 fn commit(

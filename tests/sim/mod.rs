@@ -12,4 +12,5 @@ pub(crate) mod guest;
 pub(crate) mod rng;
 #[cfg(debug_assertions)]
 pub(crate) mod sabotage;
+pub(crate) mod seeds;
 pub(crate) mod world;

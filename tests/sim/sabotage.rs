@@ -45,6 +45,7 @@ pub(crate) fn unnoticed<T>(
 }
 
 /// Whether a run came to no end. What loses data may do that, too, but it is not the point.
+#[allow(dead_code, reason = "where nobody waits nothing stalls")]
 pub(crate) fn is_stall(how: &str) -> bool {
     how.starts_with("stalled")
 }
