@@ -50,6 +50,7 @@ use sim::chain::Chain;
 use sim::content::{fill_source, fill_target};
 use sim::disk::{Ask, BLOCK, Block, Disk, Faults, Latency, Owner};
 use sim::driving::Driving;
+use sim::events::check_events;
 use sim::guest::Guests;
 use sim::rng::Rng;
 use sim::seeds::run_seeds;

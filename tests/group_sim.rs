@@ -34,6 +34,7 @@ use sim::chain::Chain;
 use sim::content::{fill_source, fill_target, is_equal};
 use sim::disk::{BLOCK, Disk, Faults, Latency};
 use sim::driving::Driving;
+use sim::events::check_events;
 use sim::guest::Guests;
 use sim::rng::Rng;
 use sim::seeds::run_seeds;
@@ -748,7 +749,7 @@ impl Sim {
                 "the guest of {index} is on the wrong disk: {info:?}"
             );
             let is_auto_dismissed = member.plan.options.job.auto_dismiss;
-            check_events(
+            check_told(
                 &member.events,
                 succeeded,
                 is_auto_dismissed,
@@ -817,38 +818,10 @@ fn is_held(node: &Node) -> bool {
     }
 }
 
-fn check_events(events: &[Event], is_good: bool, is_auto_dismissed: bool, is_shut_down: bool) {
-    let mut status = None;
-    let (mut ends, mut readies) = (0, 0);
-    for event in events {
-        match event {
-            Event::Status(next) => {
-                let is_legal = match status {
-                    None => *next == Status::Created,
-                    Some(status) => Status::may_become(status, *next),
-                };
-                assert!(is_legal, "{status:?} → {next:?}");
-                status = Some(*next);
-            }
-            Event::Ready { .. } => readies += 1,
-            Event::Completed { error, .. } => {
-                assert_eq!(error.is_none(), is_good);
-                ends += 1;
-            }
-            Event::Cancelled { .. } => {
-                assert!(!is_good);
-                ends += 1;
-            }
-            _ => {}
-        }
-    }
-    let was_started = events
-        .iter()
-        .any(|event| matches!(event, Event::Status(Status::Running)));
-    assert_eq!(ends, usize::from(was_started), "exactly one end is told");
-    assert!(readies <= 1, "ready is told once");
-    let is_dismissed = is_auto_dismissed || !was_started;
-    match status {
+fn check_told(events: &[Event], is_good: bool, is_auto_dismissed: bool, is_shut_down: bool) {
+    let told = check_events(events, is_good);
+    let is_dismissed = is_auto_dismissed || !told.was_started;
+    match told.status {
         Some(Status::Null) => assert!(is_dismissed || is_shut_down),
         Some(Status::Concluded) => assert!(!is_dismissed),
         status => panic!("it ends {status:?}"),

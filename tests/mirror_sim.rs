@@ -326,7 +326,7 @@ impl Sim {
             !self.report.switched || result.is_ok(),
             "failed after the switch: {result:?}"
         );
-        self.check_events(result.is_ok());
+        self.check_told(result.is_ok());
         self.check_bitmap(result.is_ok(), left.as_ref());
     }
 

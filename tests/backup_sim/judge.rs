@@ -172,7 +172,7 @@ impl Sim {
                 }
             }
             let is_auto_dismissed = member.plan.options.job.auto_dismiss;
-            check_events(&member.events, is_good, is_auto_dismissed);
+            check_told(&member.events, is_good, is_auto_dismissed);
         }
         let all_good = infos.iter().all(|info| info.error.is_none());
         assert!(
@@ -346,38 +346,12 @@ pub(crate) fn check_wait(
     }
 }
 
-pub(crate) fn check_events(events: &[Event], is_good: bool, is_auto_dismissed: bool) {
-    let mut status = None;
-    let mut ends = 0;
-    for event in events {
-        match event {
-            Event::Status(next) => {
-                let is_legal = match status {
-                    None => *next == Status::Created,
-                    Some(status) => Status::may_become(status, *next),
-                };
-                assert!(is_legal, "{status:?} → {next:?}");
-                status = Some(*next);
-            }
-            Event::Ready { .. } => panic!("a backup is never ready"),
-            Event::Completed { error, .. } => {
-                assert_eq!(error.is_none(), is_good);
-                ends += 1;
-            }
-            Event::Cancelled { .. } => {
-                assert!(!is_good);
-                ends += 1;
-            }
-            _ => {}
-        }
-    }
-    let was_started = events
-        .iter()
-        .any(|event| matches!(event, Event::Status(Status::Running)));
-    assert_eq!(ends, usize::from(was_started), "exactly one end is told");
-    let last = match is_auto_dismissed || !was_started {
+pub(crate) fn check_told(events: &[Event], is_good: bool, is_auto_dismissed: bool) {
+    let told = check_events(events, is_good);
+    assert!(!told.was_ready, "a backup is never ready");
+    let last = match is_auto_dismissed || !told.was_started {
         true => Status::Null,
         false => Status::Concluded,
     };
-    assert_eq!(status, Some(last));
+    assert_eq!(told.status, Some(last));
 }

@@ -6,6 +6,7 @@ use crate::Sim;
 use crate::plan::{AFTER, ALL, BITMAP};
 use crate::sim::content::is_equal;
 use crate::sim::disk::{BLOCK, Owner};
+use crate::sim::events::check_events;
 use crate::sim::world::{SOURCE, TARGET};
 
 impl Sim {
@@ -166,41 +167,12 @@ impl Sim {
         }
     }
 
-    pub(crate) fn check_events(&self, is_good: bool) {
-        let mut status = None;
-        let (mut ends, mut readies) = (0, 0);
-        for event in &self.events {
-            match event {
-                Event::Status(next) => {
-                    let is_legal = match status {
-                        None => *next == Status::Created,
-                        Some(status) => Status::may_become(status, *next),
-                    };
-                    assert!(is_legal, "{status:?} → {next:?}");
-                    status = Some(*next);
-                }
-                Event::Ready { .. } => readies += 1,
-                Event::Completed { error, .. } => {
-                    assert_eq!(error.is_none(), is_good);
-                    ends += 1;
-                }
-                Event::Cancelled { .. } => {
-                    assert!(!is_good);
-                    ends += 1;
-                }
-                _ => {}
-            }
-        }
-        let was_started = self
-            .events
-            .iter()
-            .any(|event| matches!(event, Event::Status(Status::Running)));
-        assert_eq!(ends, usize::from(was_started), "exactly one end is told");
-        assert!(readies <= 1, "ready is told once");
-        let last = match self.plan.options.job.auto_dismiss || !was_started {
+    pub(crate) fn check_told(&self, is_good: bool) {
+        let told = check_events(&self.events, is_good);
+        let last = match self.plan.options.job.auto_dismiss || !told.was_started {
             true => Status::Null,
             false => Status::Concluded,
         };
-        assert_eq!(status, Some(last));
+        assert_eq!(told.status, Some(last));
     }
 }

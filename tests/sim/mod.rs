@@ -8,6 +8,7 @@ pub(crate) mod content;
 pub(crate) mod crew;
 pub(crate) mod disk;
 pub(crate) mod driving;
+pub(crate) mod events;
 pub(crate) mod guest;
 pub(crate) mod rng;
 #[cfg(debug_assertions)]
