@@ -19,7 +19,7 @@ use blockjob::{
     Verb, VerbError,
 };
 
-use machine::{KIB, MIB, MS, Machine, Rest, is_final, named, options};
+use machine::{KIB, MIB, MS, Machine, Rest, ask, is_final, named, options};
 
 const LEN: u64 = 64 * KIB;
 
@@ -83,24 +83,6 @@ fn machine_in(status: Status) -> Machine {
     machine.events();
     machine.events.clear();
     machine
-}
-
-fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
-    match verb {
-        Verb::Start => job.start(),
-        Verb::Cancel => job.cancel(Cancel::Force),
-        Verb::Pause => job.pause(),
-        Verb::Resume => job.resume(),
-        Verb::SetSpeed => job.set_speed(1 << 40),
-        Verb::Change => job.change(Change {
-            on_source_error: Some(OnError::Stop),
-            on_target_error: None,
-            ..Change::default()
-        }),
-        Verb::Complete => job.complete(),
-        Verb::Finalize => job.finalize(),
-        Verb::Dismiss => job.dismiss(),
-    }
 }
 
 #[test]

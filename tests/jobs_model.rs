@@ -16,11 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use blockjob::{
-    Cancel, Change, ErrorAction, Event, Hold, IoStatus, Job, JobError, OnError, Side, Status, Verb,
-    VerbError,
+    Cancel, ErrorAction, Event, Hold, IoStatus, JobError, OnError, Side, Status, Verb, VerbError,
 };
 
-use machine::{KIB, MS, Machine, Rest, options};
+use machine::{KIB, MS, Machine, Rest, ask, options};
 use rng::Rng;
 use together::{On, Together};
 
@@ -43,24 +42,6 @@ enum Other {
     Untouched,
     Cancelled,
     Finalizing,
-}
-
-fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
-    match verb {
-        Verb::Start => job.start(),
-        Verb::Cancel => job.cancel(Cancel::Force),
-        Verb::Pause => job.pause(),
-        Verb::Resume => job.resume(),
-        Verb::SetSpeed => job.set_speed(1 << 40),
-        Verb::Change => job.change(Change {
-            on_source_error: Some(OnError::Stop),
-            on_target_error: None,
-            ..Change::default()
-        }),
-        Verb::Complete => job.complete(),
-        Verb::Finalize => job.finalize(),
-        Verb::Dismiss => job.dismiss(),
-    }
 }
 
 /// Two members, the first one in that status, at rest.

@@ -11,8 +11,9 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use blockjob::{
-    Begin, ByteRange, CompareBy, Content, Event, Extent, IfZero, Job, JobError, JobOptions, Limits,
-    Mirror, MirrorOptions, Node, Op, OpKind, Outcome, Side, Step, Switch, SwitchBack,
+    Begin, ByteRange, Cancel, Change, CompareBy, Content, Event, Extent, IfZero, Job, JobError,
+    JobOptions, Limits, Mirror, MirrorOptions, Node, OnError, Op, OpKind, Outcome, Side, Step,
+    Switch, SwitchBack, Verb, VerbError,
 };
 
 /// What is known of the source per block of so many bytes.
@@ -57,6 +58,25 @@ pub(crate) struct Out {
 impl Out {
     pub(crate) fn kind(&self) -> OpKind {
         self.op.kind()
+    }
+}
+
+/// Asks a job for something, by force or in some way if there are several.
+pub(crate) fn ask(job: &Job, verb: Verb) -> Result<(), VerbError> {
+    match verb {
+        Verb::Start => job.start(),
+        Verb::Cancel => job.cancel(Cancel::Force),
+        Verb::Pause => job.pause(),
+        Verb::Resume => job.resume(),
+        Verb::SetSpeed => job.set_speed(1 << 40),
+        Verb::Change => job.change(Change {
+            on_source_error: Some(OnError::Stop),
+            on_target_error: None,
+            ..Change::default()
+        }),
+        Verb::Complete => job.complete(),
+        Verb::Finalize => job.finalize(),
+        Verb::Dismiss => job.dismiss(),
     }
 }
 
