@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use super::gate::WaiterId;
 use super::job_bitmap::JobBitmap;
+use super::ranges::RangeSet;
 use super::{Inner, Node};
 use crate::bitmap::HBitmap;
 use crate::sabotage::{Sabotage, is_broken};
@@ -115,13 +116,6 @@ pub(crate) struct Told {
     pub(crate) has_written: bool,
 }
 
-/// Ranges that do not overlap.
-#[derive(Clone, Default)]
-struct RangeSet {
-    /// Where each starts, and where it ends.
-    by_start: BTreeMap<u64, u64>,
-}
-
 /// That guest writes to a node may be active ones. It is the job's; with it goes what they wait for.
 pub(crate) struct ActiveWrites {
     node: Arc<Inner>,
@@ -141,43 +135,6 @@ pub(crate) struct ActiveLock<'a> {
 /// What stands in the way of an active write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct InTheWay;
-
-impl RangeSet {
-    fn insert(&mut self, range: ByteRange) {
-        if !range.is_empty() {
-            self.by_start.insert(range.start(), range.end());
-        }
-    }
-
-    /// The first that overlaps `range`, as a whole.
-    fn first_in(&self, range: ByteRange) -> Option<ByteRange> {
-        let before = self.by_start.range(..=range.start()).next_back();
-        let after = self
-            .by_start
-            .range(range.start()..range.end().max(range.start()))
-            .next();
-        before
-            .into_iter()
-            .chain(after)
-            .map(|(&start, &end)| ByteRange::from(start..end))
-            .find(|known| known.overlaps(range))
-    }
-
-    /// Takes `range` out, of whatever it is a part.
-    fn remove(&mut self, range: ByteRange) {
-        while let Some(known) = self.first_in(range) {
-            self.by_start.remove(&known.start());
-            self.insert(known.split_at(range.start()).0);
-            self.insert(known.split_at(range.end()).1);
-        }
-    }
-
-    fn iter(&self) -> impl Iterator<Item = ByteRange> {
-        self.by_start
-            .iter()
-            .map(|(&start, &end)| (start..end).into())
-    }
-}
 
 impl Waiting {
     /// Whether it came before a write to `range` that overlaps it, and that has waited if it has an `id`.

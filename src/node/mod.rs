@@ -43,6 +43,7 @@ mod hold;
 mod job_bitmap;
 mod lane;
 mod quiesce;
+mod ranges;
 mod record;
 mod resize;
 mod ticket;
