@@ -151,7 +151,8 @@ struct Member {
     /// Whether a flush was dropped: nobody knows whether what was written before is durable.
     has_lost_flush: bool,
     /// By cluster: whether a part of it has failed or was lost. Then all of it is copied again, and is
-    /// missing until that is over, also where it is on the target already.
+    /// missing until that is over, also where it is on the target already. The same where it was copied in parts: one
+    /// of them may have been given up before any device was asked, which the model does not see.
     again: Vec<bool>,
     /// By granule of the bitmap: written before the instant, and since.
     before: Vec<bool>,

@@ -61,6 +61,12 @@ impl Member {
     /// The machine has been told what became of something.
     pub(crate) fn heard_of(&mut self, range: ByteRange, is_good: bool) {
         if is_good {
+            for cluster in units(range, self.cluster) {
+                let whole = cluster_at(cluster, self.cluster, self.len());
+                if let Some(again) = self.again.get_mut(cluster) {
+                    *again |= !range.contains_range(whole);
+                }
+            }
             return self.landed[units(range, BLOCK)].fill(true);
         }
         for cluster in units(range, self.cluster) {
