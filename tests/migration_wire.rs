@@ -14,6 +14,8 @@ mod cases;
 mod driving;
 #[path = "migration/hostile.rs"]
 mod hostile;
+#[path = "migration/incoming.rs"]
+mod incoming;
 #[path = "migration/odd.rs"]
 mod odd;
 #[path = "sim/rng.rs"]

@@ -253,7 +253,7 @@ impl Loader {
             let bits = map(shape.len, granularity)?;
             let words = Granularity::from_exponent(granularity.exponent() + 6);
             let came = map(shape.len, words.expect("it is at most 31"))?;
-            let arrival = place.node.bitmaps().receive(&name, &options)?;
+            let arrival = place.node.bitmaps().receive(&name, shape.len, &options)?;
             Ok(Stage::Loading {
                 arrival,
                 bits,

@@ -34,16 +34,26 @@ pub(crate) struct BitmapArrival {
 
 impl Bitmaps<'_> {
     /// Takes the name for a bitmap that comes from another host. It may be persistent whatever storage there
-    /// is.
+    /// is. The disk must have that length still: from now on it keeps it.
     pub(crate) fn receive(
         &self,
         name: &str,
+        len: u64,
         options: &BitmapOptions,
     ) -> Result<BitmapArrival, BitmapError> {
         let plan = Plan::new(name, options)?;
         let mut list = self.inner().lock_drained();
         list.check_new_name(plan.name, plan.granularity, false, 0)?;
         list.check_not_resizing()?;
+        let expected = self.inner().len();
+        if len != expected {
+            let name = name.to_owned();
+            return Err(BitmapError::SizeMismatch {
+                name,
+                len,
+                expected,
+            });
+        }
         let map = self.inner().new_map(plan.granularity)?;
         let id = list.push_named(&plan, map, false);
         if !is_broken(Sabotage::ArriveIdle) {
