@@ -219,7 +219,10 @@ impl Loader {
         let (name, persistent) = self.bitmap_of(node, alias)?;
         let place = &self.nodes[node];
         let bitmap = id(&place.name, &name);
-        let is_known = |known: &Arriving| known.id == bitmap;
+        // By the disk: it may have no name, or several.
+        let is_known = |known: &Arriving| {
+            known.id.bitmap == name && self.nodes[known.node].node.is(&place.node)
+        };
         if is_broken(Sabotage::ReplaceLocal) {
             let _ = place.node.bitmaps().remove(&name);
         }

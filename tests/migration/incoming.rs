@@ -2,11 +2,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use blockjob::migration::{Fault, IncomingOptions, StreamError};
-use blockjob::{Grown, IncomingError, Node};
+use blockjob::migration::{Fault, IncomingOptions, MigratingNode, StreamError};
+use blockjob::{BitmapMigration, Grown, IncomingError, Node};
 
-use crate::cases::one;
-use crate::truth::quiesce;
+use crate::cases::{LEN, bitmap, disk, migrate, one};
+use crate::truth::{bits_of, quiesce};
 
 /// Disks change between the look at their length and the making of a bitmap.
 #[test]
@@ -43,4 +43,48 @@ fn a_bitmap_that_begins_is_as_long_as_its_disk_is_then() {
         resizer.join().unwrap();
         assert!(is_right);
     });
+}
+
+#[test]
+fn disks_without_a_name_are_told_apart_by_their_devices() {
+    let (mut source, mut target) = (BitmapMigration::new(), BitmapMigration::new());
+    let (mut from, mut to) = (vec![], vec![]);
+    for index in 0..2 {
+        let mut bitmap = bitmap("a", true, false);
+        bitmap.dirty = vec![(index << 20..3 << 20).into()];
+        from.push(disk(&[bitmap]));
+        to.push(Node::new(LEN));
+        let place = |node| {
+            let mut place = MigratingNode::new("", node);
+            place.device = Some(format!("virtio{index}"));
+            place
+        };
+        source = source.with(place(from.last().unwrap()));
+        target = target.with(place(to.last().unwrap()));
+    }
+    let [from, to] = [&from, &to].map(|nodes| nodes.iter().collect::<Vec<_>>());
+    migrate(&source, &from, &target, &to);
+    for (from, to) in from.iter().zip(to) {
+        assert_eq!(bits_of(from, "a"), bits_of(to, "a"));
+    }
+}
+
+/// A bitmap is one, under whatever name its disk goes.
+#[test]
+fn a_bitmap_of_a_disk_with_two_names_begins_once() {
+    let to = Node::new(LEN);
+    let target = one(&to).with_node("e", &to);
+    let mut incoming = target.incoming(IncomingOptions::default());
+    let whole = b"\x1c\x01d\x01a\0\x01\0\0\0\x42\0\0\0\0\0\0\0\0\0\x03\x20\0\x20";
+    incoming.feed(whole).unwrap();
+    // It is free as soon as it is whole, and may be gone before the guest starts.
+    to.bitmaps().remove("a").unwrap();
+    let error = incoming.feed(b"\x1c\x01e\x01a\0\x01\0\0\0").unwrap_err();
+    assert!(matches!(
+        error,
+        IncomingError::Stream(StreamError {
+            why: Fault::Exists { .. },
+            ..
+        })
+    ));
 }
