@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use blockjob::migration::{Fault, IncomingOptions, MigratingNode, StreamError};
 use blockjob::{BitmapMigration, Grown, IncomingError, Node};
 
-use crate::cases::{LEN, bitmap, disk, migrate, one};
+use crate::cases::{LEN, bitmap, disk, migrate, one, pull, stop, write};
 use crate::truth::{bits_of, quiesce};
 
 /// Disks change between the look at their length and the making of a bitmap.
@@ -87,4 +87,24 @@ fn a_bitmap_of_a_disk_with_two_names_begins_once() {
             ..
         })
     ));
+}
+
+/// Its storage cannot be written to, and then it does not come.
+#[test]
+fn a_bitmap_that_is_gone_refuses_no_writes() {
+    for (is_enabled, is_whole) in [(true, false), (true, true), (false, true)] {
+        let (from, to) = (disk(&[bitmap("a", is_enabled, true)]), Node::new(LEN));
+        let mut outgoing = one(&from).outgoing(Default::default()).unwrap();
+        let mut incoming = one(&to).incoming(IncomingOptions::default());
+        incoming.feed(&pull(&mut outgoing)).unwrap();
+        if is_whole {
+            stop(&mut outgoing, &from);
+            incoming.feed(&pull(&mut outgoing)).unwrap();
+        }
+        to.bitmaps().mark_readonly(&quiesce(&to), "a").unwrap();
+        assert!(to.begin_write((0..1).into()).go().is_none());
+        incoming.cancel();
+        assert!(to.bitmaps().query("a").is_err());
+        write(&to, 0);
+    }
 }

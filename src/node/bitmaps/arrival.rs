@@ -139,6 +139,7 @@ impl Released {
             .all(|named| named.busy_with().is_none());
         let removed = is_free.then(|| list.remove(self.id));
         self.node.stop_if_unused(&mut list);
+        self.node.refuse_if_readonly(&list);
         drop(list);
         drop(removed);
         is_free
@@ -160,6 +161,7 @@ impl Drop for BitmapArrival {
         let mut list = node.lock_drained();
         let removed = list.remove(self.id);
         node.stop_if_unused(&mut list);
+        node.refuse_if_readonly(&list);
         drop(list);
         drop(removed);
     }

@@ -2,9 +2,9 @@
 //! read-only.
 
 use super::entry::{Body, Content, Named, Stored, Usage};
-use super::{BitmapError, Bitmaps, NAME_BYTES_MAX, copy_of, is_recordable};
+use super::{BitmapError, Bitmaps, List, NAME_BYTES_MAX, copy_of, is_recordable};
 use crate::bitmap::HBitmap;
-use crate::node::QuiesceGuard;
+use crate::node::{Inner, QuiesceGuard};
 use crate::units::Granularity;
 
 /// A persistent bitmap as it is written with the image, and read back.
@@ -217,8 +217,16 @@ impl Bitmaps<'_> {
             return Err(BitmapError::NotPersistent { name });
         };
         stored.is_readonly = is_readonly;
-        let is_any_readonly = list.entries().any(Named::is_readonly);
-        self.inner().gate.refuse_writes(is_any_readonly);
+        self.inner().refuse_if_readonly(&list);
         Ok(())
+    }
+}
+
+impl Inner {
+    /// Has writes refused while a bitmap is read-only, and let in again when none is. For who has marked one, and
+    /// who removes one that may be.
+    pub(super) fn refuse_if_readonly(&self, list: &List) {
+        self.gate
+            .refuse_writes(list.entries().any(Named::is_readonly));
     }
 }
