@@ -95,7 +95,12 @@ pub struct IncomingMigration {
 }
 
 enum Input {
-    Qemu { reader: RecordReader, named: Named },
+    Qemu {
+        reader: RecordReader,
+        named: Named,
+        /// Whether nothing more of the stream can be understood, by whomever.
+        is_lost: bool,
+    },
     Native(Box<Receiver>),
 }
 
@@ -123,6 +128,7 @@ impl BitmapMigration {
                         .with_footers(options.footers)
                         .with_foreign(options.foreign),
                     named: Named::default(),
+                    is_lost: false,
                 },
                 StreamKind::Native { session } => Input::Native(Box::new(Receiver::new(session))),
             },
@@ -160,6 +166,7 @@ impl IncomingMigration {
         // The stream is sound: it is read on, and nothing is done.
         let is_sound = match (self.loader.ended(), &self.input) {
             (None, _) => true,
+            (Some(_), Input::Qemu { is_lost: true, .. }) => false,
             (Some(error), Input::Qemu { .. }) => {
                 matches!(error, IncomingError::Dropped(_) | IncomingError::Cancelled)
             }
@@ -175,7 +182,11 @@ impl IncomingMigration {
                 Err(error @ IncomingError::Broken(_)) => return Err(error),
                 Err(error) => error,
             },
-            Input::Qemu { reader, named } => {
+            Input::Qemu {
+                reader,
+                named,
+                is_lost,
+            } => {
                 let mut sink = |record: &Record<'_>| named.apply(loader, record);
                 let fed = if stops_after_part {
                     reader.feed_part(bytes, &mut sink)
@@ -192,7 +203,10 @@ impl IncomingMigration {
                         reader.stop();
                         return Ok(bytes.len());
                     }
-                    Err(error) => error.into(),
+                    Err(error) => {
+                        *is_lost = true;
+                        error.into()
+                    }
                 }
             }
         };

@@ -108,3 +108,27 @@ fn a_bitmap_that_is_gone_refuses_no_writes() {
         write(&to, 0);
     }
 }
+
+#[test]
+fn a_stream_of_which_nothing_more_is_understood_is_not_read_on_for_others() {
+    for is_dropped in [false, true] {
+        let mut incoming = one(&Node::new(LEN)).incoming(IncomingOptions::default());
+        if is_dropped {
+            // A name that nobody has.
+            assert_eq!(incoming.feed(b"\x08\x01x"), Ok(3));
+        } else {
+            incoming.cancel();
+        }
+        // It is read for the sake of others.
+        assert_eq!(incoming.feed(b"\x01\x08"), Ok(2));
+        let error = incoming.feed(&[0]).unwrap_err();
+        assert!(matches!(error, IncomingError::Stream(_)), "{error}");
+        assert_eq!(incoming.feed(&[1]), Err(IncomingError::Over));
+        let expected = |error| match error {
+            IncomingError::Dropped(_) => is_dropped,
+            IncomingError::Cancelled => !is_dropped,
+            _ => false,
+        };
+        assert!(incoming.finish().is_err_and(expected));
+    }
+}
