@@ -17,11 +17,11 @@
 
 use std::collections::VecDeque;
 
+use super::MigratingNode;
 use super::error::{Fault, GuestStartError, IncomingError, Unusable};
 use super::event::{ArrivalState, IncomingBitmap, IncomingEvent};
 use super::mapping::{BitmapId, BitmapMapping};
 use super::wire::Shape;
-use super::{MigratingNode, wire};
 use crate::bitmap::HBitmap;
 use crate::node::{BitmapArrival, BitmapError, BitmapOptions, QuiesceGuard, Released};
 use crate::sabotage::{Sabotage, is_broken};
@@ -503,7 +503,7 @@ fn check_part(shape: Shape, range: ByteRange) -> Result<(), Fault> {
         return Ok(());
     }
     let (start, end) = (range.start(), range.end());
-    if end > shape.sectors() * wire::SECTOR {
+    if end > shape.end() {
         let len = shape.len;
         return Err(Fault::PastEnd { end, len });
     }
@@ -514,4 +514,17 @@ fn check_part(shape: Shape, range: ByteRange) -> Result<(), Fault> {
         return Err(Fault::Unaligned { start, end, align });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_longest_disk_has_a_last_part() {
+        let (len, granularity) = (u64::MAX, Granularity::from_exponent(31).unwrap());
+        let shape = Shape { len, granularity };
+        let from = len & !(shape.align() - 1);
+        assert_eq!(check_part(shape, (from..len).into()), Ok(()));
+    }
 }

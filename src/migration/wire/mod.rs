@@ -23,9 +23,10 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    /// Bytes of the disk in sectors, the last of which may be partial.
-    pub(super) fn sectors(self) -> u64 {
-        self.len.div_ceil(SECTOR)
+    /// Where the last sector of the disk ends, which may be partial.
+    pub(super) fn end(self) -> u64 {
+        let end = self.len.checked_next_multiple_of(SECTOR);
+        end.unwrap_or(u64::MAX)
     }
 
     /// Bytes of the disk that 64 granules have: what chunks begin at multiples of.
