@@ -512,7 +512,7 @@ fn fuzz_native(rng: &mut Rng) -> bool {
 /// Breaks each invariant of what reads a stream on purpose: the test of it must notice.
 #[cfg(debug_assertions)]
 mod sabotage {
-    use super::{cases, hostile};
+    use super::{cases, hostile, incoming};
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
     const BROKEN: &[(Sabotage, fn())] = &[
@@ -546,6 +546,14 @@ mod sabotage {
             hostile::whoever_knows_a_section_is_not_given_all_memory,
         ),
         (Sabotage::IgnoreNumbers, cases::native_frames_are_checked),
+        (
+            Sabotage::IgnoreNumbers,
+            incoming::native_brings_several_disks_over_a_line_that_does_what_it_wants,
+        ),
+        (
+            Sabotage::ForgetUnconfirmed,
+            incoming::native_brings_several_disks_over_a_line_that_does_what_it_wants,
+        ),
         (Sabotage::TrustFrameLength, cases::native_frames_are_checked),
     ];
 
