@@ -30,7 +30,8 @@ struct Candidate {
     node: usize,
     wire: (String, String),
     info: BitmapInfo,
-    is_persistent: bool,
+    /// What the mapping says of it.
+    persistent: Option<bool>,
 }
 
 impl BitmapMigration {
@@ -57,19 +58,20 @@ impl BitmapMigration {
                 id,
                 node,
                 wire,
-                is_persistent,
+                persistent,
                 ..
             } = candidate;
             // As it is now that nobody can change it.
-            let (len, granularity, is_enabled) = hold.shape();
+            let info = hold.info();
+            let (len, granularity) = (info.len, info.granularity);
             selected.push(Selected {
                 id,
                 hold,
                 node,
                 wire,
                 shape: Shape { len, granularity },
-                is_enabled,
-                is_persistent,
+                is_enabled: info.is_recording,
+                is_persistent: persistent.unwrap_or(info.is_persistent),
             });
         }
         Ok(selected)
@@ -106,7 +108,7 @@ impl BitmapMigration {
                     },
                     node: index,
                     wire: (alias.clone(), name),
-                    is_persistent: persistent.unwrap_or(info.is_persistent),
+                    persistent,
                     info,
                 });
             }

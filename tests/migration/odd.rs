@@ -8,8 +8,8 @@ use blockjob::migration::{
     OutgoingOptions, RecordReader, SetupError, StreamError, StreamKind,
 };
 use blockjob::{
-    BitmapMigration, BitmapOptions, BitmapState, Granularity, Grown, HBitmap, IncomingError, Node,
-    OutgoingError,
+    BitmapMigration, BitmapOptions, BitmapState, BitmapStorage, Granularity, Grown, HBitmap,
+    IncomingError, Node, OutgoingError,
 };
 
 use crate::cases::{LEN, bitmap, disk, id, large, one, pull, start, stop, write};
@@ -235,6 +235,41 @@ fn a_bitmap_is_sent_as_it_is_when_it_is_taken() {
         }
         stops.store(true, Ordering::Relaxed);
         resizer.join().unwrap();
+        assert!(is_right);
+    });
+}
+
+/// A bitmap is removed, and another made of that name, between the look at it and its being taken.
+#[test]
+fn a_bitmap_is_as_persistent_as_the_one_that_is_taken() {
+    let from = Node::new(1 << 20);
+    from.bitmaps().set_storage(Some(BitmapStorage::default()));
+    let stops = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let maker = scope.spawn(|| {
+            let mut options = BitmapOptions::default();
+            while !stops.load(Ordering::Relaxed) {
+                options.persistent = !options.persistent;
+                // It is not made while it is there, nor removed while it is sent.
+                let _ = from.bitmaps().add_disabled("a", options);
+                let _ = from.bitmaps().remove("a");
+            }
+        });
+        let (mut is_right, mut looks) = (true, 0);
+        while looks < 100_000 && is_right {
+            looks += 1;
+            let Ok(mut outgoing) = one(&from).outgoing(OutgoingOptions::default()) else {
+                continue;
+            };
+            let bytes = pull(&mut outgoing);
+            // Nothing, or a START with its flags and the end of the part.
+            if let [.., flags, 1] = bytes[..] {
+                let is_persistent = from.bitmaps().query("a").unwrap().is_persistent;
+                is_right = is_persistent == (flags & 2 != 0);
+            }
+        }
+        stops.store(true, Ordering::Relaxed);
+        maker.join().unwrap();
         assert!(is_right);
     });
 }

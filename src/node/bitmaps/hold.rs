@@ -3,11 +3,11 @@
 use std::fmt;
 
 use super::entry::{Content, Intent, Usage};
-use super::{BitmapError, Bitmaps, BusyWith, List};
+use super::{BitmapError, BitmapInfo, Bitmaps, BusyWith, List};
 use crate::bitmap::{Changes, HBitmap};
 use crate::node::Inner;
 use crate::sync::{Arc, MutexGuard};
-use crate::units::{ByteRange, Granularity};
+use crate::units::ByteRange;
 
 /// That a bitmap is kept as it is, but for what it records, and is left out of
 /// [exports](Bitmaps::export_state): somebody is about to have it elsewhere, after a migration as a rule.
@@ -61,11 +61,9 @@ impl BitmapHold {
         super::copy_of(self.node().lock_drained().owned(self.id).map()?)
     }
 
-    /// How long and how fine it is, and whether it records: none of that changes while it is held.
-    pub(crate) fn shape(&self) -> (u64, Granularity, bool) {
-        let list = self.node().lock_drained();
-        let named = list.owned(self.id);
-        (named.len(), named.granularity(), named.is_recording())
+    /// What it is. Of that only the bits, and whether it is read-only, change while it is held.
+    pub(crate) fn info(&self) -> BitmapInfo {
+        self.node().lock_drained().owned(self.id).info()
     }
 
     /// Notes from now on which chunks of so many serialized bytes guest writes change. All have, at first.
