@@ -16,6 +16,8 @@ mod driving;
 mod hostile;
 #[path = "migration/incoming.rs"]
 mod incoming;
+#[path = "migration/native.rs"]
+mod native;
 #[path = "migration/odd.rs"]
 mod odd;
 #[path = "sim/rng.rs"]
@@ -512,7 +514,7 @@ fn fuzz_native(rng: &mut Rng) -> bool {
 /// Breaks each invariant of what reads a stream on purpose: the test of it must notice.
 #[cfg(debug_assertions)]
 mod sabotage {
-    use super::{cases, hostile, incoming};
+    use super::{cases, hostile, native};
     use blockjob::sabotage::{Sabotage, break_on_this_thread};
 
     const BROKEN: &[(Sabotage, fn())] = &[
@@ -548,11 +550,11 @@ mod sabotage {
         (Sabotage::IgnoreNumbers, cases::native_frames_are_checked),
         (
             Sabotage::IgnoreNumbers,
-            incoming::native_brings_several_disks_over_a_line_that_does_what_it_wants,
+            native::several_disks_come_over_a_line_that_does_what_it_wants,
         ),
         (
             Sabotage::ForgetUnconfirmed,
-            incoming::native_brings_several_disks_over_a_line_that_does_what_it_wants,
+            native::several_disks_come_over_a_line_that_does_what_it_wants,
         ),
         (Sabotage::TrustFrameLength, cases::native_frames_are_checked),
     ];
