@@ -527,6 +527,7 @@ mod sabotage {
             hostile::a_receiver_takes_no_more_than_it_allows,
         ),
         (Sabotage::AddLoaded, hostile::what_has_one_meaning_is_taken),
+        (Sabotage::AddLoaded, native::frames_may_say_anything),
         (
             Sabotage::CompleteWithGaps,
             hostile::a_bitmap_is_whole_when_all_its_bits_came_and_it_was_said,
