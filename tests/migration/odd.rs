@@ -4,8 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blockjob::migration::{
-    Fault, Framing, IncomingEvent, IncomingOptions, MigratingNode, Mode, Next, OutgoingEvent,
-    OutgoingOptions, RecordReader, SetupError, StreamError, StreamKind,
+    BodyPart, Fault, ForeignSection, ForeignSections, Framing, IncomingEvent, IncomingOptions,
+    MigratingNode, Mode, Next, OutgoingEvent, OutgoingOptions, Record, RecordReader, SetupError,
+    StreamError, StreamKind,
 };
 use blockjob::{
     BitmapMigration, BitmapOptions, BitmapState, BitmapStorage, Granularity, Grown, HBitmap,
@@ -202,6 +203,40 @@ fn a_section_of_another_instance_is_not_ours() {
     };
     feed(0).unwrap();
     assert!(feed(1).is_err());
+}
+
+/// Whoever knows a section looks further than it goes.
+#[test]
+fn what_was_needed_past_the_end_of_a_section_is_read_on() {
+    struct FarSighted;
+    impl ForeignSections for FarSighted {
+        fn body(&mut self, _: &ForeignSection<'_>, bytes: &[u8]) -> Result<BodyPart, String> {
+            Ok(match bytes.len() {
+                60.. => BodyPart::End(1),
+                _ => BodyPart::Needs(60),
+            })
+        }
+    }
+    let stream = [
+        &b"\x04\0\0\0\x09\x01x\0\0\0\0\0\0\0\x01#\x7e\0\0\0\x09"[..],
+        b"\x01\0\0\0\x07\x0cdirty-bitmap\0\0\0\0\0\0\0\x01\x01\x7e\0\0\0\x07",
+        b"\x03\0\0\0\x07\x01\x7e\0\0\0\x07",
+    ]
+    .concat();
+    let others = [0xff; 30];
+    let bytes = [&stream[..], &others].concat();
+    for first in 0..stream.len() {
+        let foreign: Option<Box<dyn ForeignSections>> = Some(Box::new(FarSighted));
+        let mut reader = RecordReader::new(Framing::Sections).with_foreign(foreign);
+        let mut sink = |_: &Record<'_>| Ok::<(), StreamError>(());
+        let mut used = reader.feed(&bytes[..first], &mut sink).unwrap();
+        assert_eq!(used, first);
+        used += reader.feed(&bytes[first..], &mut sink).unwrap();
+        assert!(reader.is_done());
+        // It is known where the bitmaps end. The section begins its body with the 16th byte.
+        assert_eq!(reader.position(), stream.len() as u64);
+        assert_eq!(used, if first > 15 { 15 + 60 } else { stream.len() });
+    }
 }
 
 /// Disks change between the look at a bitmap and its being taken.

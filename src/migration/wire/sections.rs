@@ -65,7 +65,8 @@ pub enum BodyPart {
     More(usize),
     /// As many bytes belong to it, and it ends there.
     End(usize),
-    /// As many bytes, more than there are and 65536 at most, are needed to go on.
+    /// As many bytes, more than there are and 65536 at most, are needed to go on. They count as read, also those
+    /// that turn out to be past the end of the part; so who shares the stream asks for none of those.
     Needs(usize),
     /// Nobody can tell where it ends. That ends the stream with
     /// [`ForeignSection`](Fault::ForeignSection), unless its bitmaps have come by then.
