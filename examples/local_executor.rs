@@ -164,7 +164,7 @@ impl<S: Storage> Vm<S> {
                 }
             };
             written.last.insert(block, byte);
-            if written.writes % 8 == 0 {
+            if written.writes.is_multiple_of(8) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }

@@ -338,17 +338,17 @@ where
             self.pool.put(buf);
             return done(to, Err(std::io::ErrorKind::Interrupted.into()));
         }
-        if let OpKind::CopyDetecting(_, if_zero) = kind {
-            if is_zero(buf.as_ref()) {
-                self.pool.put(buf);
-                return match if_zero {
-                    IfZero::Leave => Outcome::Zeroes,
-                    IfZero::Write(unmap) => match self.target.write_zeroes(range, unmap).await {
-                        Ok(()) => Outcome::Zeroes,
-                        Err(error) => done(to, Err(error)),
-                    },
-                };
-            }
+        if let OpKind::CopyDetecting(_, if_zero) = kind
+            && is_zero(buf.as_ref())
+        {
+            self.pool.put(buf);
+            return match if_zero {
+                IfZero::Leave => Outcome::Zeroes,
+                IfZero::Write(unmap) => match self.target.write_zeroes(range, unmap).await {
+                    Ok(()) => Outcome::Zeroes,
+                    Err(error) => done(to, Err(error)),
+                },
+            };
         }
         let (written, buf) = match (to, kind) {
             (Side::Buffer, _) => self.buffer.write_at(range.start(), buf).await,

@@ -574,11 +574,10 @@ impl World {
                 .bitmaps
                 .iter()
                 .find(|b| b.name == at.1)
+                && bitmap.held.is_some()
             {
-                if bitmap.held.is_some() {
-                    let answer = ask(&self.nodes, &Verb::Disable(at.clone()));
-                    assert!(matches!(answer, Some(Err(BitmapError::Busy { .. }))));
-                }
+                let answer = ask(&self.nodes, &Verb::Disable(at.clone()));
+                assert!(matches!(answer, Some(Err(BitmapError::Busy { .. }))));
             }
         }
     }

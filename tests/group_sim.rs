@@ -997,7 +997,7 @@ fn run(seed: u64) -> Report {
         sim.pump();
         sim.step();
         turn += 1;
-        if turn % 16 == 0 {
+        if turn.is_multiple_of(16) {
             sim.check_coverage();
         }
     }

@@ -390,11 +390,11 @@ impl Play {
             member.commit();
             return;
         }
-        if round % 3 == 0 && member.switch.is_some() {
+        if round.is_multiple_of(3) && member.switch.is_some() {
             member.commit();
             return;
         }
-        if round % 2 == 0 && !member.machine.out.is_empty() {
+        if round.is_multiple_of(2) && !member.machine.out.is_empty() {
             if index == self.victim && std::mem::take(&mut self.fails) {
                 let side = match member.machine.out[0].kind().writes_target() {
                     true => Side::Target,

@@ -321,14 +321,14 @@ where
                     wait = Some(Box::pin(clock.sleep_until(clock.now() + linger)));
                 }
             }
-            if let Some(sleep) = &mut wait {
-                if sleep.as_mut().poll(cx).is_ready() {
-                    wait = None;
-                    tell(Moment::Ending)?;
-                    match is_ready {
-                        true => job.complete()?,
-                        false => given_up = Some(job.cancel(Cancel::Force)?),
-                    }
+            if let Some(sleep) = &mut wait
+                && sleep.as_mut().poll(cx).is_ready()
+            {
+                wait = None;
+                tell(Moment::Ending)?;
+                match is_ready {
+                    true => job.complete()?,
+                    false => given_up = Some(job.cancel(Cancel::Force)?),
                 }
             }
             run.as_mut().poll(cx).map(Ok::<_, Error>)

@@ -338,7 +338,7 @@ impl Pool {
 impl State {
     fn take(&mut self) -> Option<(u64, Work)> {
         self.taken += 1;
-        if self.taken % FAIR_TURN == 0 {
+        if self.taken.is_multiple_of(FAIR_TURN) {
             self.queue.pop_front()
         } else {
             self.queue.pop_back()

@@ -663,10 +663,10 @@ impl Backup {
                 self.rate.account(self.engine.cost(op.kind()));
                 return Turn::Step(Step::Op(op));
             }
-            if let Some(max) = self.options.discard_saved_max {
-                if let Some(op) = self.engine.next_discard(&armed.dirty, max) {
-                    return Turn::Step(Step::Op(op));
-                }
+            if let Some(max) = self.options.discard_saved_max
+                && let Some(op) = self.engine.next_discard(&armed.dirty, max)
+            {
+                return Turn::Step(Step::Op(op));
             }
             // Nothing is left behind in the buffer, and nothing more comes to a device when the job is over.
             let is_copied = armed.dirty.is_clean()

@@ -229,10 +229,11 @@ impl HBitmap {
     /// and nothing, if there is none.
     #[inline]
     pub(super) fn next_lacking_word(&self, from: usize) -> (usize, u64) {
-        if let Some(word) = self.words.get(from) {
-            if *word != 0 && *word != !0 {
-                return (from, *word);
-            }
+        if let Some(word) = self.words.get(from)
+            && *word != 0
+            && *word != !0
+        {
+            return (from, *word);
         }
         let at = self.summary.next_lacking(from).unwrap_or(self.words.len());
         (at, self.word(at))

@@ -69,8 +69,8 @@ impl RangeLimits {
     /// Whether a device of `len` bytes takes `range` in one request.
     pub(crate) fn takes(self, range: ByteRange, len: u64) -> bool {
         let align = u64::from(self.align);
-        let ends_well = range.end() % align == 0 || range.end() == len;
-        range.start() % align == 0 && ends_well && range.len() <= self.max
+        let ends_well = range.end().is_multiple_of(align) || range.end() == len;
+        range.start().is_multiple_of(align) && ends_well && range.len() <= self.max
     }
 }
 

@@ -180,7 +180,7 @@ impl Shape {
         let granule = u64::from(own).max(align);
         let start = claimed.start();
         let end = self.end_without_data(claimed, known, granule, align_down(max, granule));
-        if start % granule != 0 || end <= start {
+        if !start.is_multiple_of(granule) || end <= start {
             // What cannot go without data goes as data, up to where the next try may succeed.
             let boundary = align_up(start + 1, granule).min(align_up(known, align));
             return self.copy(claimed, boundary, align);

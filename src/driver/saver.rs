@@ -49,10 +49,10 @@ where
         let mut output = None;
         poll_fn(|cx| {
             loop {
-                if output.is_none() {
-                    if let Poll::Ready(ready) = saver.poll(write.as_mut(), cx) {
-                        output = Some(ready);
-                    }
+                if output.is_none()
+                    && let Poll::Ready(ready) = saver.poll(write.as_mut(), cx)
+                {
+                    output = Some(ready);
                 }
                 if let Poll::Ready(Some(())) = urgent.poll_next_unpin(cx) {
                     saver.has_done_something = true;

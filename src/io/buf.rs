@@ -172,13 +172,13 @@ impl BufferPool for HeapPool {
     type Buf = AlignedBuf;
 
     fn take(&self, len: usize) -> io::Result<AlignedBuf> {
-        if let Some(mut buf) = self.free.lock().pop() {
-            if len <= buf.capacity {
-                buf.len = len;
-                return Ok(buf);
-            }
-            // Too small for this one: let it go, so that the pool grows into the sizes asked for.
+        if let Some(mut buf) = self.free.lock().pop()
+            && len <= buf.capacity
+        {
+            buf.len = len;
+            return Ok(buf);
         }
+        // Too small for this one: let it go, so that the pool grows into the sizes asked for.
         AlignedBuf::new(len, self.align)
     }
 

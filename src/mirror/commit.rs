@@ -210,7 +210,7 @@ impl Mirror {
             side: Side::Target,
             error,
         })?;
-        if base.len > node.len() && node.len() % end_align(&base) == 0 {
+        if base.len > node.len() && node.len().is_multiple_of(end_align(&base)) {
             base.len = node.len();
         }
         Self::make(node, source, base, options.into(), Task::Commit)

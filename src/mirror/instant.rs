@@ -86,11 +86,11 @@ impl Beginning for Instant {
             empty: mut dirty,
             left,
         } = idle;
-        if let (Some(claim), None) = (&claim, &wanted) {
-            if !is_broken(Sabotage::ForgetClaimed) {
-                let bits = locked.claimed(&self.node, claim);
-                dirty.merge_from(bits).expect("it is as long");
-            }
+        if let (Some(claim), None) = (&claim, &wanted)
+            && !is_broken(Sabotage::ForgetClaimed)
+        {
+            let bits = locked.claimed(&self.node, claim);
+            dirty.merge_from(bits).expect("it is as long");
         }
         if let Some(left) = &left {
             dirty.merge_from(left).expect("its length was checked");

@@ -176,10 +176,11 @@ impl Mirror {
         let by = self.by.as_mut();
         let claim = by.and_then(|by| Some((by.claim.take()?, by.end(is_success))));
         let is_told_by_bitmap = matches!(claim, Some((_, ClaimEnd::Left)));
-        if is_success && is_broken(Sabotage::InstantAtEnd) {
-            if let Some((claim, _)) = &claim {
-                claim.fold();
-            }
+        if is_success
+            && is_broken(Sabotage::InstantAtEnd)
+            && let Some((claim, _)) = &claim
+        {
+            claim.fold();
         }
         // Those under way go nowhere any more; what of them is at the target counts as left.
         let writes = self.active.writes.take();

@@ -186,10 +186,10 @@ impl State {
     }
 
     fn set_wish(&mut self, wish: Option<ByteRange>) {
-        if let Some(before) = std::mem::replace(&mut self.wish, wish) {
-            if self.wish != Some(before) {
-                self.wake_later(before);
-            }
+        if let Some(before) = std::mem::replace(&mut self.wish, wish)
+            && self.wish != Some(before)
+        {
+            self.wake_later(before);
         }
     }
 
@@ -263,10 +263,10 @@ impl Actives {
                     }
                 });
                 let is_known = |known: &Waker| waker.is_some_and(|waker| known.will_wake(waker));
-                if !waiting.waker.as_ref().is_some_and(is_known) {
-                    if let Some(waker) = waker {
-                        unused = waiting.waker.replace(waker.clone());
-                    }
+                if !waiting.waker.as_ref().is_some_and(is_known)
+                    && let Some(waker) = waker
+                {
+                    unused = waiting.waker.replace(waker.clone());
                 }
                 if is_new {
                     wakers.extend(state.driver.clone());

@@ -139,7 +139,7 @@ fn check_stream(name: &str) {
         }
         assert_true(&loaded[0], bitmap);
         assert_true(&loaded[1], bitmap);
-        if bits.len() % 7 != 0 {
+        if !bits.len().is_multiple_of(7) {
             assert_true(&loaded[2], bitmap);
         }
 

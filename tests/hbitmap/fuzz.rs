@@ -181,7 +181,7 @@ fn random(seed: u64) -> impl FnMut() -> u64 {
 fn input(seed: u64) -> Vec<u8> {
     let mut random = random(seed);
     let mut bytes: Vec<u8> = (0..random() % 400).map(|_| random() as u8).collect();
-    if seed % 3 == 0 {
+    if seed.is_multiple_of(3) {
         // A length that comes to some thousand granules of 64 bytes or so.
         let start = [6, 0x77, random() as u8, 0, 0, 0, 0, 0, 0, 0, 8];
         bytes.splice(0..0, start);

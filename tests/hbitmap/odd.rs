@@ -93,7 +93,7 @@ impl Plain {
 
     fn trim(&mut self) {
         self.words.resize(self.granules.div_ceil(64) as usize, 0);
-        if self.granules % 64 != 0 {
+        if !self.granules.is_multiple_of(64) {
             *self.words.last_mut().unwrap() &= (1 << (self.granules % 64)) - 1;
         }
     }

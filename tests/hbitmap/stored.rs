@@ -601,7 +601,7 @@ struct Drops<'a> {
 impl Read for Drops<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         self.reads += 1;
-        if self.reads % 3 == 0 {
+        if self.reads.is_multiple_of(3) {
             return Err(io::ErrorKind::Interrupted.into());
         }
         let len = buf.len().min(1);

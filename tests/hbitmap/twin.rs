@@ -108,8 +108,8 @@ impl Twin {
             return Some(false);
         }
         let bytes = self.granularity.bytes();
-        let is_aligned =
-            range.start % bytes == 0 && (range.end % bytes == 0 || range.end == self.len);
+        let is_aligned = range.start.is_multiple_of(bytes)
+            && (range.end.is_multiple_of(bytes) || range.end == self.len);
         let fits = is_aligned && range.end <= self.rounded_len();
         fits.then(|| self.fill(self.touched(&range), false))
     }

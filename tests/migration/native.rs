@@ -426,9 +426,9 @@ impl Teller {
         if let Some((len, align, is_whole)) = shape {
             // A part of no bytes is one anywhere.
             let is_part = range.is_empty()
-                || range.start() % align == 0
+                || range.start().is_multiple_of(align)
                     && range.end() <= len.next_multiple_of(512)
-                    && (range.end() % align == 0 || {
+                    && (range.end().is_multiple_of(align) || {
                         let granule = align / 64;
                         (range.end() - 1) / granule == (len - 1) / granule
                     });

@@ -403,10 +403,10 @@ fn a_granule_that_is_always_written_to_gets_copied_all_the_same() {
         turns += 1;
         assert!(turns < 1000, "never ready: {:?}", left(&mut machine));
         let index = turns % 2;
-        if let Some(write) = under_way[index].take() {
-            if let Some(half) = to_source(&mut machine, write, turns as u8) {
-                to_target(&mut machine, half);
-            }
+        if let Some(write) = under_way[index].take()
+            && let Some(half) = to_source(&mut machine, write, turns as u8)
+        {
+            to_target(&mut machine, half);
         }
         let begun = match waits[index].take() {
             None => begin(&machine, halves[index].clone()),

@@ -597,7 +597,7 @@ fn the_finer_granularity_of_bitmap_and_checkpoint_counts() {
         let _ = machine.take_all();
     }
     let copied = machine.copied;
-    assert!(copied % (4 * KIB) != 0, "{copied}");
+    assert!(!copied.is_multiple_of(4 * KIB), "{copied}");
     let bytes = machine.mirror().checkpoint(ID).unwrap();
     machine.drop_mirror();
     let mut options = by_bitmap(BitmapMode::Always);

@@ -455,7 +455,7 @@ fn run(seed: u64) -> Report {
                 let mut one = out.swap_remove(index);
                 if matches!(one.op.kind(), OpKind::Settle) {
                     // Up to here what was lost may land. Half of it did.
-                    for mut late in lost.drain(..).filter(|_| seed % 2 == 0) {
+                    for mut late in lost.drain(..).filter(|_| seed.is_multiple_of(2)) {
                         while chain.advance(&mut late, false).is_none() {}
                     }
                 }

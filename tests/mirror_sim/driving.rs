@@ -40,7 +40,7 @@ pub(crate) fn drive(sim: &mut Sim, mirror: Mirror) {
         let signal = sim.step();
         sim.answer(&mut driving);
         if let Signal::GoOn = signal {
-            if sim.world.borrow().steps % 8 == 0 {
+            if sim.world.borrow().steps.is_multiple_of(8) {
                 sim.look_at(&driving);
             }
             continue;

@@ -172,7 +172,8 @@ impl Disk {
         let aligned = |align: u64, what: &str| {
             let at_end = range.end() == self.limits.len;
             assert!(
-                range.start() % align == 0 && (at_end || range.end() % align == 0),
+                range.start().is_multiple_of(align)
+                    && (at_end || range.end().is_multiple_of(align)),
                 "{what} {range} is not aligned to {align}"
             );
         };
@@ -322,7 +323,7 @@ impl Disk {
             block.content == first.content && block.in_top == first.in_top
         });
         len += BLOCK * others.count().min(most - 1) as u64;
-        if seed % 61 == 0 {
+        if seed.is_multiple_of(61) {
             // It does not know.
             len = 0;
         }

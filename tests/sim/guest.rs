@@ -266,10 +266,10 @@ impl Guests {
         }
         self.writes += 1;
         self.recorded.push(range);
-        if let (true, Some(target)) = (ticket.is_active(), self.copies_to) {
-            if !world.rng.one_in(20) {
-                return self.copy(world, index, ticket, kind, target, request.error);
-            }
+        if let (true, Some(target)) = (ticket.is_active(), self.copies_to)
+            && !world.rng.one_in(20)
+        {
+            return self.copy(world, index, ticket, kind, target, request.error);
         }
         if world.rng.one_in(10) {
             // The VMM gives up on the request, which has settled.

@@ -478,7 +478,8 @@ impl Export {
     fn limits(&self) -> io::Result<Limits> {
         // Without a word about it, a server takes these.
         let [least, _, largest] = self.block_sizes.unwrap_or([1, 4096, 32 << 20]);
-        if !least.is_power_of_two() || largest < least || self.len % u64::from(least) != 0 {
+        if !least.is_power_of_two() || largest < least || !self.len.is_multiple_of(u64::from(least))
+        {
             return Err(malformed("block sizes that cannot be"));
         }
         let whole = |len: u64| len - len % u64::from(least);

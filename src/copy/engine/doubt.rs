@@ -258,10 +258,11 @@ impl Engine {
 
     /// It was not compared.
     pub(super) fn not_compared(&mut self, range: ByteRange) {
-        if let Some(doubts) = &mut self.doubts {
-            if doubts.is_on && !is_broken(Sabotage::ForgetDoubt) {
-                doubts.doubt(range);
-            }
+        if let Some(doubts) = &mut self.doubts
+            && doubts.is_on
+            && !is_broken(Sabotage::ForgetDoubt)
+        {
+            doubts.doubt(range);
         }
         self.end_comparing(range);
     }

@@ -116,10 +116,10 @@ impl OutgoingMigration {
             self.is_set_up = true;
             self.events.push_back(OutgoingEvent::SetUp);
         }
-        if let Wire::Qemu(writer) = &mut self.wire {
-            if !writer.has_started() {
-                writer.open(PartKind::Start, &mut self.ready);
-            }
+        if let Wire::Qemu(writer) = &mut self.wire
+            && !writer.has_started()
+        {
+            writer.open(PartKind::Start, &mut self.ready);
         }
         for (index, one) in self.bitmaps.iter_mut().enumerate() {
             if one.is_announced {
@@ -156,10 +156,10 @@ impl OutgoingMigration {
                 }
             }
         }
-        if let Wire::Qemu(writer) = &mut self.wire {
-            if writer.is_open_as(PartKind::Start) {
-                writer.close(&mut self.ready);
-            }
+        if let Wire::Qemu(writer) = &mut self.wire
+            && writer.is_open_as(PartKind::Start)
+        {
+            writer.close(&mut self.ready);
         }
     }
 

@@ -68,10 +68,10 @@ impl List {
         maps: Vec<(u64, HBitmap)>,
     ) -> Vec<HBitmap> {
         for entry in &mut self.entries {
-            if let Some(named) = entry.named_mut() {
-                if let Content::Inconsistent { len, .. } = &mut named.content {
-                    *len = new_len;
-                }
+            if let Some(named) = entry.named_mut()
+                && let Content::Inconsistent { len, .. } = &mut named.content
+            {
+                *len = new_len;
             }
         }
         let put = |(id, map)| std::mem::replace(self.owned_mut(id).map_mut(), map);
