@@ -5,6 +5,8 @@ use std::cmp::Ordering;
 use std::iter::FusedIterator;
 use std::ops::Range;
 
+use multiversion::multiversion;
+
 use super::HBitmap;
 use super::summary::{Blocks, Pair};
 use super::word::{BLOCK, bit, bits_from, bits_to, lowest, word_of};
@@ -126,7 +128,7 @@ impl<'a> Iter<'a> {
     }
 
     /// What of a word of the block is to be yielded.
-    #[inline]
+    #[inline(always)]
     fn bits_of(&self, word: usize) -> u64 {
         let (block, pair) = self.block;
         let bits = self.bitmap.word_of_block(block, pair, word % 64);
@@ -138,7 +140,7 @@ impl<'a> Iter<'a> {
     }
 
     /// Goes to the next word that has dirty granules, if there is one.
-    #[inline]
+    #[inline(always)]
     fn next_word(&mut self) -> Option<()> {
         if self.rest == 0 {
             self.block = self.blocks.next()?;
@@ -171,48 +173,54 @@ impl Iterator for Iter<'_> {
     }
 
     #[inline]
-    fn fold<B, F: FnMut(B, u64) -> B>(mut self, init: B, mut f: F) -> B {
-        let granularity = self.bitmap.granularity;
-        // A product is faster than a shift by something that is not a constant.
-        let bytes = granularity.bytes();
-        let mut result = init;
-        loop {
-            // The offset of the word's first granule, and from there on bit by bit. A full word is a loop
-            // that needs no bits.
-            let start = granularity.start_of(self.word as u64 * 64);
-            if self.bits == !0 {
-                for at in 0..64 {
-                    result = f(result, start + at * bytes);
+    fn fold<B, F: FnMut(B, u64) -> B>(self, init: B, f: F) -> B {
+        fold_granules(self, init, f)
+    }
+}
+
+/// All that is left of an iterator. Made several times over, for what processors have: the work is finding ones.
+#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+fn fold_granules<B, F: FnMut(B, u64) -> B>(mut iter: Iter<'_>, init: B, mut f: F) -> B {
+    let granularity = iter.bitmap.granularity;
+    // A product is faster than a shift by something that is not a constant.
+    let bytes = granularity.bytes();
+    let mut result = init;
+    loop {
+        // The offset of the word's first granule, and from there on bit by bit. A full word is a loop
+        // that needs no bits.
+        let start = granularity.start_of(iter.word as u64 * 64);
+        if iter.bits == !0 {
+            for at in 0..64 {
+                result = f(result, start + at * bytes);
+            }
+        } else {
+            let mut bits = iter.bits;
+            let mut take = |result: B| {
+                let at = u64::from(bits.trailing_zeros());
+                bits &= bits.wrapping_sub(1);
+                (f(result, start + at * bytes), bits)
+            };
+            // A few one by one, as they are in a sparse map, and more of them in eights, as such a loop is unrolled.
+            let mut rest = iter.bits;
+            for _ in 0..FEW {
+                if rest == 0 {
+                    break;
                 }
-            } else {
-                let mut bits = self.bits;
-                let mut take = |result: B| {
-                    let at = u64::from(bits.trailing_zeros());
-                    bits &= bits.wrapping_sub(1);
-                    (f(result, start + at * bytes), bits)
-                };
-                // A few one by one, as they are in a sparse map, and more of them in eights, as such a loop is unrolled.
-                let mut rest = self.bits;
-                for _ in 0..FEW {
-                    if rest == 0 {
-                        break;
-                    }
-                    (result, rest) = take(result);
-                }
-                if rest != 0 {
-                    for _ in 0..rest.count_ones() / 8 {
-                        for _ in 0..8 {
-                            (result, rest) = take(result);
-                        }
-                    }
-                    while rest != 0 {
+                (result, rest) = take(result);
+            }
+            if rest != 0 {
+                for _ in 0..rest.count_ones() / 8 {
+                    for _ in 0..8 {
                         (result, rest) = take(result);
                     }
                 }
+                while rest != 0 {
+                    (result, rest) = take(result);
+                }
             }
-            if self.next_word().is_none() {
-                return result;
-            }
+        }
+        if iter.next_word().is_none() {
+            return result;
         }
     }
 }
