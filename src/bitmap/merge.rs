@@ -282,7 +282,10 @@ impl HBitmap {
 /// Makes `map` the union of both, which have the same granules and memory.
 ///
 /// Made several times over, for what processors have: the work is counting ones.
-#[multiversion(targets = "simd")]
+#[multiversion(targets(
+    "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
+    "x86_64+avx2+bmi1+bmi2+popcnt"
+))]
 fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
     for (block, theirs) in other.summary.blocks_from(0) {
         let Some(mine) = map.summary.block(block) else {
@@ -300,13 +303,11 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
             added.split_first_chunk::<64>(),
         ) {
             // All 64 words are mixed in both: without a question the compiler makes wide instructions.
-            let mut has_full = false;
             for (word, added) in words.iter_mut().zip(added) {
                 count += u64::from((added & !*word).count_ones());
                 *word |= added;
-                has_full |= *word == !0;
             }
-            if has_full {
+            if words.iter().fold(false, |any, word| any | (*word == !0)) {
                 after = classes(words);
             }
         } else {
@@ -338,7 +339,10 @@ fn union_blocks(map: &mut HBitmap, other: &HBitmap) {
 }
 
 /// Takes from `map` what `other` has, which has the same granules. Both have memory.
-#[multiversion(targets = "simd")]
+#[multiversion(targets(
+    "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
+    "x86_64+avx2+bmi1+bmi2+popcnt"
+))]
 fn subtract_blocks(map: &mut HBitmap, other: &HBitmap) {
     for (block, theirs) in other.summary.blocks_from(0) {
         let Some(mine) = map.summary.block(block) else {
