@@ -356,7 +356,10 @@ impl<'a> Iterator for Spans<'a> {
 ///
 /// What is empty or full is known before the memory is asked for. If some of it is so for a whole page, that is left as it
 /// comes from the allocator, which has zeroes nobody has touched; else it is written once, and not zeroed before.
-#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+#[multiversion(targets(
+    "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
+    "x86_64+avx2+bmi1+bmi2+popcnt"
+))]
 fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateError> {
     let granules = map.granules();
     let no_memory = |OutOfMemory| CreateError::OutOfMemory { granules };
@@ -366,38 +369,38 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     }
     let mut summary = Summary::new(words.len() as u64).map_err(no_memory)?;
     let mut ones = Ones::default();
-    for (block, given) in words.chunks(64).enumerate() {
-        let pair = match <&[W; 64]>::try_from(given) {
-            Ok(words) if block < last / 64 => {
-                ones.add(|at| words[at].get());
-                classes(words)
-            }
-            _ => {
-                let mut words = [0; 64];
-                W::copy(given, &mut words[..given.len()]);
-                words[last % 64] &= kept(past_end);
-                ones.add(|at| words[at]);
-                classes(&words)
-            }
-        };
+    // As long as all have to be written, a block is copied while it is in the nearest cache.
+    let mut all = Vec::new();
+    let reserved = all.try_reserve_exact(words.len());
+    reserved.map_err(|_| no_memory(OutOfMemory))?;
+    let mut blocks = words.chunks(64).enumerate();
+    for (block, given) in blocks.by_ref() {
+        let pair = tally_block(block, given, (last, past_end), &mut ones);
+        summary.put(block, pair);
+        if pair.mixed == 0 {
+            break;
+        }
+        W::append(given, &mut all);
+    }
+    for (block, given) in blocks {
+        let pair = tally_block(block, given, (last, past_end), &mut ones);
         summary.put(block, pair);
     }
     let count = ones.total();
     summary.rebuild();
-    if summary.is_mixed_in_each(PAGE / 64) {
-        let mut all = Vec::new();
-        all.try_reserve_exact(words.len())
-            .map_err(|_| no_memory(OutOfMemory))?;
-        W::append(words, &mut all);
-        map.words = all;
+    map.words = if summary.is_mixed_in_each(PAGE / 64) {
+        W::append(&words[all.len()..], &mut all);
+        all
     } else {
-        map.words = memory::zeroed(words.len() as u64).map_err(no_memory)?;
-        for (block, (to, from)) in map.words.chunks_mut(64).zip(words.chunks(64)).enumerate() {
+        drop(all);
+        let mut some = memory::zeroed(words.len() as u64).map_err(no_memory)?;
+        for (block, (to, from)) in some.chunks_mut(64).zip(words.chunks(64)).enumerate() {
             if summary.block(block).is_some_and(|pair| pair.mixed != 0) {
                 W::copy(from, to);
             }
         }
-    }
+        some
+    };
     if map.words[last] & !kept(past_end) != 0 {
         map.words[last] &= kept(past_end);
     }
@@ -408,6 +411,29 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
         count
     };
     Ok(true)
+}
+
+/// What the words of a block hold, the last of which may have bits that are past the end. Counts their ones.
+#[inline(always)]
+fn tally_block<W: Word>(
+    block: usize,
+    words: &[W],
+    (last, past_end): (usize, u64),
+    ones: &mut Ones,
+) -> Pair {
+    match <&[W; 64]>::try_from(words) {
+        Ok(words) if block < last / 64 => {
+            ones.add(|at| words[at].get());
+            classes(words)
+        }
+        _ => {
+            let mut kept_words = [0; 64];
+            W::copy(words, &mut kept_words[..words.len()]);
+            kept_words[last % 64] &= kept(past_end);
+            ones.add(|at| kept_words[at]);
+            classes(&kept_words)
+        }
+    }
 }
 
 /// The granules of the last word that are there.
@@ -421,7 +447,10 @@ fn kept(past_end: u64) -> u64 {
 
 /// See [`HBitmap::replace_words`]. Made several times over, for what processors have: the work is
 /// counting ones and looking for words that are uniform.
-#[multiversion(targets("x86_64+avx2+bmi1+bmi2+popcnt"))]
+#[multiversion(targets(
+    "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
+    "x86_64+avx2+bmi1+bmi2+popcnt"
+))]
 fn replace_words<W: Word>(
     map: &mut HBitmap,
     first: usize,
