@@ -354,8 +354,8 @@ impl<'a> Iterator for Spans<'a> {
 
 /// Puts all of its words into a map that has no memory yet.
 ///
-/// What is empty or full is known before the memory is asked for. If some of it is so for a whole page, that is left as it
-/// comes from the allocator, which has zeroes nobody has touched; else it is written once, and not zeroed before.
+/// If a page of it is uniform, that is left as it comes from the allocator, which has zeroes nobody has touched; else all is
+/// written once, and not zeroed before. Until a block is uniform it is taken to be so that none is.
 #[multiversion(targets(
     "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
     "x86_64+avx2+bmi1+bmi2+popcnt"
@@ -369,7 +369,7 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     }
     let mut summary = Summary::new(words.len() as u64).map_err(no_memory)?;
     let mut ones = Ones::default();
-    // As long as all have to be written, a block is copied while it is in the nearest cache.
+    // A block is copied while it is in the nearest cache.
     let mut all = Vec::new();
     let reserved = all.try_reserve_exact(words.len());
     reserved.map_err(|_| no_memory(OutOfMemory))?;
