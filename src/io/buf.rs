@@ -178,7 +178,7 @@ impl BufferPool for HeapPool {
             buf.len = len;
             return Ok(buf);
         }
-        // Too small for this one: let it go, so that the pool grows into the sizes asked for.
+        // None is free, or it is too small and goes, so that the pool grows into the sizes asked for.
         AlignedBuf::new(len, self.align)
     }
 
