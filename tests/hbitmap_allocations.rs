@@ -63,6 +63,51 @@ fn what_is_clean_is_loaded_without_memory() {
     assert!(all.1 >= LEN >> 19, "{all:?}");
 }
 
+/// Memory for words that is given back comes again when zeroes are asked for, and is written as a whole then. So
+/// what a map needs is known before it is asked for.
+#[test]
+fn what_is_loaded_takes_memory_once() {
+    const PAGE: usize = 512;
+    let all_taken = |work: &dyn Fn() -> HBitmap| {
+        let mut made = None;
+        let counted = allocation_counter::measure(|| made = Some(work()));
+        (counted.bytes_total, made.unwrap())
+    };
+    let once = all_taken(&|| {
+        let mut map = map();
+        map.reserve().unwrap();
+        map
+    });
+    let mixed = vec![0x5a; (LEN >> 22) as usize];
+    let but_for = |pages: &[usize], word: u64| {
+        let mut words = mixed.clone();
+        for page in pages {
+            words[page * PAGE..][..PAGE].fill(word);
+        }
+        words
+    };
+    let last = mixed.len() / PAGE - 1;
+    let mut first_granule = vec![0; mixed.len()];
+    first_granule[0] = 1;
+    let loaded = [
+        mixed.clone(),
+        first_granule,
+        but_for(&[0], 0),
+        but_for(&[0], !0),
+        but_for(&[1], 0),
+        but_for(&[last / 2, last], !0),
+        but_for(&[last], 0),
+    ];
+    for (case, words) in loaded.iter().enumerate() {
+        let load = || HBitmap::from_words(LEN, Granularity::DEFAULT, words).unwrap();
+        let (taken, map) = all_taken(&load);
+        assert_eq!(taken, once.0, "case {case}");
+        let mut held = vec![0; words.len()];
+        map.export_words(0, &mut held).unwrap();
+        assert_eq!(held, *words, "case {case}");
+    }
+}
+
 #[test]
 fn a_map_that_has_memory_asks_for_none() {
     let mut map = map();

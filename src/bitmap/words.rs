@@ -355,7 +355,8 @@ impl<'a> Iterator for Spans<'a> {
 /// Puts all of its words into a map that has no memory yet.
 ///
 /// If a page of it is uniform, that is left as it comes from the allocator, which has zeroes nobody has touched; else all is
-/// written once, and not zeroed before. Until a block is uniform it is taken to be so that none is.
+/// written once, and not zeroed before. Which of the two is known before memory is asked for: what is given back comes
+/// again when zeroes are asked for, and then all of them have to be written.
 #[multiversion(targets(
     "x86_64+avx512vl+avx512vpopcntdq+bmi1+bmi2+popcnt",
     "x86_64+avx2+bmi1+bmi2+popcnt"
@@ -370,33 +371,24 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     let mut summary = Summary::new(words.len() as u64).map_err(no_memory)?;
     let mut ones = Ones::default();
     // A block is copied while it is in the nearest cache.
-    let mut all = Vec::new();
-    let reserved = all.try_reserve_exact(words.len());
-    reserved.map_err(|_| no_memory(OutOfMemory))?;
-    let mut blocks = words.chunks(64).enumerate();
-    for (block, given) in blocks.by_ref() {
-        let pair = tally_block(block, given, (last, past_end), &mut ones);
-        summary.put(block, pair);
-        if pair.mixed == 0 {
-            break;
+    let blocks = words.chunks(64).enumerate();
+    map.words = if is_mixed_in_each_page(words) {
+        let mut all = Vec::new();
+        let reserved = all.try_reserve_exact(words.len());
+        reserved.map_err(|_| no_memory(OutOfMemory))?;
+        for (block, given) in blocks {
+            let pair = tally_block(block, given, (last, past_end), &mut ones);
+            summary.put(block, pair);
+            W::append(given, &mut all);
         }
-        W::append(given, &mut all);
-    }
-    for (block, given) in blocks {
-        let pair = tally_block(block, given, (last, past_end), &mut ones);
-        summary.put(block, pair);
-    }
-    let count = ones.total();
-    summary.rebuild();
-    map.words = if summary.is_mixed_in_each(PAGE / 64) {
-        W::append(&words[all.len()..], &mut all);
         all
     } else {
-        drop(all);
         let mut some = memory::zeroed(words.len() as u64).map_err(no_memory)?;
-        for (block, (to, from)) in some.chunks_mut(64).zip(words.chunks(64)).enumerate() {
-            if summary.block(block).is_some_and(|pair| pair.mixed != 0) {
-                W::copy(from, to);
+        for ((block, given), to) in blocks.zip(some.chunks_mut(64)) {
+            let pair = tally_block(block, given, (last, past_end), &mut ones);
+            summary.put(block, pair);
+            if pair.mixed != 0 {
+                W::copy(given, to);
             }
         }
         some
@@ -404,13 +396,22 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     if map.words[last] & !kept(past_end) != 0 {
         map.words[last] &= kept(past_end);
     }
+    summary.rebuild();
     map.summary = summary;
     map.count = if is_broken(Sabotage::ForgetCount) {
         0
     } else {
-        count
+        ones.total()
     };
     Ok(true)
+}
+
+/// Looks at all words of a page before its first mixed one. (For which bits past the end count, too: a page more is
+/// written then.)
+#[inline(always)]
+fn is_mixed_in_each_page<W: Word>(words: &[W]) -> bool {
+    let is_mixed = |word: &W| !matches!(word.get(), 0 | u64::MAX);
+    words.chunks(PAGE).all(|page| page.iter().any(is_mixed))
 }
 
 /// What the words of a block hold, the last of which may have bits that are past the end. Counts their ones.
