@@ -145,6 +145,21 @@ fn a_tracked_map_that_has_memory_asks_for_none() {
 }
 
 #[test]
+fn a_tracked_map_that_stays_clean_asks_for_none() {
+    let mut map = TrackedBitmap::new(map(), 1024);
+    let all = vec![0; 2 << 20];
+    let words = vec![0; 1 << 18];
+    let nothing = taken(|| {
+        assert_eq!(map.deserialize_ones(0..0), Ok(false));
+        assert_eq!(map.deserialize_zeroes(0..LEN), Ok(false));
+        assert_eq!(map.deserialize_part(0..LEN, &all), Ok(false));
+        assert_eq!(map.import_words(0, &words), Ok(false));
+        assert_eq!(map.import_words(5, &[]), Ok(false));
+    });
+    assert_eq!(nothing, (0, 0));
+}
+
+#[test]
 fn storing_takes_a_buffer_and_no_copy_of_the_map() {
     let mut map = map();
     for start in (0..LEN).step_by(3 << 16) {

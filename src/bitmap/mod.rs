@@ -204,8 +204,8 @@ impl HBitmap {
 
     /// Takes the memory that a map else takes when its first granule gets dirty.
     ///
-    /// From then on no mutator but [`truncate`](Self::truncate) asks for memory, so none can be refused it. A [clone](Clone) of a clean map
-    /// has none, and is to be asked again.
+    /// From then on no mutator but [`truncate`](Self::truncate) asks for memory, so none can be refused it. What is made a
+    /// [clone](Clone) of a clean map has none, be it by `clone_from`, and is to be asked again.
     ///
     /// # Errors
     ///

@@ -191,10 +191,15 @@ impl Summary {
     /// That of so many empty words, at least one.
     pub(super) fn new(words: u64) -> Result<Self, OutOfMemory> {
         let mut levels = level_lens(words).map(memory::zeroed);
-        Ok(Self {
-            lowest: levels.next().expect("there is a lowest level")?,
-            upper: levels.collect::<Result<_, _>>()?,
-        })
+        let lowest = levels.next().expect("there is a lowest level")?;
+        // Collected, they could not be told no.
+        let mut upper = Vec::new();
+        let reserved = upper.try_reserve_exact(level_lens(words).count() - 1);
+        reserved.map_err(|_| OutOfMemory)?;
+        for level in levels {
+            upper.push(level?);
+        }
+        Ok(Self { lowest, upper })
     }
 
     /// As many pairs as fit of another summary, and empty ones for the rest.

@@ -115,7 +115,8 @@ impl TrackedBitmap {
         &self.changes.chunks
     }
 
-    /// Which chunks have changed, and from now on none has.
+    /// Which chunks have changed, and from now on none has. The next change asks for memory, unless it is
+    /// [reserved](Self::reserve) again.
     pub fn take_changes(&mut self) -> HBitmap {
         let (len, granularity) = (self.changes.chunks.len, self.changes.chunks.granularity);
         let none = HBitmap::new(len, granularity).expect("there is one of this size");
@@ -158,7 +159,8 @@ impl TrackedBitmap {
         self.changes.chunks.set(range)
     }
 
-    /// As [`HBitmap::reserve`], for the bitmap and its changes.
+    /// As [`HBitmap::reserve`], for the bitmap and its changes. Changes that are [taken](Self::take_changes) take their
+    /// memory with them.
     ///
     /// # Errors
     ///
@@ -326,6 +328,10 @@ impl TrackedBitmap {
     /// The same.
     pub fn deserialize_zeroes(&mut self, range: impl Into<ByteRange>) -> Result<bool, LoadError> {
         let words = self.bitmap.part(range.into())?;
+        if words.is_empty() || self.bitmap.is_clean() {
+            return Ok(false);
+        }
+        self.changes.chunks.reserve()?;
         Ok(self.reset_run(self.bitmap.granules_of(&words)))
     }
 
@@ -336,6 +342,9 @@ impl TrackedBitmap {
     /// The same.
     pub fn deserialize_ones(&mut self, range: impl Into<ByteRange>) -> Result<bool, LoadError> {
         let words = self.bitmap.part(range.into())?;
+        if words.is_empty() {
+            return Ok(false);
+        }
         self.reserve()?;
         Ok(self.set_run(self.bitmap.granules_of(&words)))
     }
@@ -405,6 +414,9 @@ impl TrackedBitmap {
 
     /// Replaces words of the map, which must be there, chunk by chunk.
     fn replace_words<W: Word>(&mut self, first: usize, words: &[W]) -> Result<bool, CreateError> {
+        if words.is_empty() || self.bitmap.is_clean() && words.iter().all(|word| word.get() == 0) {
+            return Ok(false);
+        }
         // What else may be refused is so before anything has changed.
         self.changes.chunks.reserve()?;
         let mut has_changed = false;

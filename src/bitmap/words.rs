@@ -406,8 +406,8 @@ fn load_words<W: Word>(map: &mut HBitmap, words: &[W]) -> Result<bool, CreateErr
     Ok(true)
 }
 
-/// Looks at all words of a page before its first mixed one. (For which bits past the end count, too: a page more is
-/// written then.)
+/// Looks at all words of a page before its first mixed one. Bits past the end count, too: that of the last page may be the
+/// other answer than the summary's, and what comes of it is as right.
 #[inline(always)]
 fn is_mixed_in_each_page<W: Word>(words: &[W]) -> bool {
     let is_mixed = |word: &W| !matches!(word.get(), 0 | u64::MAX);
