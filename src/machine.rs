@@ -47,8 +47,11 @@ pub trait Machine: sealed::Sealed {
     fn let_go(&mut self);
 }
 
-mod sealed {
-    pub trait Sealed {}
-    impl Sealed for crate::Mirror {}
-    impl Sealed for crate::Backup {}
+pub(crate) mod sealed {
+    use crate::copy::Limits;
+
+    pub trait Sealed {
+        /// A driver begins with devices of these limits. The job fails if they are others than it was made for.
+        fn is_driven_over(&mut self, source: &Limits, target: &Limits);
+    }
 }

@@ -20,7 +20,7 @@ use blockjob::io::{
 use blockjob::{
     Backup, BackupBuffer, BackupError, BackupOptions, BackupSync, BitmapOptions, ByteRange, Cancel,
     CompareBy, Content, Extent, JobError, JobGroup, Limits, Mirror, MirrorOptions, MirrorSync,
-    Node, RangeLimits, Status, Unmap, Verified,
+    Node, RangeLimits, Side, Status, Unmap, Verified,
 };
 
 const LEN: u64 = 40 * (64 << 10) + 5_000;
@@ -543,4 +543,111 @@ async fn a_mirror_and_a_backup_of_one_group_end_together() {
         let dirty = bitmaps.query("daily").unwrap().dirty_bytes;
         assert_eq!(dirty, if is_cancelled { 2 } else { 1 } * 65536);
     }
+}
+
+/// Whoever is given the target for the source would overwrite the guest's disk.
+#[tokio::test]
+async fn devices_that_are_not_those_of_the_job_are_asked_for_nothing() {
+    let named = |seed, identity, len| {
+        let mut device = Memory::new(seed);
+        device.limits.identity = identity;
+        device.limits.len = len;
+        Arc::new(device)
+    };
+    let (source, target) = (named(1, Some(1), LEN), named(2, Some(2), LEN));
+    let nameless = named(3, None, LEN);
+    let limits = (source.limits(), target.limits());
+    let over = |(from, to): (&Arc<Memory>, &Arc<Memory>)| {
+        Driver::new(Arc::clone(from), Arc::clone(to), NoTime)
+    };
+    for (case, devices, wrong) in [
+        ("the other way round", (&target, &source), Side::Source),
+        ("another", (&named(1, Some(3), LEN), &target), Side::Source),
+        ("twice the source", (&source, &source), Side::Target),
+        ("twice the target", (&target, &target), Side::Source),
+        ("half a name", (&nameless, &source), Side::Target),
+        (
+            "too short",
+            (&source, &named(2, None, LEN - 1)),
+            Side::Target,
+        ),
+    ] {
+        let before = [&source, &target].map(|device| device.bytes());
+        let is_wrong =
+            |result| matches!(result, Err(JobError::WrongDevice { side }) if side == wrong);
+        let node = Node::new(LEN);
+        let (job, result) = {
+            let options = BackupOptions::default();
+            let mut backup = Backup::new(&node, limits.0, limits.1, options).unwrap();
+            backup.job().start().unwrap();
+            let driver = over(devices);
+            let result = driver.run_backup(&mut backup).await;
+            (backup.job().clone(), result)
+        };
+        assert!(is_wrong(result.clone()), "{case}: {result:?}");
+        assert_eq!(job.query().status, Status::Null, "{case}");
+
+        let options = MirrorOptions::default();
+        let mut mirror = Mirror::new(&node, limits.0, limits.1, options).unwrap();
+        mirror.job().start().unwrap();
+        let Driven::Done(result) = over(devices).run(&mut mirror).await else {
+            panic!("{case}: it has copied nothing")
+        };
+        assert!(is_wrong(result.clone()), "{case}: {result:?}");
+        drop(mirror);
+
+        // Nor by the thread of a guest, with nobody else there.
+        let options = BackupOptions::default();
+        let mut backup = Backup::new(&node, limits.0, limits.1, options).unwrap();
+        backup.job().start().unwrap();
+        let driver = over(devices);
+        driver.crew(&mut backup).save_for(async {}).await;
+        assert!(is_wrong(driver.run_backup(&mut backup).await), "{case}");
+        assert!(
+            [&source, &target].map(|device| device.bytes()) == before,
+            "{case}"
+        );
+    }
+
+    // Names that the job was not told of are no reason to fail, nor is a device that is longer now.
+    for devices in [
+        (&nameless, &target),
+        (&source, &nameless),
+        (&source, &named(9, None, LEN + 1)),
+    ] {
+        let mut backup = Backup::new(
+            &Node::new(LEN),
+            limits.0,
+            limits.1,
+            BackupOptions::default(),
+        )
+        .unwrap();
+        backup.job().start().unwrap();
+        over(devices).run_backup(&mut backup).await.unwrap();
+        assert!(devices.0.bytes() == devices.1.bytes());
+    }
+    // What a job has decided on is not undone.
+    let mut mirror = Mirror::new(
+        &Node::new(LEN),
+        limits.0,
+        limits.1,
+        MirrorOptions::default(),
+    )
+    .unwrap();
+    mirror.job().start().unwrap();
+    let job = mirror.job().clone();
+    let complete = async {
+        while job.complete().is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    let driver = over((&source, &target));
+    let (driven, ()) = tokio::join!(driver.run(&mut mirror), complete);
+    let Driven::Switch(switch) = driven else {
+        panic!("it is to complete")
+    };
+    switch.commit();
+    let Driven::Done(Ok(())) = over((&target, &source)).run(&mut mirror).await else {
+        panic!("it has switched")
+    };
 }

@@ -60,6 +60,7 @@ use crate::job::{
     AtStart, Backoff, Begun, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage, Start,
     Status, Verb,
 };
+use crate::machine::sealed::Sealed;
 use crate::machine::{Machine, Step};
 use crate::node::{JobClaim, Locked, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
@@ -854,6 +855,15 @@ fn check_buffer(buffer: &BackupBuffer, len: u64, others: [&Limits; 2]) -> Result
     match others.iter().any(is_same) {
         true => Err(BackupError::SameStorage),
         false => Ok(()),
+    }
+}
+
+impl Sealed for Backup {
+    fn is_driven_over(&mut self, source: &Limits, target: &Limits) {
+        let mistaken = self.engine.shape().ends.mistaken(source, target);
+        if let Some(side) = mistaken {
+            self.job.fail_for(side);
+        }
     }
 }
 

@@ -52,7 +52,8 @@ pub struct Limits {
     /// Whether and how what a target holds can be compared with the source. Default not.
     pub compare: Option<CompareBy>,
     /// Names the storage, if there is a name: two devices with the same one are the same storage, and
-    /// one is not copied onto the other. Default none.
+    /// one is not copied onto the other. A [`Driver`](crate::driver::Driver) that was given source and target the other
+    /// way round knows it by this alone. Default none.
     pub identity: Option<u128>,
 }
 
@@ -169,6 +170,21 @@ impl Ends {
         source.check().map_err(|error| (Side::Source, error))?;
         target.check().map_err(|error| (Side::Target, error))?;
         Ok(Self { source, target })
+    }
+
+    /// The one that cannot be what these were told of, if a driver's devices have such limits.
+    pub(crate) fn mistaken(&self, source: &Limits, target: &Limits) -> Option<Side> {
+        let is_mistaken = |found: &Limits, meant: &Limits, other: &Limits| {
+            let differs = meant
+                .identity
+                .is_some_and(|meant| found.identity != Some(meant));
+            let is_other = found.identity == other.identity;
+            found.len < meant.len || found.identity.is_some() && (differs || is_other)
+        };
+        if is_mistaken(source, &self.source, &self.target) {
+            return Some(Side::Source);
+        }
+        is_mistaken(target, &self.target, &self.source).then_some(Side::Target)
     }
 
     /// What each transfer between the two is a multiple of.

@@ -18,6 +18,8 @@ const CHUNK_MIN: u64 = 512;
 /// The fixed numbers of one job.
 #[derive(Clone, Debug)]
 pub(crate) struct Shape {
+    /// What it was made for.
+    pub(crate) ends: Ends,
     /// Length of the disk.
     pub(crate) len: u64,
     pub(crate) granularity: Granularity,
@@ -97,6 +99,7 @@ impl Shape {
             }
         };
         Ok(Self {
+            ends: *ends,
             len: ends.target.len,
             granularity,
             write_align,

@@ -139,6 +139,7 @@ impl<S, T, P, C, B> Driver<S, T, P, C, B> {
                 savers: 0,
                 found: None,
                 until: None,
+                has_met_devices: false,
             }),
             waker: Waker::from(Arc::clone(&bell)),
             bell,
@@ -218,9 +219,18 @@ where
         .await
     }
 
+    /// Before anything is asked of the devices.
+    pub(super) fn meets_devices(&self, state: &mut State<'_, M>) {
+        if !std::mem::replace(&mut state.has_met_devices, true) {
+            let (source, target) = (self.driver.source.limits(), self.driver.target.limits());
+            state.machine.is_driven_over(&source, &target);
+        }
+    }
+
     fn look(&self) -> Step {
         let now = self.driver.clock.now();
         let mut state = self.state.lock();
+        self.meets_devices(&mut state);
         let now = state.see(now);
         let step = match state.found.take() {
             Some(found) => found,
@@ -292,6 +302,8 @@ pub(super) struct State<'a, M: Machine> {
     found: Option<Step>,
     /// Until when who has looked last waits.
     until: Option<Duration>,
+    /// Whether the machine was told of the driver's devices.
+    has_met_devices: bool,
 }
 
 impl<M: Machine> State<'_, M> {
@@ -413,6 +425,7 @@ mod tests {
             savers: 0,
             found: None,
             until: None,
+            has_met_devices: true,
         };
         let seen = [3, 5, 4, 6].map(|second| state.see(Duration::from_secs(second)).as_secs());
         assert_eq!(seen, [3, 5, 5, 6]);

@@ -23,6 +23,13 @@ pub enum JobError {
         #[source]
         error: Arc<io::Error>,
     },
+    /// A driver was run whose device is not the one that the job was made for, as far as their
+    /// [limits](crate::io::BlockDevice::limits) tell. Nothing was asked of it.
+    #[error("the driver's {side} is not the device that the job was made for")]
+    WrongDevice {
+        /// Which of them.
+        side: Side,
+    },
     /// It was cancelled.
     #[error("cancelled")]
     Cancelled {

@@ -288,6 +288,19 @@ impl Job {
         });
     }
 
+    /// Fails before its devices are asked for anything, unless how it ends is decided.
+    pub(crate) fn fail_for(&self, side: Side) {
+        self.together(|members, after| {
+            let mut state = self.shared.lock();
+            if state.is_over() || state.stage.is_decided() {
+                return;
+            }
+            state.error.get_or_insert(JobError::WrongDevice { side });
+            drop(state);
+            members.fail(&self.shared, after);
+        });
+    }
+
     /// The machine is dropped, and has released everything. A job whose switch is out is ended by whoever
     /// holds it.
     pub(crate) fn machine_dropped(&self) {

@@ -78,6 +78,7 @@ use crate::job::{
     AtStart, Backoff, Cancel, ErrorAction, Job, JobKind, OnError, Progress, RateLimit, Stage,
     Start, Status, Verb, Warning,
 };
+use crate::machine::sealed::Sealed;
 use crate::machine::{Machine, Step};
 use crate::node::{JobBitmap, JobBitmapGuard, JobClaim, Node, Quiesce};
 use crate::sabotage::{Sabotage, is_broken};
@@ -791,6 +792,15 @@ impl Mirror {
     /// When the target is asked again to settle, if it has failed to.
     fn settle_at(&self) -> Option<Duration> {
         self.engine.wants_settle().then_some(self.retry_at)
+    }
+}
+
+impl Sealed for Mirror {
+    fn is_driven_over(&mut self, source: &Limits, target: &Limits) {
+        let mistaken = self.engine.shape().ends.mistaken(source, target);
+        if let Some(side) = mistaken {
+            self.job.fail_for(side);
+        }
     }
 }
 
