@@ -33,6 +33,18 @@ fn what_is_claimed_stays_and_its_successor_records() {
 
 #[test]
 fn whatever_becomes_of_a_claim_the_flags_are_as_before() {
+    check_flags();
+    #[cfg(debug_assertions)]
+    {
+        use blockjob::sabotage::{Sabotage, break_on_this_thread};
+        break_on_this_thread(Some(Sabotage::AbdicateForgetsFlags));
+        let found = std::panic::catch_unwind(check_flags);
+        break_on_this_thread(None);
+        assert!(found.is_err(), "goes unnoticed");
+    }
+}
+
+fn check_flags() {
     for is_enabled in [false, true] {
         for is_success in [false, true] {
             let node = Node::new(LEN);
@@ -89,6 +101,34 @@ fn an_owner_gives_back_other_bits_than_it_took() {
     claim.lock().unwrap().merge_from(&left).unwrap();
     drop(claim);
     assert_eq!(runs(&node, "a"), ranges([2 * G..4 * G, 8 * G..9 * G]));
+}
+
+/// Who wanted to read them only has not dealt with them, whatever it says; and what is read-only does not change.
+#[test]
+fn bits_that_are_not_to_change_outlast_every_claim() {
+    for (claimed_for, is_readonly) in [
+        (ClaimFor::Reading, false),
+        (ClaimFor::Reading, true),
+        (ClaimFor::Change, true),
+    ] {
+        let node = Node::new(LEN);
+        let bitmaps = node.bitmaps();
+        bitmaps.set_storage(Some(BitmapStorage::default()));
+        bitmaps.add(&quiesced(&node), "a", persistent()).unwrap();
+        write(&node, 0..1);
+        let claim = bitmaps.claim("a", claimed_for).unwrap();
+        if is_readonly {
+            bitmaps.mark_readonly(&quiesced(&node), "a").unwrap();
+        } else {
+            write(&node, G..G + 1);
+        }
+        let name = "a".to_owned();
+        assert_eq!(claim.lock().err(), Some(BitmapError::ReadOnly { name }));
+        claim.abdicate();
+        let dirty = if is_readonly { G } else { 2 * G };
+        assert_eq!(runs(&node, "a"), ranges([0..dirty]));
+        assert_eq!(bitmaps.query("a").unwrap().busy_with, None);
+    }
 }
 
 #[test]

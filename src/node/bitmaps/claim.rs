@@ -14,7 +14,7 @@ use crate::sync::Arc;
 /// What a claimed bitmap is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClaimFor {
-    /// The operation goes by it and leaves it as it is: it may be read-only.
+    /// The operation goes by it and leaves it as it is: it may be read-only. However the claim ends, all bits are kept.
     Reading,
     /// The operation changes it, or abdicates when it succeeds.
     Change,
@@ -29,6 +29,16 @@ pub(crate) enum ClaimEnd {
     Reclaim,
     /// What an operation has left over becomes the bitmap, and of what was recorded meanwhile nothing else.
     Left,
+}
+
+impl ClaimEnd {
+    /// The bits of what is read-only, or was to be read only, stay: too much is dirty then, never too little.
+    fn of(self, claimed_for: ClaimFor, named: &Named) -> Self {
+        match claimed_for {
+            ClaimFor::Change if !named.is_readonly() => self,
+            ClaimFor::Change | ClaimFor::Reading => ClaimEnd::Reclaim,
+        }
+    }
 }
 
 /// That the bits of a bitmap belong to an operation, a backup as a rule, while an anonymous *successor*
@@ -68,6 +78,7 @@ pub struct BitmapClaim {
     /// `None` once it has ended.
     node: Option<Arc<Inner>>,
     id: u64,
+    claimed_for: ClaimFor,
 }
 
 impl Bitmaps<'_> {
@@ -110,6 +121,7 @@ impl Locked<'_> {
         Ok(BitmapClaim {
             node: Some(Arc::clone(node.inner())),
             id,
+            claimed_for: claim,
         })
     }
 
@@ -141,6 +153,9 @@ impl Locked<'_> {
 impl BitmapClaim {
     /// The successor takes the place of the bitmap, under its name, with its flags and at its place in
     /// the order; the claimed bits are gone. For an operation that has dealt with them.
+    ///
+    /// Those of a claim for [`Reading`](ClaimFor::Reading), and of a bitmap that is read-only by now, are kept: this is
+    /// [`reclaim`](Self::reclaim) then. Too much is dirty afterwards, never too little.
     pub fn abdicate(mut self) {
         self.end(ClaimEnd::Abdicate);
     }
@@ -182,11 +197,11 @@ impl BitmapClaim {
     ///
     /// # Errors
     ///
-    /// [`ReadOnly`](BitmapError::ReadOnly).
+    /// [`ReadOnly`](BitmapError::ReadOnly), also if the claim is for [`Reading`](ClaimFor::Reading).
     pub fn lock(&self) -> Result<JobBitmapGuard<'_>, BitmapError> {
         let list = self.node().lock_drained();
         let named = list.owned(self.id);
-        if named.is_readonly() {
+        if named.is_readonly() || self.claimed_for == ClaimFor::Reading {
             return Err(named.readonly());
         }
         Ok(JobBitmapGuard::new(list, self.id))
@@ -219,11 +234,7 @@ impl BitmapClaim {
     ) -> HBitmap {
         self.node = None;
         let named = list.owned_mut(self.id);
-        // The bits of what is read-only stay: too much is dirty then, never too little.
-        let end = match end {
-            ClaimEnd::Left if named.is_readonly() => ClaimEnd::Reclaim,
-            end => end,
-        };
+        let end = end.of(self.claimed_for, named);
         if end == ClaimEnd::Left {
             let Content::Known { map, .. } = &mut named.content else {
                 unreachable!("an inconsistent bitmap is not claimed")
@@ -244,7 +255,8 @@ impl BitmapClaim {
             return;
         };
         let mut list = node.lock_drained();
-        let unused = list.owned_mut(self.id).end_claim(end);
+        let named = list.owned_mut(self.id);
+        let unused = named.end_claim(end.of(self.claimed_for, named));
         drop(list);
         drop(unused);
     }
