@@ -33,7 +33,6 @@ mod support;
 #[path = "../tests/migration/truth.rs"]
 mod truth;
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fs::{self, File};
@@ -43,7 +42,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -225,10 +224,10 @@ struct Found {
 
 impl Found {
     fn in_stream(stream: &[u8], framing: Framing) -> Self {
-        let is_device = Rc::new(Cell::new(false));
+        let is_device = Arc::new(AtomicBool::new(false));
         let sections = Sections {
             ram: SkipRam::new(PAGE),
-            is_device: Rc::clone(&is_device),
+            is_device: Arc::clone(&is_device),
         };
         let mut reader = RecordReader::new(framing).with_foreign(Some(Box::new(sections)));
         let mut ends: BTreeMap<String, u64> = BTreeMap::new();
@@ -259,7 +258,7 @@ impl Found {
             ends,
             has_bitmaps,
             error: read.and_then(|_| reader.finish()).err(),
-            is_device: is_device.get(),
+            is_device: is_device.load(Ordering::Relaxed),
         }
     }
 
@@ -288,7 +287,7 @@ const PAGE: u64 = 4096;
 /// Steps over memory, and notes what it cannot step over.
 struct Sections {
     ram: SkipRam,
-    is_device: Rc<Cell<bool>>,
+    is_device: Arc<AtomicBool>,
 }
 
 impl ForeignSections for Sections {
@@ -297,7 +296,7 @@ impl ForeignSections for Sections {
         section: &ForeignSection<'_>,
         bytes: &[u8],
     ) -> std::result::Result<BodyPart, String> {
-        self.is_device.set(section.is_full);
+        self.is_device.store(section.is_full, Ordering::Relaxed);
         self.ram.body(section, bytes)
     }
 }

@@ -23,7 +23,7 @@ pub struct IncomingOptions {
     /// Whether parts of sections end with a footer. Default yes.
     pub footers: bool,
     /// Who knows sections that are not about bitmaps. Default nobody.
-    pub foreign: Option<Box<dyn ForeignSections>>,
+    pub foreign: Option<Box<dyn ForeignSections + Send>>,
     /// How many bitmaps may come. Default 4096: what each costs grows with their number.
     pub bitmaps_max: usize,
     /// How many bytes their bits may have in all, which is about a third of the memory that they take while

@@ -226,7 +226,7 @@ fn what_was_needed_past_the_end_of_a_section_is_read_on() {
     let others = [0xff; 30];
     let bytes = [&stream[..], &others].concat();
     for first in 0..stream.len() {
-        let foreign: Option<Box<dyn ForeignSections>> = Some(Box::new(FarSighted));
+        let foreign: Option<Box<dyn ForeignSections + Send>> = Some(Box::new(FarSighted));
         let mut reader = RecordReader::new(Framing::Sections).with_foreign(foreign);
         let mut sink = |_: &Record<'_>| Ok::<(), StreamError>(());
         let mut used = reader.feed(&bytes[..first], &mut sink).unwrap();
@@ -456,4 +456,13 @@ fn a_clock_that_goes_back_delays_and_nothing_else() {
         pull(&mut outgoing);
         outgoing.finish().unwrap();
     }
+}
+
+/// Loading and the start of the guest may be the business of two threads.
+#[test]
+fn both_ends_go_to_other_threads() {
+    fn is_send<T: Send>() {}
+    is_send::<blockjob::migration::IncomingMigration>();
+    is_send::<IncomingOptions>();
+    is_send::<blockjob::migration::OutgoingMigration>();
 }

@@ -53,7 +53,7 @@ const SECTIONS_MAX: usize = 4096;
 pub struct RecordReader {
     framing: Framing,
     has_footers: bool,
-    foreign: Option<Box<dyn ForeignSections>>,
+    foreign: Option<Box<dyn ForeignSections + Send>>,
     place: Place,
     sections: Vec<Section>,
     /// What was fed and not read yet: less than what is needed.
@@ -139,7 +139,7 @@ impl RecordReader {
 
     /// With somebody who knows other sections.
     #[must_use]
-    pub fn with_foreign(mut self, foreign: Option<Box<dyn ForeignSections>>) -> Self {
+    pub fn with_foreign(mut self, foreign: Option<Box<dyn ForeignSections + Send>>) -> Self {
         self.foreign = foreign;
         self
     }
