@@ -6,8 +6,10 @@
 )]
 
 use std::io;
-use std::sync::Mutex;
-use std::task::Waker;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use blockjob::driver::{Clock, Driven, Driver};
@@ -250,7 +252,7 @@ impl Devices {
         let clock = Jumping::default();
         let driver = Driver::with_pool(&self.source, &self.target, Pool, clock);
         let driver = driver.with_buffer(&self.buffer);
-        let driven = driver.crew(&mut machine).run().now_or_never();
+        let driven = as_often_as_woken(driver.crew(&mut machine).run());
         let result = driven.map(|driven| match driven {
             Driven::Done(result) => result,
             Driven::Switch(_) | Driven::SwitchBack(_) => unreachable!("nobody completes it"),
@@ -285,6 +287,28 @@ impl Devices {
         backup.job().start().unwrap();
         backup
     }
+}
+
+/// A waker that notes that it was called.
+struct Flag(AtomicBool);
+
+impl Wake for Flag {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What comes of a future that is polled until nobody wakes it.
+fn as_often_as_woken<F: Future>(future: F) -> Option<F::Output> {
+    let flag = Arc::new(Flag(AtomicBool::new(true)));
+    let waker = Waker::from(Arc::clone(&flag));
+    let mut future = pin!(future);
+    while flag.0.swap(false, Ordering::Relaxed) {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return Some(output);
+        }
+    }
+    None
 }
 
 /// How a job is driven.

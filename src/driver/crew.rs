@@ -165,6 +165,9 @@ where
     /// Wakers are called, and the clock is asked, by whoever of them happens to work. They must not poll one of
     /// these futures at once.
     ///
+    /// It yields whenever an operation has ended, so that devices which do their work when they are polled keep
+    /// others on the same thread waiting for no longer than one of them takes.
+    ///
     /// # Cancel safety
     ///
     /// The future can be dropped at any await: what it had in flight is dirty again once the target has
@@ -182,9 +185,11 @@ where
                 // One at a time: a device may do its work when it is polled, and a guest that came meanwhile is
                 // not to wait for all of them.
                 let is_done = matches!(running.poll_next_unpin(cx), Poll::Ready(Some(())));
+                let mut has_urgent = false;
                 match self.look() {
                     Step::Op(op) => {
-                        match op.is_urgent() {
+                        has_urgent = op.is_urgent();
+                        match has_urgent {
                             true => urgent.push(self.work_on(op)),
                             false => running.push(self.work_on(op)),
                         }
@@ -213,6 +218,11 @@ where
                             return Poll::Pending;
                         }
                     }
+                }
+                // Others on this thread have their turn: guests among them, and timers.
+                if is_done && !has_urgent {
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
                 }
             }
         })

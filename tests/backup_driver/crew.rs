@@ -231,9 +231,9 @@ fn is_cancel_heard() -> bool {
     let clock = CancelsLate(Mutex::new(Some(backup.job().clone())));
     let driver = Driver::new(source, target, &clock);
     let mut run = Task::new(driver.run_backup(&mut backup));
-    let polled = run.poll();
+    let ended = run.poll_on();
     assert!(clock.0.lock().is_none(), "it was about to wait");
-    polled.is_ready()
+    ended.is_some()
 }
 
 #[test]
@@ -618,4 +618,27 @@ fn mirrors_of_a_group_are_each_driven_by_two_threads() {
             assert!(*source.0.lock() == *target.0.lock(), "round {round}");
         }
     }
+}
+
+#[test]
+fn others_on_the_thread_have_their_turn_between_two_operations() {
+    let [source, target] = [1, 0].map(|byte| AtOnce(Mutex::new(vec![byte; LEN as usize])));
+    let limits = Limits::new(LEN);
+    let options = options(|options| options.chunk_max = CLUSTER);
+    let mut backup = Backup::new(&Node::new(LEN), limits, limits, options).unwrap();
+    backup.job().start().unwrap();
+    let driver = Driver::new(&source, &target, NoTime);
+    let mut task = Task::new(driver.run_backup(&mut backup));
+    let mut copied = 0;
+    let result = loop {
+        assert!(task.flag.0.load(Ordering::SeqCst), "it forgets itself");
+        if let Poll::Ready(result) = task.poll() {
+            break result;
+        }
+        let now: u64 = target.0.lock().iter().map(|byte| u64::from(*byte)).sum();
+        assert!(now <= copied + CLUSTER, "{} bytes at once", now - copied);
+        copied = now;
+    };
+    result.unwrap();
+    assert_eq!(copied, LEN);
 }
