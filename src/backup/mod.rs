@@ -129,7 +129,8 @@ const HOLD_MIN: Duration = Duration::from_millis(1);
 ///                     content: Content::Data,
 ///                     in_top: true,
 ///                 }),
-///                 _ => Outcome::Done,
+///                 OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+///                 kind => unreachable!("{kind:?}"),
 ///             };
 ///             backup.op_done(now, op, outcome);
 ///         }
@@ -432,7 +433,8 @@ impl Backup {
         }
     }
 
-    /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
+    /// Takes back an operation that was done, or was tried. [`Outcome::Done`] says that all it asks for is done,
+    /// so each [`OpKind`] must have been acted on. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let id = op.id();
         let dirty = self.armed.as_mut().map(|armed| &mut armed.dirty);

@@ -98,7 +98,8 @@ pub enum Unmap {
 ///             }
 ///         }
 ///         OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
-///         _ => Outcome::Done,
+///         OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+///         kind => unreachable!("{kind:?}"),
 ///     };
 ///     mirror.op_done(Duration::ZERO, op, outcome);
 /// }
@@ -229,7 +230,8 @@ pub enum OpKind {
 /// What came of an [`Op`].
 #[derive(Debug)]
 pub enum Outcome {
-    /// It is done.
+    /// All that the operation asks for is done, on the whole range: the device has it. The job believes it: what
+    /// is reported so and was not done is missing from the target, and nobody is told.
     Done,
     /// [`OpKind::CopyDetecting`] has read nothing but zeroes, and the target reads so, too.
     Zeroes,

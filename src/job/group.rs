@@ -78,7 +78,9 @@ use crate::job::{Cancel, VerbError};
 /// #                 let outcome = match op.kind() {
 /// #                     OpKind::Status(range) => Outcome::Status(Extent {
 /// #                         len: range.len(), content: Content::Data, in_top: true }),
-/// #                     _ => Outcome::Done,
+/// #                     // Only because there are no bytes. A copy is reported when the target has it.
+/// #                     OpKind::Copy(_) | OpKind::Flush | OpKind::Settle => Outcome::Done,
+/// #                     kind => unreachable!("{kind:?}"),
 /// #                 };
 /// #                 mirror.op_done(Duration::ZERO, op, outcome);
 /// #             }

@@ -313,7 +313,8 @@ impl Job {
     ///                 Outcome::Compared(first.map(|at| (at..range.end()).into()).into_iter().collect())
     ///             }
     ///             OpKind::Status(range) => Outcome::Status(Extent::data(range.len())),
-    ///             _ => Outcome::Done,
+    ///             OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+    ///             kind => unreachable!("{kind:?}"),
     ///         };
     ///         mirror.op_done(Duration::ZERO, op, outcome);
     ///     }

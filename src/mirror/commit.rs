@@ -183,7 +183,8 @@ impl Mirror {
     ///                     base[G as usize..2 * G as usize].copy_from_slice(&top);
     ///                     Outcome::Done
     ///                 }
-    ///                 _ => Outcome::Done,
+    ///                 OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+    ///                 kind => unreachable!("{kind:?}"),
     ///             };
     ///             commit.op_done(Duration::ZERO, op, outcome);
     ///         }

@@ -137,7 +137,8 @@ const HOLD_MIN: Duration = Duration::from_millis(1);
 ///                     content: Content::Data,
 ///                     in_top: true,
 ///                 }),
-///                 _ => Outcome::Done,
+///                 OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+///                 kind => unreachable!("{kind:?}"),
 ///             };
 ///             mirror.op_done(now, op, outcome);
 ///         }
@@ -333,10 +334,11 @@ impl Mirror {
     ///                 in_top: true,
     ///             }),
     ///             OpKind::Copy(range) => {
-    ///                 copied.push(range.start());
+    ///                 copied.push(range.start()); // the bytes are imagined: a real copy comes first
     ///                 Outcome::Done
     ///             }
-    ///             _ => Outcome::Done,
+    ///             OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+    ///             kind => unreachable!("{kind:?}"),
     ///         };
     ///         mirror.op_done(Duration::ZERO, op, outcome);
     ///     }
@@ -541,7 +543,8 @@ impl Mirror {
         }
     }
 
-    /// Takes back an operation that was done, or was tried. One that was given up before is ignored.
+    /// Takes back an operation that was done, or was tried. [`Outcome::Done`] says that all it asks for is done,
+    /// so each [`OpKind`] must have been acted on. One that was given up before is ignored.
     pub fn op_done(&mut self, now: Duration, op: Op, outcome: Outcome) {
         let (id, kind) = (op.id(), op.kind());
         let is_data = matches!(outcome, Outcome::Done) && kind.buffered_bytes() > 0;

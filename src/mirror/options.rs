@@ -122,10 +122,11 @@ pub struct MirrorInfo {
 ///             Outcome::Status(Extent { len, content, in_top: true })
 ///         }
 ///         OpKind::Copy(range) => {
-///             copied += range.len();
+///             copied += range.len(); // the bytes are imagined: a real copy comes first
 ///             Outcome::Done
 ///         }
-///         _ => Outcome::Done,
+///         OpKind::Flush | OpKind::Settle => Outcome::Done, // the target is memory
+///         kind => unreachable!("{kind:?}"),
 ///     };
 ///     mirror.op_done(Duration::ZERO, op, outcome);
 /// }

@@ -28,7 +28,7 @@ use crate::node::QuiesceGuard;
 /// ```
 /// use std::task::Waker;
 /// use std::time::Duration;
-/// use blockjob::{Limits, Mirror, MirrorOptions, MirrorSync, Node, Step};
+/// use blockjob::{Limits, Mirror, MirrorOptions, MirrorSync, Node, OpKind, Outcome, Step};
 ///
 /// let (guest, source) = (Node::new(1 << 20), Node::new(1 << 20));
 /// let mut path = "guest, filter, source";
@@ -39,7 +39,10 @@ use crate::node::QuiesceGuard;
 /// mirror.job().start()?;
 /// let mut next = |mirror: &mut Mirror| loop {
 ///     match mirror.poll(Duration::ZERO, Waker::noop()) {
-///         Step::Op(op) => mirror.op_done(Duration::ZERO, op, blockjob::Outcome::Done),
+///         Step::Op(op) => {
+///             assert!(matches!(op.kind(), OpKind::Flush | OpKind::Settle), "nothing was written");
+///             mirror.op_done(Duration::ZERO, op, Outcome::Done);
+///         }
 ///         step => break step,
 ///     }
 /// };
