@@ -120,10 +120,13 @@ pub(super) fn is_same(a: &Node, b: &Node) -> bool {
 impl Bitmaps<'_> {
     /// Makes dirty in a bitmap of this node what is dirty in others, which may be of other nodes. Where a
     /// source is finer, whole granules of the target get dirty. All sources are merged or none; they stay
-    /// as they are, and so does it whether the target records. The target may be among them.
+    /// as they are, and the target may be among them. Whether the target records is as before, too: to have it
+    /// record afterwards, [enable](Self::enable) it.
     ///
     /// It merges word by word where granularities are equal. Guest writes do not wait for it, on any
-    /// node.
+    /// node. So with separate verbs they get in between: a write between the merge of what recorded into what
+    /// does not and the removal of the source is in neither. Where recording moves with the bits, do all in one
+    /// [`Transaction`](crate::Transaction).
     ///
     /// # Errors
     ///
@@ -135,17 +138,43 @@ impl Bitmaps<'_> {
     ///
     /// # Examples
     ///
-    /// A backup has failed, and `monday` is to cover again all that was written since the one before:
+    /// A backup has failed while `tuesday` recorded. `monday` is to cover again all that was written since the
+    /// one before, and to record: at one instant it is merged into, enabled, and the other removed.
+    ///
+    /// ```
+    /// use blockjob::{BitmapOptions, Node, Transaction};
+    ///
+    /// let node = Node::new(1 << 30);
+    /// let write = |at| node.begin_write((at..at + 1).into()).go().expect("nobody quiesces it").finish(());
+    /// let mut list = Transaction::new();
+    /// list.add(&node, "monday", BitmapOptions::default());
+    /// list.prepare().try_prepared().expect("no write is in flight")?.commit();
+    /// write(0);
+    /// let mut list = Transaction::new();
+    /// list.add(&node, "tuesday", BitmapOptions::default()).disable(&node, "monday");
+    /// list.prepare().try_prepared().expect("no write is in flight")?.commit();
+    /// write(1 << 20);
+    ///
+    /// let mut list = Transaction::new();
+    /// list.merge(&node, "monday", &[(&node, "tuesday")]).enable(&node, "monday").remove(&node, "tuesday");
+    /// list.prepare().try_prepared().expect("no write is in flight")?.commit();
+    /// write(2 << 20);
+    /// assert_eq!(node.bitmaps().query("monday").unwrap().dirty_bytes, 3 * 65536);
+    /// # Ok::<(), blockjob::TransactionError>(())
+    /// ```
+    ///
+    /// Where nothing is to record, the verb will do:
     ///
     /// ```
     /// use blockjob::{BitmapOptions, Node};
     ///
     /// let node = Node::new(1 << 30);
     /// let bitmaps = node.bitmaps();
-    /// bitmaps.add_disabled("monday", BitmapOptions::default())?;
-    /// bitmaps.add_disabled("tuesday", BitmapOptions::default())?;
-    /// bitmaps.merge("monday", &[(&node, "tuesday")])?;
-    /// bitmaps.remove("tuesday")?;
+    /// for name in ["monday", "tuesday", "both"] {
+    ///     bitmaps.add_disabled(name, BitmapOptions::default())?;
+    /// }
+    /// bitmaps.merge("both", &[(&node, "monday"), (&node, "tuesday")])?;
+    /// assert!(!bitmaps.query("both")?.is_recording, "nor does it after the merge");
     /// # Ok::<(), blockjob::BitmapError>(())
     /// ```
     pub fn merge(&self, target: &str, sources: &[(&Node, &str)]) -> Result<(), BitmapError> {
