@@ -52,7 +52,9 @@ impl Bitmaps<'_> {
     /// All persistent bitmaps, to be stored when the image is closed.
     ///
     /// The guard makes it exact: no write is in flight. What is written after it is dropped the export does
-    /// not have.
+    /// not have. If the guest goes on, [`is_in_use`](BitmapState::is_in_use) must stay set on storage, as it is from
+    /// the [import](Self::import_state) on: else the export is believed after a crash. It is stored as it is once
+    /// the guest writes no more.
     ///
     /// # Errors
     ///
@@ -73,11 +75,21 @@ impl Bitmaps<'_> {
     /// let export = node.bitmaps().export_state(&guard)?;
     /// assert!(export.to_store[0].is_enabled);
     ///
-    /// // Later, when the image is opened again:
+    /// // Later, when the image is opened again, before the first write of the guest:
     /// let node = Node::new(1 << 20);
     /// let guard = node.quiesce().try_guard().expect("no write is in flight");
+    /// let mut in_use = export.to_store.clone();
+    /// in_use.iter_mut().for_each(|state| state.is_in_use = true);
     /// node.bitmaps().import_state(&guard, export.to_store)?;
+    /// // ... write `in_use` to the image, and flush that ...
+    /// drop(guard); // only now may the guest write
     /// assert!(node.bitmaps().query("daily")?.is_recording);
+    ///
+    /// // If the process crashes, `in_use` is what is found, and its bits are not believed:
+    /// let node = Node::new(1 << 20);
+    /// let guard = node.quiesce().try_guard().expect("no write is in flight");
+    /// node.bitmaps().import_state(&guard, in_use)?;
+    /// assert!(node.bitmaps().query("daily")?.is_inconsistent);
     /// # Ok::<(), blockjob::BitmapError>(())
     /// ```
     pub fn export_state(&self, guard: &QuiesceGuard) -> Result<BitmapExport, BitmapError> {
@@ -101,6 +113,11 @@ impl Bitmaps<'_> {
     /// Makes the bitmaps that came with an image, all or none. Those that were in use become
     /// inconsistent, but for those that the node has: they came another way, by a migration as a rule, and the
     /// image was not closed for that. They stay as they are.
+    ///
+    /// Before the first write of the guest: what was written earlier they do not have. If the image is written
+    /// to, all of them must be on storage with [`is_in_use`](BitmapState::is_in_use) set, and flushed, before the
+    /// guard is dropped. Otherwise, after a crash, the old bits are believed, and what was written since is copied
+    /// by no backup. The example of [`export_state`](Self::export_state) shows it.
     ///
     /// # Errors
     ///
