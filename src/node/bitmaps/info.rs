@@ -172,6 +172,9 @@ impl Bitmaps<'_> {
 
     /// A copy of the bits at this moment. It belongs to the caller and holds nothing.
     ///
+    /// A write in flight is not in it. Do not [clear](Self::clear) the bitmap by what was copied: a write that is
+    /// recorded between the two is in neither. [`claim`](Self::claim) takes the bits and has a successor record.
+    ///
     /// # Errors
     ///
     /// [`NotFound`](BitmapError::NotFound), [`Inconsistent`](BitmapError::Inconsistent),

@@ -186,6 +186,10 @@ impl Bitmaps<'_> {
 
     /// Forgets a bitmap. If it is persistent, the next [export](Self::export_state) is without it.
     ///
+    /// A write in flight is not recorded in it any more. If another bitmap is to take over,
+    /// [add](Self::add) or [enable](Self::enable) that first, or do both in one
+    /// [`Transaction`](crate::Transaction).
+    ///
     /// # Errors
     ///
     /// [`NotFound`](BitmapError::NotFound), [`Busy`](BitmapError::Busy),
@@ -201,7 +205,12 @@ impl Bitmaps<'_> {
         Ok(())
     }
 
-    /// Makes everything clean in one step. It goes on recording if it does.
+    /// Makes everything clean in one step. It goes on recording if it does: a write in flight is recorded once it
+    /// has settled.
+    ///
+    /// What is recorded between a [snapshot](Self::snapshot) and this is in neither. To take bits and begin
+    /// anew use [`claim`](Self::claim); or merge them into another bitmap and clear this one in one
+    /// [`Transaction`](crate::Transaction).
     ///
     /// # Errors
     ///
@@ -236,6 +245,10 @@ impl Bitmaps<'_> {
 
     /// Stops recording; the bits stay. A write in flight is not recorded any more. No error if the bitmap
     /// does not record.
+    ///
+    /// If another bitmap is to take over, [add](Self::add) or [enable](Self::enable) that first, under the same
+    /// [`QuiesceGuard`] if the two are not to overlap, or do both in one [`Transaction`](crate::Transaction). Done
+    /// afterwards, a write that is in flight in between is in neither.
     ///
     /// # Errors
     ///
