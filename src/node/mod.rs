@@ -162,8 +162,9 @@ impl Node {
     /// While a bitmap of the node is [read-only](Bitmaps::mark_readonly) it is refused. While a backup
     /// runs it may have to wait until what it would overwrite is saved.
     ///
-    /// What lies past the end of the disk is not recorded. Only writes that do not overlap may be
-    /// ordered freely by the VMM; the node does not order them either.
+    /// What lies past [the end](Self::len) of the disk is not recorded, also if the disk grows later: a guest is
+    /// told of a new length after the [resize](Self::resize) was committed. Only writes that do not overlap may
+    /// be ordered freely by the VMM; the node does not order them either.
     ///
     /// Any number of threads may call this; they share one counter. A [`GuestQueue`] per thread is
     /// faster.

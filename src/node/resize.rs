@@ -21,7 +21,8 @@ use crate::sync::Arc;
 pub enum Grown {
     /// They are dirty in every bitmap that records: nobody knows how they read.
     Dirty,
-    /// They are clean: they read as zeroes, and so does what they are compared with.
+    /// They are clean: they read as zeroes, and so does what they are compared with. If anything was written there
+    /// before the commit, that is lost to the bitmaps.
     Clean,
 }
 
@@ -43,6 +44,10 @@ impl Node {
     /// Granules that lie past the new end as a whole are forgotten; one that the end cuts stays as it is.
     /// What is gained is clean in bitmaps that do not record, and as `grown` says in those that do, rounded
     /// **outward** to granules. Until it is decided the bitmaps are in use, and no job can have the disk.
+    ///
+    /// Writes past the end are not recorded. So the disk of the VMM is made longer, then the resize is committed,
+    /// and only then is the guest told. What was written there before the commit is in no bitmap with
+    /// [`Grown::Clean`].
     ///
     /// # Errors
     ///
