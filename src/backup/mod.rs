@@ -79,7 +79,7 @@ const HOLD_MIN: Duration = Duration::from_millis(1);
 ///
 /// The instant that is backed up is that at which the job starts: by [`Job::start`], as soon as the guest's
 /// writes in flight have settled, or by a [`Transaction`](crate::Transaction), which gives several disks the
-/// same one.
+/// same one. What an incremental one copies is told by [`BackupOptions::bitmap`](field@BackupOptions::bitmap).
 ///
 /// # Examples
 ///

@@ -23,7 +23,7 @@ pub enum BackupSync {
     /// Only what the guest is about to overwrite, for those who read the rest from the disk itself. It goes
     /// on until it is cancelled.
     None,
-    /// What is dirty in a bitmap.
+    /// What is dirty in [a bitmap](field@BackupOptions::bitmap) at the instant.
     Bitmap,
     /// As [`Bitmap`](Self::Bitmap), with [`BitmapMode::OnSuccess`].
     Incremental,
@@ -131,6 +131,15 @@ pub struct BackupOptions {
     pub sync: BackupSync,
     /// The named bitmap of the node that it goes by, or, with sync full and top, the one that is to say
     /// what is left to copy. Default none.
+    ///
+    /// A bitmap knows only what was written while it [recorded](crate::BitmapInfo::is_recording): by one that was
+    /// disabled since the last backup too little is copied, and nobody is told.
+    ///
+    /// From the instant until the job is over a [snapshot](crate::Bitmaps::snapshot) of
+    /// [the bitmap alone](crate::SnapshotOf::Bitmap) is what is copied, in whole clusters: start the job by a
+    /// [`Transaction`](crate::Transaction), and take it after the commit, before the job is driven. Or let the
+    /// transaction merge the bitmap into one that does not record, as `examples/incremental_backup.rs` does. A
+    /// snapshot from before the start lacks what is written between the two.
     pub bitmap: Option<String>,
     /// What becomes of the bitmap. Left out, it is [`BitmapMode::OnSuccess`] for sync incremental; all others
     /// must say so.

@@ -171,7 +171,9 @@ pub struct MirrorOptions {
     /// The named bitmap of the node that it goes by: with sync full, what is dirty in it is copied at first, for
     /// the target holds the rest already; with sync top, what the topmost layer holds of that. All that is
     /// written while the job runs is copied as well. It must exist when the job is made; its bits are taken
-    /// when recording starts, with the guest held. Default none.
+    /// when recording starts, with the guest held. It knows only what was written while it
+    /// [recorded](crate::BitmapInfo::is_recording): by one that was disabled since the target was a copy too
+    /// little is copied, and nobody is told. Default none.
     pub bitmap: Option<String>,
     /// What becomes of the bitmap; must be told with one. When the job succeeds, it has what was written since
     /// the instant of its end, but with [`BitmapMode::Never`]: then it keeps what was dirty, and has

@@ -13,6 +13,11 @@ use crate::node::QuiesceGuard;
 /// [`commit`](Self::commit). If that does not work out, point it back and drop this: the guest goes on with
 /// the source, the job stays in step with it, and may be completed again. Nothing is lost either way.
 ///
+/// They are equal if the target held before what the job was told that it does. If not, by a
+/// [bitmap](crate::MirrorOptions::bitmap) that did not record all that was written, or
+/// [`target_holds`](crate::MirrorOptions::target_holds) that was not true, too little was copied, and no error
+/// says so; [`verify`](Job::verify) does.
+///
 /// # What is exchanged
 ///
 /// That is the caller's: the crate knows the node, whose guest it holds, and neither paths nor graphs. As a rule the
