@@ -15,6 +15,48 @@ use crate::sync::Arc;
 use crate::units::ByteRange;
 
 /// What became of the wish to write.
+///
+/// # Examples
+///
+/// A thread that serves a queue without futures. A write that has to wait is kept, and the thread goes on with
+/// others: if it blocked, and were the one that finishes tickets given out before, the node would wait for them and
+/// it for the node.
+///
+/// ```
+/// use std::io;
+/// use std::task::{Poll, Waker};
+/// use blockjob::{Begin, ByteRange, Node};
+///
+/// # fn write(_: ByteRange) -> io::Result<()> { Ok(()) }
+/// let node = Node::new(1 << 20);
+/// let waker = Waker::noop(); // in earnest one that wakes this thread, by an eventfd say
+/// let (mut waiting, mut told) = (Vec::new(), Vec::new()); // requests kept, and what the guest was told
+///
+/// let guard = node.quiesce().try_guard().expect("no write is in flight");
+/// match node.begin_write((0..4096).into()) {
+///     Begin::Go(ticket) => {
+///         let result = write(ticket.range());
+///         told.push(ticket.finish(result));
+///     }
+///     Begin::Wait(pending) => waiting.push(pending),
+///     Begin::Refused(refused) => told.push(Err(refused.into())),
+/// }
+/// drop(guard);
+///
+/// // In each turn of the thread's loop, and once more before it sleeps:
+/// waiting.retain_mut(|pending| {
+///     let Poll::Ready(begun) = pending.poll_begin(waker) else { return true };
+///     told.push(match begun {
+///         Ok(ticket) => {
+///             let result = write(ticket.range());
+///             ticket.finish(result)
+///         }
+///         Err(refused) => Err(refused.into()),
+///     });
+///     false
+/// });
+/// assert!(waiting.is_empty() && told.len() == 1 && told[0].is_ok());
+/// ```
 #[must_use = "a write that was let in keeps the node from being quiesced until its ticket is gone"]
 pub enum Begin<L: Way> {
     /// Write now, and finish the ticket when the write has settled.
@@ -325,7 +367,9 @@ impl<L: Way> Begin<L> {
         }
     }
 
-    /// The ticket, if the write was let in at once.
+    /// The ticket, if the write was let in at once. With `None` the write must not be issued: it had to wait, or
+    /// was refused, and is given up with this. Who serves a guest [matches](Begin) instead: of what must wait the
+    /// guest is to hear later, of what is refused that it has failed.
     #[must_use]
     pub fn go(self) -> Option<Ticket<L>> {
         match self {
