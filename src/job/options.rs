@@ -23,7 +23,8 @@ pub struct JobOptions {
     /// same [manager](Self::jobs) may have it. A job without one is internal: it tells no events, and may not be stopped by an error, for nobody would resume
     /// it. Default none.
     pub id: Option<String>,
-    /// The manager that knows it from now on. Default none.
+    /// The manager that knows it from now on. Keep a handle: when the last one is dropped the job is cancelled by
+    /// force. Default none.
     pub jobs: Option<Jobs>,
     /// The jobs that end together with it: all with success, or none. Default none.
     pub group: Option<JobGroup>,
@@ -36,8 +37,9 @@ pub struct JobOptions {
     /// Whether the job goes to its end once it may. Else it waits, in step, for
     /// [`finalize`](crate::Job::finalize), and its whole group with it. Default yes.
     pub auto_finalize: bool,
-    /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](crate::Job::dismiss).
-    /// Default yes.
+    /// Whether the job is forgotten once it is over. Else it waits for [`dismiss`](crate::Job::dismiss). Forgotten,
+    /// its [status](crate::Job::query) is [null](crate::Status::Null), and never seen to be
+    /// [concluded](crate::Status::Concluded); the events tell both. Default yes.
     pub auto_dismiss: bool,
     /// How long a job that is cancelled by force waits for operations in flight, before it ends without
     /// them. What was abandoned may still reach the target: let it settle before it is used for anything
