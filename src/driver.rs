@@ -19,6 +19,9 @@ use crate::units::ByteRange;
 pub use crew::Crew;
 
 /// The caller's time: the library reads no clock.
+///
+/// All drivers of one machine, at the same time or one after another, must count from the same moment. The machine
+/// keeps times: with a clock that begins anew its speed limit and timeouts stand still until that has caught up.
 pub trait Clock {
     /// Time since any fixed moment. Never falls.
     fn now(&self) -> Duration;
@@ -198,7 +201,7 @@ where
 {
     /// Runs the job until it is over, or wants to switch. Call it again after a switch, whether it was
     /// committed or dropped. Jobs of one [group](crate::JobGroup) wait for each other: run them at the same
-    /// time.
+    /// time. Another driver that runs it on must have a [clock](Clock) that counts from the same moment.
     ///
     /// # Cancel safety
     ///
