@@ -132,8 +132,8 @@ impl Drop for Lent<'_> {
     }
 }
 
-/// Reads once what the destination of a native stream has answered. Says whether it can answer more: not at the
-/// end of the stream.
+/// Reads once what the destination of a native stream has answered. Says whether it can answer more. `false` is
+/// the end of the stream: the other end has closed it. Do not ask again: that would be told at once for ever.
 ///
 /// # Errors
 ///
