@@ -159,6 +159,9 @@ impl Locked<'_> {
 
 impl JobBitmap {
     /// The bitmap as it is now: everything recorded so far is moved into it first.
+    ///
+    /// Where this thread has a guard of the node already, this never returns. A guard that is not bound to a name
+    /// lives until the end of its statement: two calls in one expression are a deadlock.
     #[must_use]
     pub fn lock(&self) -> JobBitmapGuard<'_> {
         JobBitmapGuard::new(self.node().lock_drained(), self.id)
