@@ -406,7 +406,9 @@ impl Backup {
     }
 
     /// The disk as it was at the instant, if [`BackupOptions::view`] says so. It can be read from then on until
-    /// the job is over.
+    /// the job is over. Before the machine was polled once after the instant, also after the commit of a
+    /// [`Transaction`](crate::Transaction), [`begin_read`](FrozenView::begin_read) gives
+    /// [`NotBegun`](ViewError::NotBegun).
     #[must_use]
     pub fn view(&self) -> Option<FrozenView> {
         self.view.clone()

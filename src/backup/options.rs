@@ -180,10 +180,12 @@ pub struct BackupOptions {
     /// What is done when something cannot be saved in time.
     pub on_cbw_error: OnCbwError,
     /// How long one guest write may wait for what it overwrites to be saved, from when the machine learns of
-    /// it. `None` for ever. Default 20 s.
+    /// it. `None` for ever. Only a machine that is driven looks at the time: while nobody polls it, or a device does
+    /// its work inside of a poll, guest writes wait for longer. Default 20 s.
     pub cbw_timeout: Option<Duration>,
     /// How long the guest is held at the most for its own writes in flight to settle, when the job starts by
-    /// itself. Then it goes on, and it is tried again after as long a time. At least 1 ms. Default 5 s.
+    /// itself. Then it goes on, and it is tried again after as long a time. As
+    /// [`cbw_timeout`](Self::cbw_timeout), only while the job is driven. At least 1 ms. Default 5 s.
     pub hold_max: Duration,
 }
 
