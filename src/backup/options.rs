@@ -142,7 +142,15 @@ pub struct BackupOptions {
     /// snapshot from before the start lacks what is written between the two.
     pub bitmap: Option<String>,
     /// What becomes of the bitmap. Left out, it is [`BitmapMode::OnSuccess`] for sync incremental; all others
-    /// must say so.
+    /// must say so. When the job is over it holds
+    ///
+    /// | mode | after success | after a failure or a cancel, also of another of the group |
+    /// |---|---|---|
+    /// | on-success | what was written since the instant | what it held, and what was written since |
+    /// | always | what was written since | what is not on the target, and what was written since |
+    /// | never | what it held, and what was written since | the same |
+    ///
+    /// One that is read-only by then holds what it did and what was written since, whatever the mode.
     pub bitmap_mode: Option<BitmapMode>,
     /// Operations in the background at the same time, 1 to 1024. Default 16.
     pub workers: usize,

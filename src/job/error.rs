@@ -12,7 +12,8 @@ use crate::units::ByteRange;
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum JobError {
-    /// A device failed, and the policy was to fail with it.
+    /// A device failed, and the policy was to fail with it; or it failed at what a guest write waited for, and a backup
+    /// is to [fail then](crate::OnCbwError), which no policy of errors changes.
     #[error("{side} failed: {operation:?}: {error}")]
     Io {
         /// The device.

@@ -357,7 +357,8 @@ impl Job {
     ///
     /// A soft cancel of a job that is not ready is one by force. A pause of the user is taken back, so
     /// that the job can end. With one that is cancelled by force its whole [group](JobGroup) is. A job that was
-    /// never started is over at once.
+    /// never started is over at once; any other ends, and lets guests that it holds go, when its machine is driven next
+    /// or dropped.
     ///
     /// # Errors
     ///

@@ -287,7 +287,8 @@ impl IncomingMigration {
     }
 
     /// The guest runs here from now on: each bitmap that recorded on the source records, whether its bits are
-    /// here or not. Before the first write of the guest, with every node quiesced. Told again it changes nothing.
+    /// here or not. Before the first write of the guest, with every node quiesced: what is written through the nodes
+    /// before is taken for a part of the copy of the disk, and is in no bitmap. Told again it changes nothing.
     ///
     /// All bitmaps that are to record must have [begun](super::IncomingEvent::Started) by then: they are announced
     /// at the start of the stream, and the guest starts here once that was fed. One that begins later ends the

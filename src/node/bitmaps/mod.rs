@@ -30,26 +30,13 @@
 //!    changed by a verb. Of what is arriving nobody can see a bit. What is frozen does not record, and neither does what is claimed: its successor may. A
 //!    successor has no name and is as long and as fine. What is inconsistent is persistent and does not
 //!    record; it can be looked at and removed.
-//! 5. What hinders a verb is looked at in the order: in use, read-only, inconsistent. A verb that is
+//! 5. What hinders a verb, as the table of [`Bitmaps`] says, is looked at in the order: in use, read-only, inconsistent. A verb that is
 //!    refused has changed nothing, and a merge has looked at all sources before it touches the target.
 //! 6. A claim ends once: the successor takes the place, name and flags of the bitmap, or both become one.
 //!    Dropping it is the latter, which cannot fail: its memory is there from the start.
 //! 7. While a bitmap of the node is read-only, no write is let in: it could not be recorded.
 //! 8. The locks of several nodes are taken in one order, each once, so two that merge in opposite
 //!    directions cannot wait for each other.
-//!
-//! | verb | idle | in use | read-only | inconsistent |
-//! |---|---|---|---|---|
-//! | add, or rename to, this name | exists | exists | exists | exists |
-//! | remove | | busy | read-only | |
-//! | clear, rename, merge into | | busy | read-only | inconsistent |
-//! | enable, disable, merge from | | busy | | inconsistent |
-//! | freeze, claim for reading | | busy | | inconsistent |
-//! | claim for change, hold | | busy | read-only | inconsistent |
-//! | runs, snapshot | | | | inconsistent |
-//! | query, with the digest or without | | | | |
-//! | resize of the disk | | busy | read-only | |
-//! | export of all | stored | busy, if it would be stored | left as stored | left as stored |
 
 mod arrival;
 mod claim;
@@ -101,6 +88,21 @@ const NAME_BYTES_MAX: usize = 1023;
 /// anything but the lock of the nodes concerned, which guest writes do not take.
 ///
 /// Where recording begins, a [`QuiesceGuard`] is wanted: a write in flight would go unrecorded.
+///
+/// What hinders a verb, of which the first is told; an empty field is a yes:
+///
+/// | verb | idle | in use | read-only | inconsistent |
+/// |---|---|---|---|---|
+/// | add, or rename to, this name | exists | exists | exists | exists |
+/// | remove | | busy | read-only | |
+/// | clear, rename, merge into | | busy | read-only | inconsistent |
+/// | enable, disable, merge from | | busy | | inconsistent |
+/// | freeze, claim for reading | | busy | | inconsistent |
+/// | claim for change, hold | | busy | read-only | inconsistent |
+/// | runs, snapshot | | | | inconsistent |
+/// | query, with the digest or without | | | | |
+/// | resize of the disk | | busy | read-only | |
+/// | export of all | stored | busy, if it would be stored | left as stored | left as stored |
 ///
 /// # Examples
 ///
