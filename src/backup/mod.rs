@@ -172,6 +172,8 @@ pub struct Backup {
     claim: Option<JobClaim>,
     /// Bytes brought to the target.
     done_bytes: u64,
+    /// Whether the guest was held in vain already.
+    was_held_in_vain: bool,
     /// Before then no flush and no settling is tried again after a failure, nor the start.
     retry_at: Duration,
     /// When the time of grace ends for operations in flight.
@@ -388,6 +390,7 @@ impl Backup {
             is_read: Vec::new(),
             claim: Some(claim),
             done_bytes: 0,
+            was_held_in_vain: false,
             retry_at: Duration::ZERO,
             grace_until: None,
         })
@@ -635,6 +638,9 @@ impl Backup {
                 // A guest write hangs. Others go on, and it is tried again later.
                 self.phase = Phase::Created;
                 self.retry_at = now.saturating_add(self.options.hold_max);
+                if !std::mem::replace(&mut self.was_held_in_vain, true) {
+                    self.job.held_in_vain();
+                }
                 return Turn::Again;
             }
             return Turn::Step(Step::Wait { until });

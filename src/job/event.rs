@@ -38,6 +38,10 @@ pub enum Event {
     Verified(Verification),
     /// Something was asked for that is done otherwise.
     Warning(Warning),
+    /// The guest was held for as long as it [may be](crate::MirrorOptions::hold_max), for the instant at which the job
+    /// starts or ends, and a write of its own, a device, or another job of the group did not get on. It writes again, and
+    /// all is tried anew, as often as need be: of several times in a row the first is told.
+    HeldInVain,
     /// The guest writes more than can be copied, so this [adaptive](crate::CopyMode::Adaptive) mirror would never be
     /// ready, or falls behind. From now on the guest's writes go to the target at once. A guest that wrote less would
     /// do as well.

@@ -86,6 +86,11 @@ impl Job {
         self.change_state(|state| state.tell(Event::Warning(warning)));
     }
 
+    /// Tells that the guest was held, and is let go, with nothing gained.
+    pub(crate) fn held_in_vain(&self) {
+        self.change_state(|state| state.tell(Event::HeldInVain));
+    }
+
     /// Nothing is delayed any more.
     pub(crate) fn retries_made(&self) {
         self.shared.lock().retry_now = false;

@@ -82,7 +82,7 @@ impl Mirror {
         if self.held_until().is_some_and(|until| now >= until) {
             // Something hangs. The guest goes on, for at least as long as it was held.
             self.let_guest_go();
-            self.retry_at = now.saturating_add(self.hold_max);
+            self.held_in_vain(now);
             return Turn::Again;
         }
         let is_in_step = self.is_in_step();
@@ -135,6 +135,14 @@ impl Mirror {
         }
     }
 
+    /// What the guest was held for did not come. It goes on for as long as it was held.
+    pub(super) fn held_in_vain(&mut self, now: Duration) {
+        self.retry_at = now.saturating_add(self.hold_max);
+        if !std::mem::replace(&mut self.was_held_in_vain, true) {
+            self.job.held_in_vain();
+        }
+    }
+
     /// Until when the guest is held at the most, if it is.
     pub(super) fn held_until(&self) -> Option<Duration> {
         match self.phase {
@@ -182,6 +190,7 @@ impl Mirror {
             unreachable!("granted to one whose guest is held only");
         };
         self.phase = Phase::InSync(End::Switching { since });
+        self.was_held_in_vain = false;
         Turn::Step(Step::Switch(Switch::new(self.job.clone(), since, guard)))
     }
 
@@ -191,7 +200,7 @@ impl Mirror {
         let until = self.held_until();
         if until.is_some_and(|until| now >= until) {
             self.job.give_up();
-            self.retry_at = now.saturating_add(self.hold_max);
+            self.held_in_vain(now);
             return Turn::Again;
         }
         Turn::Step(Step::Wait { until })

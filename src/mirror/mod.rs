@@ -182,6 +182,8 @@ pub struct Mirror {
     pace: Pace,
     /// When a guest write that comes while nothing is to do may wake the job again.
     batch_until: Duration,
+    /// Whether the guest was held in vain the last time.
+    was_held_in_vain: bool,
     /// Before then no flush, and no question of the scan, is tried again after a failure.
     retry_at: Duration,
     /// What the target may have lacked when the job ended, if it did not succeed.
@@ -507,6 +509,7 @@ impl Mirror {
             done_bytes: 0,
             pace: Pace::default(),
             batch_until: Duration::ZERO,
+            was_held_in_vain: false,
             retry_at: Duration::ZERO,
             at_end: None,
             active: Active::default(),

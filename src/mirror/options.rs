@@ -214,7 +214,8 @@ pub struct MirrorOptions {
     /// end of the job waits until it takes no longer. Default 50 ms.
     pub downtime_max: Duration,
     /// How long the guest is held at the most, whatever hangs: one of its own writes when the job starts, a
-    /// device, the last flush or another job of its group when it ends. Then the guest goes on, and it is
+    /// device, the last flush or another job of its group when it ends. Then the guest goes on, which
+    /// [`Event::HeldInVain`](crate::Event::HeldInVain) tells, and it is
     /// tried again after as long a time. Who has the switch is not hurried. Only a machine that is driven looks at the
     /// time: while nobody polls it, or a device does its work inside of a poll, the guest is held for longer. At
     /// least 1 ms; `Duration::MAX` for no bound. Default 5 s.

@@ -33,7 +33,7 @@ impl Mirror {
             if until.is_some_and(|until| now >= until) {
                 // A guest write hangs. Others go on, and it is tried again later.
                 self.let_guest_go();
-                self.retry_at = now.saturating_add(self.hold_max);
+                self.held_in_vain(now);
                 return Turn::Again;
             }
             return Turn::Step(Step::Wait { until });
@@ -43,6 +43,7 @@ impl Mirror {
 
     /// No guest write is in flight.
     fn begin(&mut self, guard: &QuiesceGuard) -> Turn {
+        self.was_held_in_vain = false;
         let spare = self.start.spare();
         let armed = self.start.arm(&mut Locked::new([&self.node]), guard, spare);
         self.phase = Phase::Created;

@@ -244,7 +244,9 @@ fn a_guest_write_in_flight_at_the_start_is_before_the_instant() {
 
 #[test]
 fn a_guest_write_that_hangs_holds_others_no_longer_than_hold_max() {
-    let mut hand = Hand::new(options(BackupSync::Full));
+    let mut named = options(BackupSync::Full);
+    named.job.id = Some("b".to_owned());
+    let mut hand = Hand::new(named);
     let node = hand.node.clone();
     let ticket = node.begin_write(cluster(0)).go().expect("open");
     hand.job.start().unwrap();
@@ -256,7 +258,13 @@ fn a_guest_write_that_hangs_holds_others_no_longer_than_hold_max() {
     hand.now = 10_000 * MS;
     let _ = hand.take_all();
     assert!(!hand.try_write(cluster(1), 1), "it is tried again");
+    hand.now = 15_000 * MS;
+    let _ = hand.take_all();
     ticket.finish(());
+    hand.now = 20_000 * MS;
     hand.drive().done().unwrap();
     assert_eq!(hand.target, hand.source);
+    let events = std::iter::from_fn(|| hand.job.next_event());
+    let in_vain = events.filter(|event| matches!(event, Event::HeldInVain));
+    assert_eq!(in_vain.count(), 1, "of several in a row the first is told");
 }

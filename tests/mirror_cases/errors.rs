@@ -5,8 +5,8 @@ use std::task::Waker;
 use std::time::Duration;
 
 use blockjob::{
-    Cancel, Content, JobError, Limits, Mirror, Node, OnError, OpKind, Outcome, RangeLimits, Side,
-    Status,
+    Cancel, Content, Event, JobError, Limits, Mirror, Node, OnError, OpKind, Outcome, RangeLimits,
+    Side, Status,
 };
 
 use crate::machine::{KIB, MS, Machine, Rest, is_final, options};
@@ -422,6 +422,7 @@ fn a_guest_write_that_hangs_does_not_hold_the_others_for_long() {
     for is_start in [true, false] {
         let mut options = options();
         options.hold_max = 300 * MS;
+        options.job.id = Some("m".to_owned());
         let mut machine = if is_start {
             Machine::new(LEN, options)
         } else {
@@ -444,6 +445,12 @@ fn a_guest_write_that_hangs_does_not_hold_the_others_for_long() {
         machine.now = until;
         let _ = machine.drive_now();
         assert!(machine.is_guest_held(), "tried again");
+        assert_eq!(times_held_in_vain(&machine.job), 1);
+        machine.now += 300 * MS;
+        let until = machine.drive_now().wait().expect("and again");
+        machine.now = until;
+        let _ = machine.drive_now();
+        assert_eq!(times_held_in_vain(&machine.job), 0, "it was told");
         machine.guest_lands(0..1, 0xfa);
         hanging.finish(());
         if is_start {
@@ -451,10 +458,29 @@ fn a_guest_write_that_hangs_does_not_hold_the_others_for_long() {
             assert_eq!(machine.job.query().status, Status::Ready);
             machine.job.complete().unwrap();
         }
+        // The end is another matter than the start.
+        let again = node.begin_write((0..1).into()).go().filter(|_| is_start);
+        if let Some(hanging) = again {
+            let _ = machine.drive_now();
+            machine.now += 300 * MS;
+            let until = machine.drive_now().wait().expect("it is tried again");
+            machine.guest_lands(0..1, 0xfc);
+            hanging.finish(());
+            machine.now = until;
+        }
         machine.drive().switch().commit();
         machine.drive().done().unwrap();
+        assert_eq!(times_held_in_vain(&machine.job), usize::from(is_start));
         assert!(machine.is_equal());
     }
+}
+
+/// Of the events since they were last taken.
+fn times_held_in_vain(job: &blockjob::Job) -> usize {
+    let events = std::iter::from_fn(|| job.next_event());
+    events
+        .filter(|event| matches!(event, Event::HeldInVain))
+        .count()
 }
 
 #[test]

@@ -582,6 +582,7 @@ pub(crate) fn name(event: &Event) -> String {
         Event::Completed { error: None, .. } => "COMPLETED".to_owned(),
         Event::Completed { .. } => "COMPLETED with an error".to_owned(),
         Event::Cancelled { .. } => "CANCELLED".to_owned(),
+        Event::HeldInVain => "HELD IN VAIN".to_owned(),
         other => panic!("an event that these tests do not know: {other:?}"),
     }
 }
