@@ -58,7 +58,7 @@ use sim::world::{Flag, Happening, JobAnswer, Loss, SOURCE, Shared, TARGET, World
 
 const KIB: u64 = 1 << 10;
 /// More steps than any run should need.
-const STEPS_MAX: u64 = 1_000_000;
+const STEPS_MAX: u64 = 4_000_000;
 /// From this time on nothing fails and nobody disturbs the jobs any more.
 const PEACE: u64 = 300_000;
 /// Threads of one guest, at most.
@@ -230,7 +230,7 @@ impl Sim {
         let is_late = now > 20 * PEACE;
         assert!(
             !is_late && steps < STEPS_MAX,
-            "stalled: {}",
+            "stalled at {now}, {steps} steps: {}",
             self.describe()
         );
         let current: Vec<usize> = (0..self.members.len())
