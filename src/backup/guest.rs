@@ -8,6 +8,9 @@
 //!                                     └   break-snapshot: it goes on, and the backup fails
 //! ```
 //!
+//! Of a longer copy that is planned for the background already, only the clusters are saved that the guest touches:
+//! the rest would have it wait for longer, and be charged to the speed limit at once. That rest stays planned.
+//!
 //! A copy that was begun in the background and fails says nothing to a guest that came later: what that waits
 //! for is tried for itself. Nor does one that was begun for a guest break anything when that does not wait any
 //! more: it is as if it had been begun in the background.

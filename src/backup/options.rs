@@ -154,7 +154,7 @@ pub struct BackupOptions {
     pub bitmap_mode: Option<BitmapMode>,
     /// Operations in the background at the same time, 1 to 1024. Default 16.
     pub workers: usize,
-    /// The longest copy in bytes; at least one cluster. A guest write may have to wait for one as long. Default 1 MiB.
+    /// The longest copy in bytes; at least one cluster. A guest write may have to wait for one that is under way. Default 1 MiB.
     pub chunk_max: u64,
     /// Bytes held in buffers at the same time in the background; at least one chunk. What guests wait for
     /// has 64 chunks of its own. Default 16 MiB.
@@ -163,8 +163,7 @@ pub struct BackupOptions {
     /// 4 KiB to 2 GiB. A *cluster* is the largest of this, the target's cluster, and what both devices transfer
     /// at least. Default 0.
     ///
-    /// A guest write waits for whole clusters, so with small ones it waits for less; where a copy was planned already, for
-    /// all of that, up to [`chunk_max`](Self::chunk_max). Each costs two bits of memory,
+    /// A guest write waits for whole clusters, so with small ones it waits for less. Each costs two bits of memory,
     /// one more with a buffer or sync top, and they are looked through while the guest is held for the instant.
     pub min_cluster_size: u64,
     /// Where to save what the guest is about to overwrite, for a target that is slow. Default none.

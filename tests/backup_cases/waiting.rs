@@ -112,6 +112,71 @@ fn limits_do_not_hold_up_guests() {
 }
 
 #[test]
+fn a_guest_waits_for_no_more_of_a_planned_copy_than_its_clusters() {
+    let len = 32 * CLUSTER - 1000;
+    let mut options = options(BackupSync::Full);
+    options.workers = 2;
+    options.chunk_max = MIB;
+    options.buf_size = 2 * MIB;
+    options.job.speed = 1;
+    let mut hand = Hand::on(&Node::new(len), options);
+    hand.job.start().unwrap();
+    let _ = hand.take_all();
+    hand.look();
+    // All is looked at; the second half is planned, and waits for the speed limit.
+    assert_eq!(hand.kinds(), [OpKind::Copy((0..MIB).into())]);
+    let t0 = hand.source.clone();
+    let writes = [
+        // In the midst, over a boundary, at its start and at its end.
+        (21 * CLUSTER + 512..21 * CLUSTER + 1024, 21..22),
+        (25 * CLUSTER - 1..25 * CLUSTER + 1, 24..26),
+        (16 * CLUSTER..16 * CLUSTER + 512, 16..17),
+        (len - 1..len, 31..32),
+        // Beside what went out before, and over it.
+        (20 * CLUSTER..20 * CLUSTER + 1, 20..21),
+        (23 * CLUSTER..27 * CLUSTER, 23..24),
+    ];
+    let mut pending = Vec::new();
+    for (write, clusters) in writes {
+        pending.push(hand.wait_with(write));
+        let _ = hand.take_all();
+        let wanted = clusters.start * CLUSTER..(clusters.end * CLUSTER).min(len);
+        let copy = OpKind::Copy(wanted.into());
+        assert!(hand.kinds().contains(&copy), "{copy:?}: {:?}", hand.kinds());
+    }
+    let urgent = hand.out.iter().filter(|out| out.op.is_urgent());
+    let urgent: u64 = urgent
+        .map(|out| out.op.kind().range().expect("a copy").len())
+        .sum();
+    assert_eq!(
+        urgent,
+        8 * CLUSTER - 1000,
+        "and nothing beside: {:?}",
+        hand.kinds()
+    );
+    while hand.out.len() > 1 {
+        hand.answer(1);
+    }
+    for pending in &mut pending {
+        let ticket = pending.try_begin().expect("it is saved").unwrap();
+        hand.lands(ticket.range(), 0x66);
+        ticket.finish(());
+    }
+    assert!(!hand.try_write(22 * CLUSTER..22 * CLUSTER + 1, 0x77));
+    hand.drive().done().unwrap();
+    assert_eq!(hand.target, t0);
+    hand.copied.sort_unstable_by_key(|range| range.start());
+    let mut end = 0;
+    for range in &hand.copied {
+        assert_eq!(range.start(), end, "each byte once: {:?}", hand.copied);
+        end = range.end();
+    }
+    assert_eq!(end, len);
+    let progress = hand.job.query().progress;
+    assert_eq!((progress.current, progress.total), (len, len));
+}
+
+#[test]
 fn a_burst_of_guests_comes_through_by_and_by() {
     let len = 200 * CLUSTER;
     let node = Node::new(len);

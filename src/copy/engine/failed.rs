@@ -209,27 +209,33 @@ impl Engine {
             .filter(|claim| is_idle(claim));
         let idle: Vec<Claim> = idle.copied().collect();
         for claim in idle {
-            let all = claim.range;
-            let given = match claim.state {
-                ClaimState::Planned(OpKind::Copy(_)) => {
-                    all.intersection(self.shape.widen(range, claim.align))
-                }
-                _ => all,
-            };
-            self.claims.take(all.start());
-            self.ready.retain(|&ready| ready != all.start());
-            for kept in [all.split_at(given.start()).0, all.split_at(given.end()).1] {
-                if !kept.is_empty() {
-                    self.plan_again(Claim {
-                        range: kept,
-                        state: ClaimState::Planned(OpKind::Copy(kept)),
-                        ..claim
-                    });
-                }
-            }
+            let given = self.take_for(range, claim).range;
             make_dirty(dirty, given);
             self.claims.free(given);
         }
+    }
+
+    /// Takes an idle claim out, to be given up or put back in. Of a long copy only the blocks that `range` touches:
+    /// the rest stays planned.
+    pub(super) fn take_for(&mut self, range: ByteRange, claim: Claim) -> Claim {
+        let all = claim.range;
+        self.claims.take(all.start());
+        self.ready.retain(|&ready| ready != all.start());
+        if !matches!(claim.state, ClaimState::Planned(OpKind::Copy(_))) {
+            return claim;
+        }
+        let part = |range| Claim {
+            range,
+            state: ClaimState::Planned(OpKind::Copy(range)),
+            ..claim
+        };
+        let taken = all.intersection(self.shape.widen(range, claim.align));
+        for kept in [all.split_at(taken.start()).0, all.split_at(taken.end()).1] {
+            if !kept.is_empty() {
+                self.plan_again(part(kept));
+            }
+        }
+        part(taken)
     }
 
     /// A part of what was planned before.

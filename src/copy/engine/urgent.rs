@@ -64,7 +64,8 @@ impl Engine {
     }
 
     /// The next operation for a range that a guest waits for; `None` if all of it is in flight, or on the
-    /// target, or too much is on its way for guests already.
+    /// target, or too much is on its way for guests already. Of a long copy that is planned, only what the guest
+    /// waits for.
     pub(crate) fn next_urgent(&mut self, dirty: &mut HBitmap, range: ByteRange) -> Option<Op> {
         if self.running.urgent() >= URGENT_MAX && !is_broken(Sabotage::LimitUrgent) {
             return None;
@@ -81,33 +82,27 @@ impl Engine {
         for start in parked {
             self.claims.remove(start);
         }
-        let waiting = self.claims.overlapping(range).find_map(|claim| {
-            let kind = match claim.state {
-                ClaimState::Look => OpKind::Status(claim.range),
-                ClaimState::Planned(kind) => self.by(kind),
-                ClaimState::Running(_) | ClaimState::Parked { .. } | ClaimState::Lost => {
-                    return None;
-                }
-            };
-            Some((claim.range.start(), kind))
-        });
-        let (start, kind) = match waiting {
-            Some((start, kind)) => {
-                self.ready.retain(|&ready| ready != start);
-                (start, kind)
+        let is_waiting =
+            |claim: &&Claim| matches!(claim.state, ClaimState::Look | ClaimState::Planned(_));
+        let waiting = self.claims.overlapping(range).find(is_waiting).copied();
+        let (claimed, state) = match waiting {
+            Some(claim) => {
+                let claim = self.take_for(range, claim);
+                self.claims.put(claim);
+                (claim.range, claim.state)
             }
             None => {
                 let wish = self.shape.widen(range, self.shape.block);
-                let (free, state) = self.claim_free(wish, self.shape.run_max, dirty)?;
-                let kind = match state {
-                    ClaimState::Planned(kind) => self.by(kind),
-                    _ => OpKind::Status(free),
-                };
-                (free.start(), kind)
+                self.claim_free(wish, self.shape.run_max, dirty)?
             }
         };
+        let kind = match state {
+            ClaimState::Planned(kind) => self.by(kind),
+            _ => OpKind::Status(claimed),
+        };
         let op = self.running.hand_out(kind, Rank::Urgent);
-        self.claims.set_state(start, ClaimState::Running(op.id()));
+        self.claims
+            .set_state(claimed.start(), ClaimState::Running(op.id()));
         Some(op)
     }
 
