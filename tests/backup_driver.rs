@@ -557,6 +557,12 @@ async fn devices_that_are_not_those_of_the_job_are_asked_for_nothing() {
     let (source, target) = (named(1, Some(1), LEN), named(2, Some(2), LEN));
     let nameless = named(3, None, LEN);
     let limits = (source.limits(), target.limits());
+    let started = |node: &Node| {
+        let options = BackupOptions::default();
+        let backup = Backup::new(node, limits.0, limits.1, options).unwrap();
+        backup.job().start().unwrap();
+        backup
+    };
     let over = |(from, to): (&Arc<Memory>, &Arc<Memory>)| {
         Driver::new(Arc::clone(from), Arc::clone(to), NoTime)
     };
@@ -577,11 +583,8 @@ async fn devices_that_are_not_those_of_the_job_are_asked_for_nothing() {
             |result| matches!(result, Err(JobError::WrongDevice { side }) if side == wrong);
         let node = Node::new(LEN);
         let (job, result) = {
-            let options = BackupOptions::default();
-            let mut backup = Backup::new(&node, limits.0, limits.1, options).unwrap();
-            backup.job().start().unwrap();
-            let driver = over(devices);
-            let result = driver.run_backup(&mut backup).await;
+            let mut backup = started(&node);
+            let result = over(devices).run_backup(&mut backup).await;
             (backup.job().clone(), result)
         };
         assert!(is_wrong(result.clone()), "{case}: {result:?}");
@@ -597,9 +600,7 @@ async fn devices_that_are_not_those_of_the_job_are_asked_for_nothing() {
         drop(mirror);
 
         // Nor by the thread of a guest, with nobody else there.
-        let options = BackupOptions::default();
-        let mut backup = Backup::new(&node, limits.0, limits.1, options).unwrap();
-        backup.job().start().unwrap();
+        let mut backup = started(&node);
         let driver = over(devices);
         driver.crew(&mut backup).save_for(async {}).await;
         assert!(is_wrong(driver.run_backup(&mut backup).await), "{case}");
@@ -615,14 +616,7 @@ async fn devices_that_are_not_those_of_the_job_are_asked_for_nothing() {
         (&source, &nameless),
         (&source, &named(9, None, LEN + 1)),
     ] {
-        let mut backup = Backup::new(
-            &Node::new(LEN),
-            limits.0,
-            limits.1,
-            BackupOptions::default(),
-        )
-        .unwrap();
-        backup.job().start().unwrap();
+        let mut backup = started(&Node::new(LEN));
         over(devices).run_backup(&mut backup).await.unwrap();
         assert!(devices.0.bytes() == devices.1.bytes());
     }

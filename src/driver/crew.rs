@@ -39,7 +39,7 @@ use super::bell::Bell;
 use super::{Clock, Driven, Driver, SaveArea};
 use crate::backup::Backup;
 use crate::copy::Op;
-use crate::io::{BufferPool, ReadAt, WriteAt};
+use crate::io::{BlockDevice, BufferPool, ReadAt, WriteAt};
 use crate::job::JobError;
 use crate::machine::{Machine, Step};
 use crate::sabotage::{Sabotage, is_broken};
@@ -126,9 +126,11 @@ pub struct Crew<'a, M: Machine, D> {
     gives_up: AtomicBool,
 }
 
-impl<S, T, P, C, B> Driver<S, T, P, C, B> {
-    /// A job that is to be driven by several tasks.
+impl<S: BlockDevice, T: BlockDevice, P, C, B> Driver<S, T, P, C, B> {
+    /// A job that is to be driven by several tasks. It fails if it was made for other devices, as far as their
+    /// [limits](BlockDevice::limits) tell.
     pub fn crew<'a, M: Machine>(&'a self, machine: &'a mut M) -> Crew<'a, M, Self> {
+        machine.is_driven_over(&self.source.limits(), &self.target.limits());
         let bell = Arc::new(Bell::default());
         Crew {
             driver: self,
@@ -139,7 +141,6 @@ impl<S, T, P, C, B> Driver<S, T, P, C, B> {
                 savers: 0,
                 found: None,
                 until: None,
-                has_met_devices: false,
             }),
             waker: Waker::from(Arc::clone(&bell)),
             bell,
@@ -229,18 +230,9 @@ where
         .await
     }
 
-    /// Before anything is asked of the devices.
-    pub(super) fn meets_devices(&self, state: &mut State<'_, M>) {
-        if !std::mem::replace(&mut state.has_met_devices, true) {
-            let (source, target) = (self.driver.source.limits(), self.driver.target.limits());
-            state.machine.is_driven_over(&source, &target);
-        }
-    }
-
     fn look(&self) -> Step {
         let now = self.driver.clock.now();
         let mut state = self.state.lock();
-        self.meets_devices(&mut state);
         let now = state.see(now);
         let step = match state.found.take() {
             Some(found) => found,
@@ -312,8 +304,6 @@ pub(super) struct State<'a, M: Machine> {
     found: Option<Step>,
     /// Until when who has looked last waits.
     until: Option<Duration>,
-    /// Whether the machine was told of the driver's devices.
-    has_met_devices: bool,
 }
 
 impl<M: Machine> State<'_, M> {
@@ -435,7 +425,6 @@ mod tests {
             savers: 0,
             found: None,
             until: None,
-            has_met_devices: true,
         };
         let seen = [3, 5, 4, 6].map(|second| state.see(Duration::from_secs(second)).as_secs());
         assert_eq!(seen, [3, 5, 5, 6]);

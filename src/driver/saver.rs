@@ -79,7 +79,6 @@ where
     fn look_for_guests(&self) -> Option<Op> {
         let now = self.driver.clock.now();
         let mut state = self.state.lock();
-        self.meets_devices(&mut state);
         let now = state.see(now);
         state.machine.poll_urgent(now, &self.waker)
     }
